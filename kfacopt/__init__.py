@@ -1,0 +1,27 @@
+"""Second-order optimization for PyTorch: swap `AdamW(model.parameters())` for `EKFAC(model, loss_func)`."""
+
+from kfacopt import schedules as schedules
+from kfacopt.backends import CurvatureBackend as CurvatureBackend
+from kfacopt.backends import EKFACBackend as EKFACBackend
+from kfacopt.backends import ExactKFACBackend as ExactKFACBackend
+from kfacopt.backends import KFACBackend as KFACBackend
+from kfacopt.backends import LayerTensors as LayerTensors
+from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
+from kfacopt.backends import Settings as Settings
+from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
+from kfacopt.estimator import CurvatureOptions as CurvatureOptions
+from kfacopt.layers import LayerHandler as LayerHandler
+from kfacopt.layers import OneHot as OneHot
+from kfacopt.layers import Rows as Rows
+from kfacopt.layers import register_handler as register_handler
+from kfacopt.likelihoods import Bernoulli as Bernoulli
+from kfacopt.likelihoods import Categorical as Categorical
+from kfacopt.likelihoods import FisherType as FisherType
+from kfacopt.likelihoods import Gaussian as Gaussian
+from kfacopt.likelihoods import KFACType as KFACType
+from kfacopt.likelihoods import Likelihood as Likelihood
+from kfacopt.optim import EKFAC as EKFAC
+from kfacopt.optim import KFAC as KFAC
+from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer
+
+__version__ = "0.1.0"

@@ -1,0 +1,83 @@
+"""The seam that an optimizer holds: statistics in, preconditioned gradients out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kfacopt.layers.base import Rows
+from kfacopt.layers.layer import Layer
+
+LayerTensors = Mapping[Layer, Mapping[str, Tensor]]
+"""For each layer, tensors shaped as its parameters, by role (`"weight"`, `"bias"`)."""
+
+
+class Settings(NamedTuple):
+    """A layer's hyper-parameters at a step, read from its param group."""
+
+    damping: float
+    ema_decay: float
+
+
+class CurvatureBackend(ABC):
+    """Turns gradients into natural gradients; subclass it to plug your own curvature into every optimizer.
+
+    In one optimizer step these are called in this order, always on the same thread:
+
+    1. `update(layer, rows)` inside the user's backward, for each layer and micro-batch, on steps where `wants_rows`
+       said so: keep what you need of the rows (running sums); they are of the *sum* over the loss terms, and
+       `rows.terms` says how many terms that is.
+    2. `advance(step, settings)`: average what was added and refresh what is due. If the step is skipped because a
+       gradient is not finite, `discard()` is called instead.
+    3. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
+       result is updated by AdamW in this step.
+
+    The model may be called within `advance` and `solve`: capture is paused there.
+    """
+
+    def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
+        """Take note of the layers to come. Called again when parameters are frozen, unfrozen or added."""
+
+    def wants_rows(self, step: int) -> bool:
+        """Whether the forwards of step `step` are to deliver rows; without them there is no extra cost."""
+        return True
+
+    def update(self, layer: Layer, rows: Rows) -> None:  # noqa: B027
+        """Take in one micro-batch's rows at one layer."""
+
+    def advance(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
+        """Fold what was added into the statistics and bring caches up to date."""
+
+    def discard(self) -> None:  # noqa: B027
+        """Forget what was added since the last `advance`."""
+
+    @abstractmethod
+    def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        """Precondition; the gradients are not to be written to."""
+
+    def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
+        """`C tensors`, undamped; the Levenberg-Marquardt rule needs it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no multiply(): it is needed by damping_rule= (the quadratic model's value)"
+        )
+
+    def treatment(self, layer: Layer) -> str:
+        """How `layer` is approximated, for `coverage()`."""
+        return type(self).__name__
+
+    def observe(self, factor_seconds: float, step_seconds: float) -> None:  # noqa: B027
+        """Told after each step how long capturing rows took, and the step without any curvature."""
+
+    def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:
+        """Numbers worth logging."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python from which `load_state_dict` restores the backend bit for bit."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over a state."""

@@ -1,0 +1,49 @@
+"""EKFAC: a Kronecker eigenbasis a layer, with the curvature's own second moments along it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kfacopt.backends.base import Settings
+from kfacopt.backends.layerwise import LayerwiseBackend
+from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock
+from kfacopt.layers.layer import Layer
+from kfacopt.schedules import Interval, Timetable, as_interval
+
+
+class EKFACBackend(LayerwiseBackend):
+    """Amortised eigenbasis, corrected eigenvalues updated with every batch of rows (George et al. 2018).
+
+    Args:
+        factor_every: Steps between two updates of the factors and of the corrected eigenvalues.
+        refresh_every: Steps between two eigendecompositions of a layer's factors.
+        refine_every: Steps between two warm-started QR steps that keep the basis fresh in between; None: never.
+        stagger: Spread the layers' refreshes over the interval.
+    """
+
+    def __init__(
+        self,
+        factor_every: Interval = 10,
+        refresh_every: Interval = 100,
+        refine_every: Interval | None = None,
+        stagger: bool = True,
+    ) -> None:
+        super().__init__(factor_every, refresh_every, stagger)
+        refine = None if refine_every is None else as_interval("refine_every", refine_every)
+        self._refinements = None if refine is None else Timetable(refine, stagger)
+
+    def make_block(self, layer: Layer) -> Block:
+        return DiagonalBlock() if layer.handler.structure == "elementwise" else CorrectedEigenBlock()
+
+    def _refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        super()._refresh(step, settings)
+        if self._refinements is None:
+            return
+        fresh = set(self._refreshes.done_at(step))
+        able = [n for n, block in self.blocks.items() if isinstance(block, CorrectedEigenBlock) and block.ready]
+        due = self._refinements.due(step, able)
+        for name in due:
+            block = self.blocks[name]
+            if name not in fresh and isinstance(block, CorrectedEigenBlock):
+                block.refine()
+        self._refinements.done(step, due)

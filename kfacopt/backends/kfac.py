@@ -1,0 +1,35 @@
+"""KFAC: one Kronecker product a layer."""
+
+from __future__ import annotations
+
+from kfacopt.backends.layerwise import LayerwiseBackend
+from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+from kfacopt.layers.layer import Layer
+from kfacopt.schedules import Interval
+
+
+class KFACBackend(LayerwiseBackend):
+    """Kronecker factors inverted by Cholesky with the π-split of the damping (Martens & Grosse 2015).
+
+    Args:
+        factor_every: Steps between two updates of the Kronecker factors.
+        refresh_every: Steps between two inversions.
+        stagger: Spread the layers' inversions over the interval.
+    """
+
+    def __init__(self, factor_every: Interval = 10, refresh_every: Interval = 100, stagger: bool = True) -> None:
+        super().__init__(factor_every, refresh_every, stagger)
+
+    def make_block(self, layer: Layer) -> Block:
+        return DiagonalBlock() if layer.handler.structure == "elementwise" else KroneckerBlock()
+
+
+class ExactKFACBackend(KFACBackend):
+    """KFAC whose damping is added to the eigenvalues of the Kronecker product instead of to its factors.
+
+    An eigendecomposition for each factor instead of an inverse, and four products a layer and step instead of two;
+    in return a change of the damping takes effect at once.
+    """
+
+    def make_block(self, layer: Layer) -> Block:
+        return DiagonalBlock() if layer.handler.structure == "elementwise" else EigenBlock()

@@ -1,0 +1,182 @@
+"""Backends that keep one block a layer; which block, a subclass says."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.blocks.base import Block
+from kfacopt.layers.base import Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
+
+
+class LayerwiseBackend(CurvatureBackend):
+    """One `Block` a layer, fed on one schedule and refreshed on another.
+
+    Args:
+        factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
+            `kfacopt.schedules`.
+        refresh_every: Steps between two refreshes of a layer's cache (inverse, eigenbasis); likewise.
+        stagger: Spread the layers' refreshes over the interval, so that no step is a spike; False: all at once.
+    """
+
+    def __init__(self, factor_every: Interval, refresh_every: Interval, stagger: bool = True) -> None:
+        self._factor_interval = as_interval("factor_every", factor_every)
+        self._refresh_interval = as_interval("refresh_every", refresh_every)
+        self._updates = Timetable(self._interval_for("factors", self._factor_interval), stagger=False)
+        self._refreshes = Timetable(self._interval_for("refresh", self._refresh_interval), stagger)
+        self._layers: dict[str, Layer] = {}
+        self.blocks: dict[str, Block] = {}
+        """The blocks by layer name."""
+        self.dropped_updates = 0
+        """Updates that were not finite and left the statistics as they were."""
+        self._step = 0
+        self._refresh_seconds: dict[str, float] = {}
+        self._last_refresh_seconds = 0.0
+
+    @abstractmethod
+    def make_block(self, layer: Layer) -> Block:
+        """A fresh block for a layer."""
+
+    def treatment(self, layer: Layer) -> str:
+        return type(self.blocks[layer.name]).__name__
+
+    def attach(self, layers: Sequence[Layer]) -> None:
+        known = {name: (self._layers[name].roles, block) for name, block in self.blocks.items()}
+        self._layers = {layer.name: layer for layer in layers}
+        self.blocks = {}
+        for name, layer in self._layers.items():
+            roles, block = known.get(name, ((), None))
+            self.blocks[name] = block if block is not None and roles == layer.roles else self.make_block(layer)
+
+    def wants_rows(self, step: int) -> bool:
+        return bool(self._updates.due(step, ["all"]))
+
+    def update(self, layer: Layer, rows: Rows) -> None:
+        self.blocks[layer.name].update(rows)
+
+    def discard(self) -> None:
+        for block in self.blocks.values():
+            block.discard()
+
+    def advance(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        self._step = step
+        checks = [c for c in (block.pending_checksum() for block in self.blocks.values()) if c is not None]
+        if checks:
+            self._updates.done(step, ["all"])
+            if bool(torch.stack(checks).isfinite().all()):
+                for layer, setting in settings.items():
+                    self.blocks[layer.name].fold(setting.ema_decay)
+            else:
+                self.dropped_updates += 1
+                self.discard()
+        self._refresh(step, settings)
+
+    def _refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        by_name = {layer.name: setting for layer, setting in settings.items()}
+        able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
+        due = self._refreshes.due(step, able)
+        for name in due:
+            self._refresh_seconds[name] = self._timed_refresh(self.blocks[name], by_name[name].damping)
+        self._refreshes.done(step, due)
+        self._last_refresh_seconds = sum(self._refresh_seconds[name] for name in due)
+
+    @staticmethod
+    def _timed_refresh(block: Block, damping: float) -> float:
+        start = time.perf_counter()
+        block.refresh(damping)
+        return time.perf_counter() - start
+
+    def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        result = {}
+        for layer, parts in gradients.items():
+            block = self.blocks[layer.name]
+            if block.ready:
+                matrix = _statistic(layer.pack(parts))
+                result[layer] = layer.unpack(block.solve(matrix, settings[layer].damping))
+        return result
+
+    def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
+        return {
+            layer: layer.unpack(self.blocks[layer.name].matvec(_statistic(layer.pack(parts))))
+            for layer, parts in tensors.items()
+        }
+
+    def observe(self, factor_seconds: float, step_seconds: float) -> None:
+        if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
+            self._factor_interval.observe("factors", factor_seconds, step_seconds)
+        if isinstance(self._refresh_interval, MaxOverhead) and self._last_refresh_seconds > 0.0:
+            whole = sum(self._refresh_seconds.values())
+            self._refresh_interval.observe("refresh", whole, step_seconds)
+
+    @property
+    def refresh_seconds(self) -> float:
+        """What the refreshes of the last step took."""
+        return self._last_refresh_seconds
+
+    def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:
+        ready = [(layer, s) for layer, s in settings.items() if self.blocks[layer.name].ready]
+        conditions = [self.blocks[layer.name].condition(s.damping) for layer, s in ready]
+        return {
+            "condition": float(torch.stack(conditions).max()) if conditions else float("nan"),
+            "staleness": float(self._refreshes.staleness(self._step)),
+            "refresh_ms": 1e3 * self._last_refresh_seconds,
+            "fallbacks": float(sum(block.retries for block in self.blocks.values())),
+            "dropped_updates": float(self.dropped_updates),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "blocks": {name: block.state_dict() for name, block in self.blocks.items()},
+            "updates": self._updates.state_dict(),
+            "refreshes": self._refreshes.state_dict(),
+            "schedules": [s.state_dict() if isinstance(s, MaxOverhead) else None for s in self._schedules()],
+            "dropped_updates": self.dropped_updates,
+            "step": self._step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        stored, present = set(state["blocks"]), set(self.blocks)
+        if stored != present:
+            raise ValueError(
+                f"the curvature state is of another model: it has blocks {sorted(stored - present)} that are not "
+                f"here, and lacks {sorted(present - stored)}"
+            )
+        for name, block in self.blocks.items():
+            parameter = next(iter(self._layers[name].parameters.values()))
+            block.load_state_dict(state["blocks"][name], parameter.device)
+        self._updates.load_state_dict(state["updates"])
+        self._refreshes.load_state_dict(state["refreshes"])
+        for schedule, kept in zip(self._schedules(), state["schedules"], strict=True):
+            if isinstance(schedule, MaxOverhead) and kept is not None:
+                schedule.load_state_dict(kept)
+        self.dropped_updates, self._step = int(state["dropped_updates"]), int(state["step"])
+
+    def _schedules(self) -> tuple[Any, Any]:
+        return self._factor_interval, self._refresh_interval
+
+    @staticmethod
+    def _interval_for(kind: str, schedule: Any) -> Any:
+        # One MaxOverhead may time both kinds of work: each asks for its own interval.
+        return _OwnShare(schedule, kind) if isinstance(schedule, MaxOverhead) else schedule
+
+
+class _OwnShare:
+    """The interval that a shared `MaxOverhead` gives one kind of work."""
+
+    def __init__(self, schedule: MaxOverhead, kind: str) -> None:
+        self._schedule, self._kind = schedule, kind
+
+    def __call__(self, step: int) -> int:
+        return self._schedule.interval(self._kind)
+
+
+def _statistic(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,7 @@
+"""What approximates one layer's curvature: one file a block."""
+
+from kfacopt.blocks.base import Block as Block
+from kfacopt.blocks.diagonal import DiagonalBlock as DiagonalBlock
+from kfacopt.blocks.eigen import CorrectedEigenBlock as CorrectedEigenBlock
+from kfacopt.blocks.eigen import EigenBlock as EigenBlock
+from kfacopt.blocks.kronecker import KroneckerBlock as KroneckerBlock

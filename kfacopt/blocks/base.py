@@ -1,0 +1,156 @@
+"""What approximates one layer's curvature."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.layers.base import OneHot, Rows
+
+
+class Block(ABC):
+    """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
+
+    The way of a block: `update` with the rows of every micro-batch, `fold` once a step (running average) or once a
+    data set (plain average), `refresh` when the cache is to follow the statistics, then `solve`.
+    All quantities are of the mean loss per loss term; `damping` is added to the operator in the same units.
+    """
+
+    def __init__(self) -> None:
+        self.retries = 0
+        """Decompositions that failed and were tried again, or left the cache as it was, since the beginning."""
+
+    @abstractmethod
+    def averages(self) -> dict[str, RunningAverage]:
+        """The statistics by name, in the order in which they are stored."""
+
+    @abstractmethod
+    def update(self, rows: Rows) -> None:
+        """Add one micro-batch's rows to what the next `fold` averages."""
+
+    @abstractmethod
+    def refresh(self, damping: float) -> None:
+        """Bring the cache up to date with the statistics. Statistics that were never folded are an error."""
+
+    @abstractmethod
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        """`(C + damping I)^-1 matrix` from the cache, `[*k o i]`."""
+
+    @abstractmethod
+    def matvec(self, matrix: Tensor) -> Tensor:
+        """`C matrix`, undamped, `[*k o i]`."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues of the operator, `[*k o i]`, unordered, at least zero."""
+
+    @abstractmethod
+    def cache(self) -> dict[str, Tensor | None]:
+        """The tensors that `solve` reads and `refresh` writes."""
+
+    @abstractmethod
+    def load_cache(self, cache: dict[str, Tensor | None]) -> None:
+        """Take over what `cache` returned."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a cache to solve with."""
+        return any(value is not None for value in self.cache().values())
+
+    @property
+    def estimated(self) -> bool:
+        """Whether any statistics have been folded, so that `refresh` has something to work on."""
+        return all(average.value is not None for average in self.averages().values())
+
+    def pending_checksum(self) -> Tensor | None:
+        """A number that is finite exactly if everything that waits to be folded is; None if nothing waits."""
+        sums = [average.pending for average in self.averages().values() if average.pending is not None]
+        return torch.stack([_checksum(total) for total in sums]).sum() if sums else None
+
+    def fold(self, decay: float) -> None:
+        """Average what `update` added into the running averages (`decay` 0: replace them)."""
+        for average in self.averages().values():
+            average.fold(decay)
+
+    def discard(self) -> None:
+        """Forget what `update` added since the last fold."""
+        for average in self.averages().values():
+            average.discard()
+
+    def trace(self) -> Tensor:
+        """Trace of the operator, summed over groups."""
+        return self.eigenvalues().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Frobenius norm of the operator as a matrix on the vectorised parameters."""
+        return self.eigenvalues().square().sum().sqrt()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Logarithm of the determinant of `C + damping I`; minus infinity where it is singular."""
+        return (self.eigenvalues() + damping).log().sum()
+
+    def det(self, damping: float = 0.0) -> Tensor:
+        """Determinant of `C + damping I`."""
+        return self.logdet(damping).exp()
+
+    def condition(self, damping: float) -> Tensor:
+        """Largest over smallest eigenvalue of `C + damping I`."""
+        values = self.eigenvalues() + damping
+        return values.max() / values.min().clamp_min(torch.finfo(values.dtype).tiny)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics and cache, tensors and plain Python only."""
+        averages = {name: average.state_dict() for name, average in self.averages().items()}
+        return {"averages": averages, "cache": self.cache(), "retries": self.retries}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Take over a state; tensors keep their dtype and move to `device`."""
+        for name, average in self.averages().items():
+            average.load_state_dict(state["averages"][name], device)
+        self.load_cache(
+            {name: None if v is None else v.to(device, copy=True) for name, v in state["cache"].items()}
+        )
+        self.retries = int(state["retries"])
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """All rows of each group as one matrix: `[*k n s d]` to `[*k (n s) d]`."""
+    return rows.flatten(-3, -2)
+
+
+def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Sum of `a aᵀ` over the rows, `[*k i i]` or the diagonal `[i]`, and the number of rows.
+
+    Kronecker factor A of Eschenhagen et al. 2023, equation 16 (expand) or 22 (reduce: there is one row per datum).
+    """
+    if isinstance(inputs, OneHot):
+        return inputs.counts(dtype), float(inputs.indices.numel())
+    flat = flat_rows(inputs)
+    return flat.mT @ flat, float(flat.shape[-2])
+
+
+def gradient_covariance(gradients: Tensor) -> Tensor:
+    """Sum of `g gᵀ` over cotangents and rows, `[*k o o]`, from `[v *k n s o]`; to be divided by the loss terms.
+
+    Kronecker factor G; the same references as `input_covariance`.
+    """
+    flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
+    return flat.mT @ flat
+
+
+def chunks_of_data(data: int, elements_per_datum: int, budget: int = 2**24) -> Iterator[slice]:
+    """Slices of the data axis that keep a temporary of `elements_per_datum` per datum within `budget` elements."""
+    size = max(1, budget // max(1, elements_per_datum))
+    for start in range(0, data, size):
+        yield slice(start, start + size)
+
+
+def _checksum(total: Tensor) -> Tensor:
+    # Covariances have squares on the diagonal, so a row that is not finite shows there.
+    square = total.ndim >= 2 and total.shape[-1] == total.shape[-2]
+    return (total.diagonal(dim1=-2, dim2=-1) if square else total).sum().float()

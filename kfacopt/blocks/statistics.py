@@ -1,0 +1,69 @@
+"""A running average that is filled batch by batch and folded once a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RunningAverage:
+    """A bias-corrected exponential moving average of `sum / count`.
+
+    Micro-batches `add` their sums and counts; `fold` averages what was added and moves the running average towards it.
+    The first fold sets the average, later ones weigh as if every past batch had been seen with its own power of the
+    decay (Adam's bias correction, kept normalised so that no correction is needed on reading).
+
+    >>> average = RunningAverage()
+    >>> average.add(torch.tensor([2.0]), 2.0); average.fold(0.5); average.value.item()
+    1.0
+    >>> average.add(torch.tensor([4.0]), 1.0); average.fold(0.5); round(average.value.item(), 4)
+    3.0
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.weight = 0.0
+        self._sum: Tensor | None = None
+        self._count: Tensor | float = 0.0
+
+    def add(self, total: Tensor, count: Tensor | float) -> None:
+        """Add one micro-batch: `total` is its sum (taken over, not copied), `count` what the sum is to be divided by."""
+        self._sum = total if self._sum is None else self._sum.add_(total)
+        self._count = self._count + count
+
+    @property
+    def pending(self) -> Tensor | None:
+        """What was added since the last fold, a sum not yet divided by its count."""
+        return self._sum
+
+    def fold(self, decay: float) -> None:
+        """Average what was added into the running average; nothing was added: nothing happens."""
+        if self._sum is None:
+            return
+        batch = self._sum.div_(self._count)
+        self.weight = decay * self.weight + (1.0 - decay)
+        if self.value is None:
+            self.value = batch
+        else:
+            self.value.lerp_(batch, (1.0 - decay) / self.weight)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was added since the last fold."""
+        self._sum, self._count = None, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python: the average, its weight, and what waits to be folded."""
+        count = self._count
+        return {"value": self.value, "weight": self.weight, "sum": self._sum, "count": count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Take over a state; tensors keep their dtype and move to `device`."""
+
+        def own(value: Any) -> Any:
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+        self.value, self.weight = own(state["value"]), float(state["weight"])
+        self._sum, self._count = own(state["sum"]), own(state["count"])

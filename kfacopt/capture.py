@@ -1,0 +1,384 @@
+"""The only file that registers hooks: what the layers saw, and the curvature's own backward pass.
+
+A forward hook on every module keeps, on steps where rows are wanted, each covered layer's input and its output's
+gradient edge. When the user's own backward reaches the prediction, the graph below is still whole: there the
+likelihood turns prediction and gradient into cotangents, and one nested `torch.autograd.grad` brings them to the
+layers' outputs. No parameter gradient is computed and none is touched.
+
+Ownership: what a forward kept hangs on the prediction's graph node, so that it lives exactly as long as the graph; a
+forward without a backward (a validation that forgot `no_grad`) leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from kfacopt.estimator import FisherEstimator, find_prediction, tensors_of
+from kfacopt.layers.base import Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
+from kfacopt.rows import rows_of_layer
+
+# Set while any curvature pass runs: the pass must not trigger another, not even that of a second optimizer.
+_in_curvature_pass: ContextVar[bool] = ContextVar("kfacopt_curvature_pass", default=False)
+
+
+@dataclass(eq=False)
+class Site:
+    """One call of a covered module: what it saw, and where its output's gradient arrives."""
+
+    layer: Layer
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    edge: GradientEdge | None  # None: the output is the prediction itself (an edge to it would keep the graph alive)
+    output_nr: int
+
+
+@dataclass(eq=False)
+class Call:
+    """What is needed to run a forward again: the damping rule compares the loss before and after a step."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: Tensor
+    device_random_state: Tensor | None
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a root (the outermost module that was entered), kept by the graph of its prediction."""
+
+    root: nn.Module
+    sites: list[Site]
+    call: Call | None
+    prediction: Tensor | None = None
+    version: int = 0
+    output_nr: int = 0
+    refusal: str = ""
+
+
+@dataclass(eq=False)
+class Replay:
+    """A forward that took part in a step: how to run it again, its loss terms, the user's gradient there."""
+
+    call: Call
+    terms: LossTerms
+    gradient: Tensor
+
+
+class _Hook:
+    """A hook that is inert in copies and pickles of the model: they are not what the optimizer watches."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    @property
+    def inert(self) -> bool:
+        """Whether there is nobody to call: a copy, or an optimizer that is gone."""
+        return self._method is None or self._method() is None
+
+    def __call__(self, *args: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+@dataclass
+class Tally:
+    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time."""
+
+    terms: Tensor | float = 0.0
+    replays: list[Replay] = field(default_factory=list)
+    passes: int = 0
+    seconds: float = 0.0
+
+
+class Capture:
+    """Hooks on a model that deliver rows to a consumer.
+
+    Args:
+        model: Every module of the tree is hooked.
+        layers: What to capture.
+        estimator: Turns prediction and gradient into cotangents.
+        deliver: Called with each layer's rows, inside the user's backward.
+
+    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        estimator: FisherEstimator,
+        deliver: Callable[[Layer, Rows], None],
+    ) -> None:
+        self.wants_rows = True
+        self.wants_terms = False
+        self.wants_replays = False
+        self.tally = Tally()
+        self._estimator = estimator
+        self._deliver = deliver
+        self._layers: dict[nn.Module, list[Layer]] = {}
+        for layer in layers:
+            for module in layer.modules:
+                self._layers.setdefault(module, []).append(layer)
+        self._depth = 0
+        self._paused = False
+        self._batched = True
+        self._sites: list[Site] = []
+        self._call: Call | None = None
+        self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            _drop_inert_hooks(module)
+            enter = module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
+            leave = module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True)
+            self._handles += [enter, leave]
+
+    def close(self) -> None:
+        """Remove every hook; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what arrived since the last step, and forwards whose backward has not come."""
+        self.tally = Tally()
+        for forward in self._alive:
+            forward.sites.clear()
+            forward.call = None
+            forward.prediction = None
+        self._alive.clear()
+        self._sites, self._call, self._depth = [], None, 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forwards and backwards are not ours."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def _idle(self) -> bool:
+        # A forward inside a backward is a recomputation (activation checkpointing), not a new forward.
+        return self._paused or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
+
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused or torch._C._current_graph_task_id() != -1:
+            return
+        if self._depth == 0:
+            self._sites, self._call = [], None
+            if self.wants_replays and not self._idle:
+                self._call = Call(module, inputs, dict(kwargs), *_random_states())
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._paused or torch._C._current_graph_task_id() != -1 or self._depth == 0:
+            return
+        self._depth -= 1
+        if self.wants_rows and output is not None and not self._idle:
+            for layer in self._layers.get(module, ()):
+                self._keep_site(layer, module, inputs, kwargs, output)
+        if self._depth == 0:
+            sites, call = self._sites, self._call
+            self._sites, self._call = [], None
+            wanted = self.wants_rows or self.wants_terms or self.wants_replays
+            if wanted and output is not None and not self._idle:  # None: the forward raised
+                self._keep_forward(Forward(module, sites, call), output)
+
+    def _keep_site(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None:
+            detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+            edge = get_gradient_edge(output)
+            self._sites.append(Site(layer, module, detached, kwargs, edge, edge.output_nr))
+
+    def _keep_forward(self, forward: Forward, output: Any) -> None:
+        try:
+            tensors = [find_prediction(output, self._estimator.prediction)]
+        except ValueError as error:
+            tensors = [t for t in tensors_of(output) if t.grad_fn is not None]
+            forward.refusal = str(error)
+        for tensor in tensors:
+            node = tensor.grad_fn
+            if node is None:
+                continue
+            if not forward.refusal:
+                forward.prediction, forward.version = tensor.detach(), tensor._version
+                forward.output_nr = tensor.output_nr
+            for site in forward.sites:
+                if site.edge is not None and site.edge.node is node:
+                    site.edge = None
+            node.metadata.setdefault("kfacopt", []).append(forward)
+            reference, capture = weakref.ref(forward), weakref.ref(self)
+            node.register_prehook(lambda gradients, r=reference, c=capture: _arrive(c(), r(), gradients))
+            self._alive.add(forward)
+
+    def arrived(self, forward: Forward, gradients: Sequence[Tensor | None]) -> None:
+        """The user's backward has reached the prediction of `forward`: run the curvature pass."""
+        if self._paused or _in_curvature_pass.get() or forward not in self._alive:
+            return
+        self._alive.discard(forward)
+        prediction, node = forward.prediction, torch._C._current_autograd_node()
+        if prediction is None:
+            if forward.sites:  # no later root used them: this was the prediction after all
+                raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
+            return
+        gradient = gradients[forward.output_nr]
+        if gradient is None:
+            return
+        if prediction._version != forward.version:
+            raise RuntimeError(
+                f"the prediction of {type(forward.root).__name__} was modified in place after the forward: "
+                f"curvature would be that of another prediction; use an out-of-place operation"
+            )
+        forward.prediction = None
+        token, started = _in_curvature_pass.set(True), time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._curvature_pass(forward, node, prediction, gradient.detach())
+        finally:
+            _in_curvature_pass.reset(token)
+            self.tally.seconds += time.perf_counter() - started
+
+    def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
+        terms = self._estimator.likelihood.terms(prediction, gradient=gradient)
+        if not bool(terms.count > 0):
+            return
+        self.tally.terms = self.tally.terms + terms.count
+        if forward.call is not None:
+            self.tally.replays.append(Replay(forward.call, terms, gradient))
+        forwards = [forward, *self._upstream(node, forward)]
+        sites = [site for one in forwards for site in one.sites]
+        edges = {s: s.edge for s in sites if s.edge is not None}
+        own = GradientEdge(node, forward.output_nr)
+        edges |= {s: GradientEdge(n, s.output_nr) for s, n in self._edges_to_own_node(node, forwards).items()}
+        used: set[Site] = set()
+        if sites:
+            self.tally.passes += 1
+            count = terms.count
+            for cotangents in self._estimator.cotangents(terms):
+                gradients = self._gradients(own, edges, cotangents)
+                for layer, reached in _by_layer(gradients).items():
+                    self._deliver(layer, rows_of_layer(layer, reached, count, self._estimator.kfac_approx))
+                    used.update(site for site, _ in reached)
+                count = torch.zeros_like(count)
+        for one in forwards:
+            one.sites[:] = [site for site in one.sites if site not in used]
+        if used:
+            for one in forwards[1:]:  # roots on the way to this prediction are no predictions themselves
+                self._alive.discard(one)
+
+    def _gradients(
+        self, root: GradientEdge, edges: Mapping[Site, GradientEdge], cotangents: Tensor
+    ) -> dict[Site, Tensor]:
+        """Cotangents `[v, *output]` of every site that the prediction depends on."""
+        same = {s: cotangents for s, e in edges.items() if e.node is root.node and e.output_nr == root.output_nr}
+        rest = {site: edge for site, edge in edges.items() if site not in same}
+        if not rest:
+            return same
+        inputs = tuple(rest.values())
+        found: list[Tensor | None] | None = None
+        if len(cotangents) > 1 and self._batched:
+            try:
+                found = list(_backward(root, inputs, cotangents, batched=True))
+            except RuntimeError:  # an operation without a batching rule: one pass a cotangent from now on
+                self._batched = False
+        if found is None:
+            passes = [_backward(root, inputs, v, batched=False) for v in cotangents]
+            found = [None if p[0] is None else torch.stack(p) for p in zip(*passes, strict=True)]
+        reached = {site: g for site, g in zip(rest, found, strict=True) if g is not None}
+        return same | reached
+
+    def _upstream(self, node: Node, forward: Forward) -> list[Forward]:
+        """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder)."""
+        others = {f for f in self._alive if f.sites}
+        if not others:
+            return []
+        found = []
+        for ancestor in _ancestors(node):
+            for kept in ancestor.metadata.get("kfacopt", ()):
+                if kept in others and kept is not forward:
+                    others.discard(kept)
+                    found.append(kept)
+            if not others:
+                break
+        return found
+
+    def _edges_to_own_node(self, node: Node, forwards: Sequence[Forward]) -> dict[Site, Node]:
+        """Nodes of the sites whose output is their root's own prediction."""
+        result = {site: node for site in forwards[0].sites if site.edge is None}
+        missing = [(f, s) for f in forwards[1:] for s in f.sites if s.edge is None]
+        if missing:
+            owners = [(a, a.metadata.get("kfacopt", ())) for a in _ancestors(node)]
+            result |= {s: a for f, s in missing for a, kept in owners if f in kept}
+        return result
+
+
+def _arrive(capture: Capture | None, forward: Forward | None, gradients: Sequence[Tensor | None]) -> None:
+    if capture is not None and forward is not None:
+        capture.arrived(forward, gradients)
+
+
+def _backward(
+    root: GradientEdge, inputs: tuple[GradientEdge, ...], cotangents: Tensor, batched: bool
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(
+        (root,), inputs, (cotangents,), retain_graph=True, allow_unused=True, is_grads_batched=batched
+    )
+
+
+def _random_states() -> tuple[Tensor, Tensor | None]:
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
+
+
+def _by_layer(gradients: Mapping[Site, Tensor]) -> dict[Layer, list[tuple[Site, Tensor]]]:
+    result: dict[Layer, list[tuple[Site, Tensor]]] = {}
+    for site, gradient in gradients.items():
+        result.setdefault(site.layer, []).append((site, gradient))
+    return result
+
+
+def _ancestors(node: Node) -> Iterator[Node]:
+    """The nodes that a node's gradient flows on to, itself not included."""
+    seen, queue = {node}, [node]
+    while queue:
+        for following, _ in queue.pop().next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+                yield following
+
+
+def _drop_inert_hooks(module: nn.Module) -> None:
+    """Remove what a copied or unpickled module kept of the hooks of the original."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = getattr(module, kind)
+        for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook) and hook.inert]:
+            del hooks[key]
+            for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
+                getattr(module, flags, {}).pop(key, None)

@@ -1,0 +1,114 @@
+"""Damping that follows the trust in the quadratic model (Levenberg-Marquardt)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kfacopt.likelihoods import Likelihood, LossTerms
+
+if TYPE_CHECKING:
+    from kfacopt.capture import Replay
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Raise the damping where the quadratic model promised too much, lower it where it kept its promise.
+
+    Every `every` steps the loss change of the step just taken is measured on the step's own batches (all micro-batches,
+    each run again with its own random state) and divided by what the quadratic model `gᵀδ + ½ δᵀ(C + damping I)δ`
+    predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by `decay ** every`; `ρ < 1/4`: divided by it
+    (Martens & Grosse 2015, section 6.5).
+
+    Args:
+        every: Steps between two adjustments; each costs a forward.
+        decay: Factor a step, below one; 19/20 in the paper.
+        smallest, largest: Bounds of the damping.
+
+    >>> rule = LevenbergMarquardt(every=5, decay=0.95)
+    >>> rule.adjusted(1.0, rho=0.9) < 1.0 < rule.adjusted(1.0, rho=0.1), rule.adjusted(1.0, rho=0.5)
+    (True, 1.0)
+    """
+
+    every: int = 5
+    decay: float = 0.95
+    smallest: float = 1e-8
+    largest: float = 1e8
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 step, got {self.every}")
+        if not 0.0 < self.decay < 1.0:
+            raise ValueError(f"decay must lie between 0 and 1, got {self.decay}")
+
+    def due(self, step: int) -> bool:
+        """Whether the damping is adjusted after step `step` (counted from 0)."""
+        return (step + 1) % self.every == 0
+
+    def adjusted(self, damping: float, rho: float) -> float:
+        """The damping that follows `damping` after a reduction ratio; a ratio that is not finite raises it."""
+        factor = self.decay**self.every
+        if rho > 0.75:
+            damping *= factor
+        elif not rho >= 0.25:
+            damping /= factor
+        return min(self.largest, max(self.smallest, damping))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The loss after a step against the loss before it, on the same batches, in units of the mean loss."""
+
+    loss_change: float
+    divergence: float
+
+
+def compare_losses(
+    likelihood: Likelihood,
+    replays: Sequence[Replay],
+    prediction_of: Callable[[object], Tensor],
+    gradient_scale: float,
+) -> Comparison:
+    """Run the forwards of a step again, at the parameters after it, and compare.
+
+    A loss that is a likelihood with natural parameters f changes by `u·(f' - f) + KL(p_f ‖ p_f')`, u the gradient at
+    the prediction: no target is needed, and the divergence of the step comes with it. Buffers (running statistics of
+    normalisation layers) and the random state are put back.
+
+    Args:
+        likelihood: Of the loss.
+        replays: The forwards; their gradients are the user's own, so they carry accumulation's 1/k.
+        prediction_of: Finds the prediction in a model's output.
+        gradient_scale: Brings the user's gradient to that of the mean loss.
+    """
+    linear, divergence, count = 0.0, 0.0, 0.0
+    for replay in replays:
+        output = _run_again(replay)
+        prediction = prediction_of(output)
+        old: LossTerms = replay.terms
+        new = old.at(prediction)
+        assert old.rows is not None
+        gradient = old.rows(replay.gradient).to(new.parameters.dtype)
+        linear += gradient_scale * float((gradient * (new.parameters - old.parameters)).sum())
+        divergence += float(likelihood.divergence(old, new))
+        count += float(old.count)
+    mean = divergence / max(count, 1.0)
+    return Comparison(linear + mean, mean)
+
+
+def _run_again(replay: Replay) -> object:
+    call = replay.call
+    buffers = [(buffer, buffer.clone()) for buffer in call.module.buffers()]
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.set_rng_state(call.random_state)
+            if call.device_random_state is not None:
+                torch.cuda.set_rng_state(call.device_random_state)
+            return call.module(*call.inputs, **call.kwargs)
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)

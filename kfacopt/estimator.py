@@ -1,0 +1,145 @@
+"""From a prediction to the cotangents whose second moment is the Fisher, with a generator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.likelihoods import FisherType, KFACType, Likelihood, LossTerms, likelihood_from
+
+
+class CurvatureOptions(TypedDict, total=False):
+    """How the curvature is estimated; every optimizer takes these as keyword arguments.
+
+    Args:
+        fisher_type: `"mc"` (default), `"type-2"` or `"empirical"` (`kfacopt.FisherType`).
+        mc_samples: Labels drawn per loss term for `"mc"`; default 1.
+        seed: Seed of the generator that draws them; default 0. The global generators are never touched.
+        kfac_approx: `"expand"` (default) or `"reduce"` for layers that share weights (`kfacopt.KFACType`).
+        separate_weight_and_bias: Weight and bias of a layer get a block each; default False: one block for both.
+        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+    """
+
+    fisher_type: FisherType | str
+    mc_samples: int
+    seed: int
+    kfac_approx: KFACType | str
+    separate_weight_and_bias: bool
+    prediction: Callable[[Any], Tensor] | None
+
+
+class FisherEstimator:
+    """The loss as a likelihood, and which Fisher is made of it.
+
+    Args:
+        loss_func: torch's `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, or a `Likelihood`.
+        options: See `CurvatureOptions`.
+
+    Raises:
+        TypeError: If the loss or an option is of no supported kind.
+        ValueError: If an option has no supported value.
+    """
+
+    def __init__(self, loss_func: nn.Module | Likelihood, **options: Any) -> None:
+        unknown = set(options) - set(CurvatureOptions.__annotations__)
+        if unknown:
+            known = ", ".join(sorted(CurvatureOptions.__annotations__))
+            raise TypeError(f"unknown curvature option {', '.join(sorted(unknown))}: there are {known}")
+        self.likelihood = likelihood_from(loss_func)
+        self.fisher_type = _member(FisherType, "fisher_type", options.get("fisher_type", FisherType.MC))
+        self.kfac_approx = _member(KFACType, "kfac_approx", options.get("kfac_approx", KFACType.EXPAND))
+        self.mc_samples = int(options.get("mc_samples", 1))
+        self.separate_weight_and_bias = bool(options.get("separate_weight_and_bias", False))
+        self.prediction: Callable[[Any], Tensor] | None = options.get("prediction")
+        if self.mc_samples < 1:
+            raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}")
+        if self.fisher_type != FisherType.MC and self.mc_samples != 1:
+            raise ValueError(
+                f"mc_samples={self.mc_samples} has no meaning with fisher_type={self.fisher_type.value!r}: "
+                f"only 'mc' draws samples"
+            )
+        self._seed = int(options.get("seed", 0))
+        self._generator: torch.Generator | None = None
+
+    def cotangents(self, terms: LossTerms) -> Iterator[Tensor]:
+        """Chunks `[v, *prediction.shape]` of cotangents of the sum over the loss terms."""
+        generator = self._generator_on(terms.parameters.device)
+        return self.likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator's state (None before it was first used)."""
+        generator = self._generator
+        return {"seed": self._seed, "generator": None if generator is None else generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over the generator's state."""
+        self._seed, self._generator = int(state["seed"]), None
+        if state["generator"] is not None:
+            self._generator_on(device).set_state(state["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        device = None if self._generator is None else str(self._generator.device)
+        return self.__dict__ | {"_generator": (device, self.state_dict())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, generator = state.pop("_generator")
+        self.__dict__.update(state)
+        self._generator = None
+        if device is not None:
+            self.load_state_dict(generator, torch.device(device))
+
+    def _generator_on(self, device: torch.device) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator(device=device).manual_seed(self._seed)
+        return self._generator
+
+
+def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The tensor of a model's output that the loss is taken of.
+
+    A tensor; `.logits` of an object or `["logits"]` of a dict; the only floating-point tensor of a tuple, list or dict
+    that a gradient can flow to; or what `select` says.
+
+    Raises:
+        TypeError: If `select` returns something else than a tensor.
+        ValueError: If there are several candidates, or none.
+    """
+    if select is not None:
+        chosen = select(output)
+        if not isinstance(chosen, Tensor):
+            raise TypeError(f"prediction= must return a tensor, got {type(chosen).__name__}")
+        return chosen
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    candidates = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"an output of type {type(output).__name__} with {len(candidates)} differentiable tensors does not say which "
+        f"is the prediction: pass prediction=lambda output: ... to the optimizer"
+    )
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a model's output, in order: of a tensor, nested tuples, lists, dicts, or an object's attributes."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in tensors_of(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in tensors_of(value)]
+    return [v for v in vars(output).values() if isinstance(v, Tensor)] if hasattr(output, "__dict__") else []
+
+
+def _member(enum: Any, name: str, value: Any) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        known = ", ".join(repr(member.value) for member in enum)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}") from None

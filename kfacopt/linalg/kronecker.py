@@ -1,0 +1,105 @@
+"""Kronecker algebra on matrices in their own shape: `(G ⊗ A) vec(W)` is `G W A`.
+
+A *factor* is a symmetric matrix `[*k d d]`, or the diagonal `[d]` of one: the input factor of a layer with one-hot
+inputs (an embedding) is diagonal, and as large as the vocabulary. A one-dimensional tensor is always a diagonal.
+An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal factor).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfacopt.linalg.symmetric import Inverse, damped_inverse, eigh
+
+
+def multiply(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """`left @ matrix @ right` for factors left `[*k o o]` and right `[*k i i]` or diagonal `[i]`; matrix `[*k o i]`.
+
+    >>> multiply(torch.eye(2), torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    """
+    if right.ndim == 1:
+        return left @ (matrix * right)
+    return left @ (matrix @ right)
+
+
+def rotate(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+    """`leftᵀ @ matrix @ right`: coordinates of `matrix` `[*k o i]` in the Kronecker eigenbasis `left ⊗ right`."""
+    return left.mT @ (matrix if right is None else matrix @ right)
+
+
+def rotate_back(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+    """`left @ matrix @ rightᵀ`: the inverse of `rotate` for orthonormal bases."""
+    return left @ (matrix if right is None else matrix @ right.mT)
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """Eigenvalues `[*k o i]` of `G ⊗ A` from those of its factors, `[*k o]` and `[*k i]`."""
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def trace(factor: Tensor) -> Tensor:
+    """Trace `[*k]` of a factor."""
+    return factor.sum(-1) if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def squared_norm(factor: Tensor) -> Tensor:
+    """Squared Frobenius norm `[*k]` of a factor."""
+    return factor.square().sum(-1) if factor.ndim == 1 else factor.square().sum((-2, -1))
+
+
+def spectrum(factor: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Eigenvalues `[*k d]`, eigenbasis `[*k d d]` (`None`: the identity) and failed attempts of a factor."""
+    if factor.ndim == 1:
+        return factor.clamp_min(0.0), None, 0
+    return eigh(factor)
+
+
+def inverse(factor: Tensor, damping: Tensor | float) -> Inverse:
+    """Damped inverse of a factor, diagonal where the factor is; `damping` is a number or `[*k]`."""
+    if factor.ndim == 1:
+        return Inverse(1.0 / (factor + damping), 0)
+    return damped_inverse(factor, damping)
+
+
+def pi_split(left: Tensor, right: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Damping of the factors G and A whose product stands for `G ⊗ A + damping I`.
+
+    `(G + √damping/π I) ⊗ (A + π √damping I)` with `π² = (tr A / dim A) / (tr G / dim G)`, the choice that balances
+    the two factors' mean eigenvalues (Martens & Grosse 2015, equation 31 and section 6.3).
+
+    Returns:
+        Damping of `left` (G) and of `right` (A), each `[*k]`.
+    """
+    pi = _pi(trace(left) / left.shape[-1], trace(right) / right.shape[-1])
+    root = damping**0.5
+    return root / pi, root * pi
+
+
+def damp_factored(values: Tensor, left: Tensor, right: Tensor, damping: float) -> Tensor:
+    """`values + √damping (π λ_G + λ_A / π) + damping`: the π-split's damping around any eigenvalues of the product.
+
+    With `values = λ_G λ_Aᵀ` these are the eigenvalues of `(G + √damping/π I) ⊗ (A + π √damping I)`.
+
+    Args:
+        values: `[*k o i]`.
+        left: λ_G, `[*k o]`.
+        right: λ_A, `[*k i]`.
+
+    >>> left, right = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])
+    >>> damp_factored(outer(left, right), left, right, 1.0)
+    tensor([[ 6.,  6.],
+            [12., 12.]])
+    """
+    pi = _pi(left.mean(-1), right.mean(-1)).unsqueeze(-1)
+    root = damping**0.5
+    return values + ((root * pi) * left + damping).unsqueeze(-1) + ((root / pi) * right).unsqueeze(-2)
+
+
+def _pi(mean_left: Tensor, mean_right: Tensor) -> Tensor:
+    """Root of the ratio of the factors' mean eigenvalues, one where a factor is zero (a dead layer has no scale)."""
+    tiny = torch.finfo(mean_left.dtype).tiny ** 0.5
+    dead = (mean_left <= tiny) | (mean_right <= tiny)
+    ratio = (mean_right / mean_left.clamp_min(tiny)).sqrt()
+    return torch.where(dead, torch.ones_like(ratio), ratio).clamp(1e-6, 1e6)

@@ -1,0 +1,137 @@
+"""Eigendecomposition and damped inverse of symmetric positive semi-definite matrices that do not give up.
+
+A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and
+then. Every function here retries in float64 and with a growing multiple of the identity, says how often it had to,
+and only raises `torch.linalg.LinAlgError` where the input itself is not finite.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Multiples of the mean diagonal entry that are added to the diagonal on successive float64 attempts.
+_JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
+
+
+class Eigendecomposition(NamedTuple):
+    """`matrix = vectors @ diag(values) @ vectors.mT`; `retries` attempts failed before this one."""
+
+    values: Tensor
+    vectors: Tensor
+    retries: int
+
+
+class Inverse(NamedTuple):
+    """`value = (matrix + damping I)^-1`; `retries` attempts failed before this one."""
+
+    value: Tensor
+    retries: int
+
+
+def eigh(matrix: Tensor) -> Eigendecomposition:
+    """Eigendecompose symmetric positive semi-definite matrices, whatever LAPACK says at first.
+
+    Args:
+        matrix: Symmetric, `[*k d d]`.
+
+    Returns:
+        Eigenvalues `[*k d]` in ascending order, clamped at zero; orthonormal eigenvectors `[*k d d]` in columns.
+
+    Raises:
+        torch.linalg.LinAlgError: If the matrix has an entry that is not finite.
+
+    >>> values, vectors, retries = eigh(torch.diag(torch.tensor([3.0, 1.0])))
+    >>> values.tolist(), retries
+    ([1.0, 3.0], 0)
+    """
+    retries = 0
+    try:
+        return _finite_eigh(matrix, retries)
+    except torch.linalg.LinAlgError:
+        _require_finite(matrix, "eigendecompose")
+    precise = matrix.double()
+    for jitter in _JITTERS:
+        retries += 1
+        try:
+            result = _finite_eigh(_add_to_diagonal(precise, jitter * _mean_diagonal(precise)), retries)
+        except torch.linalg.LinAlgError:
+            continue
+        return Eigendecomposition(result.values.to(matrix.dtype), result.vectors.to(matrix.dtype), retries)
+    # A finite symmetric matrix always has a singular value decomposition by the slower Jacobi-free driver.
+    vectors, values, _ = torch.linalg.svd(precise)
+    order = values.argsort(dim=-1)
+    vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+    return Eigendecomposition(values.gather(-1, order).to(matrix.dtype), vectors.to(matrix.dtype), retries + 1)
+
+
+def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
+    """Invert `matrix + damping I` by Cholesky, and by eigendecomposition where that fails.
+
+    Args:
+        matrix: Symmetric positive semi-definite, `[*k d d]`.
+        damping: A number, or one number for each of the `*k` matrices (shape `[*k]`).
+
+    Raises:
+        torch.linalg.LinAlgError: If the matrix has an entry that is not finite.
+
+    >>> damped_inverse(torch.tensor([[3.0]]), 1.0).value.item()
+    0.25
+    """
+    for retries, candidate in enumerate((matrix, matrix.double())):
+        factor, info = torch.linalg.cholesky_ex(_add_to_diagonal(candidate, damping))
+        if not bool(info.any()):
+            inverse = torch.cholesky_inverse(factor)
+            if bool(inverse.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
+                return Inverse(inverse.to(matrix.dtype), retries)
+    values, vectors, more = eigh(matrix)
+    shifted = values + _column(damping, values)
+    smallest = torch.finfo(values.dtype).eps * shifted.amax(-1, keepdim=True).clamp_min(1e-30)
+    return Inverse((vectors / shifted.clamp_min(smallest).unsqueeze(-2)) @ vectors.mT, 2 + more)
+
+
+def refine_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Bring an eigenbasis nearer to that of a matrix that moved a little: one step of orthogonal iteration by QR.
+
+    One warm-started power step, as SOAP uses between eigendecompositions (Vyas et al. 2024, algorithm 4).
+
+    Args:
+        matrix: Symmetric, `[*k d d]`.
+        vectors: Orthonormal columns `[*k d d]`, the basis of an earlier state of `matrix`.
+
+    >>> refine_basis(torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)).abs().tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    # Dominant directions first: QR keeps the order of the columns, and the first columns converge fastest.
+    refined, _ = torch.linalg.qr(matrix @ vectors.flip(-1))
+    return refined.flip(-1)
+
+
+def _finite_eigh(matrix: Tensor, retries: int) -> Eigendecomposition:
+    values, vectors = torch.linalg.eigh(matrix)
+    if not bool((values.sum() + vectors.sum()).isfinite()):  # MKL returns NaN now and then instead of failing
+        raise torch.linalg.LinAlgError("the eigendecomposition is not finite")
+    return Eigendecomposition(values.clamp_min(0.0), vectors, retries)
+
+
+def _require_finite(matrix: Tensor, verb: str) -> None:
+    if not bool(matrix.isfinite().all()):
+        raise torch.linalg.LinAlgError(
+            f"cannot {verb} a matrix of shape {tuple(matrix.shape)} that has entries which are not finite"
+        )
+
+
+def _mean_diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _column(damping: Tensor | float, like: Tensor) -> Tensor | float:
+    return damping.to(like.dtype).unsqueeze(-1) if isinstance(damping, Tensor) else damping
+
+
+def _add_to_diagonal(matrix: Tensor, damping: Tensor | float) -> Tensor:
+    result = matrix.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(_column(damping, matrix))
+    return result

@@ -1,0 +1,5 @@
+"""The optimizers: one file each, on the step in `base`."""
+
+from kfacopt.optim.base import SecondOrderOptimizer as SecondOrderOptimizer
+from kfacopt.optim.ekfac import EKFAC as EKFAC
+from kfacopt.optim.kfac import KFAC as KFAC

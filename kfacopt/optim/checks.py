@@ -1,0 +1,68 @@
+"""What no optimizer here can train, refused by name before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be captured.
+
+    Raises:
+        TypeError: If it is no module, has complex or sparse parameters, or parameters that are not yet initialised.
+        ValueError: If its parameters are on several devices.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the first argument must be the model (an nn.Module), got {type(model).__name__}: curvature needs the "
+            f"modules, not only the parameters; param groups go into params="
+        )
+    devices: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TypeError(f"the parameter {name!r} is not initialised yet: run one forward before the optimizer is made")
+        if parameter.is_complex():
+            raise TypeError(f"the parameter {name!r} is complex ({parameter.dtype}): complex parameters are not supported")
+        if parameter.layout != torch.strided:
+            raise TypeError(f"the parameter {name!r} is sparse ({parameter.layout}): only dense parameters are supported")
+        devices.setdefault(str(parameter.device), name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"the model is on several devices ({places}): put it on one, or shard it with DDP")
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "lr": (0.0, math.inf),
+    "damping": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "ema_decay": (0.0, 1.0),
+    "adamw_lr": (0.0, math.inf),
+}
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters out of range.
+
+    Raises:
+        TypeError: If one is not a number, or `curvature` not a bool.
+        ValueError: If one is out of its range.
+    """
+    for name, (low, high) in _BOUNDS.items():
+        try:
+            value = float(group[name])
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be one number, got {group[name]!r}") from None
+        inside = low <= value and (value < high if name in ("momentum", "ema_decay") else value <= high)
+        if not inside or math.isinf(value):
+            raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
+    if not float(group["kl_clip"]) > 0.0:
+        raise ValueError(f"kl_clip must be positive, or None for no bound, got {group['kl_clip']}")
+    if not isinstance(group["curvature"], bool):
+        raise TypeError(f"a param group's 'curvature' must be True or False, got {group['curvature']!r}")

@@ -1,0 +1,156 @@
+"""Which parameters get curvature, which train by AdamW, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.layer import Layer
+from kfacopt.layers import handler_for
+
+Place = tuple[str, nn.Module, str]
+"""Where a parameter is held: module path, module, the parameter's name in it."""
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one module's parameters are treated."""
+
+    module: str
+    parameters: tuple[str, ...]
+    treatment: str
+    why: str
+
+
+class Coverage:
+    """A table of all parameters of a model: `str()` shows it, `rows` holds it."""
+
+    def __init__(self, rows: Sequence[CoverageRow]) -> None:
+        self.rows = tuple(rows)
+
+    def __str__(self) -> str:
+        head = ("module", "parameters", "treatment", "why")
+        body = [(r.module or "(root)", ", ".join(r.parameters), r.treatment, r.why) for r in self.rows]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(3)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in [head, *body]]
+        lines.insert(1, "  ".join([*("-" * width for width in widths), "---"]))
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def find_layers(
+    model: nn.Module, wanted: Collection[nn.Parameter], excluded: Collection[nn.Parameter], separate: bool
+) -> tuple[list[Layer], list[CoverageRow]]:
+    """Group a model's parameters into layers, and say of the rest why they are in none.
+
+    Args:
+        model: The model.
+        wanted: The parameters that are to get curvature if they can.
+        excluded: Those that the user's param groups exclude from curvature.
+        separate: Give weight and bias a layer each.
+
+    Returns:
+        The layers, and a row for every group of parameters that is in none of them.
+    """
+    wanted_ids, excluded_ids = {id(p) for p in wanted}, {id(p) for p in excluded}
+    places = _places(model)
+    layers: list[Layer] = []
+    rest: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[object, ...], list[Place]] = {}
+    parameters = {id(p): p for p in model.parameters()}
+    for key, held in places.items():
+        treatment, why = _reason_against(key, parameters[key], held, wanted_ids, excluded_ids)
+        if why:
+            rest.setdefault((held[0][0], treatment, why), []).append(held[0][2])
+            continue
+        # Parameters held by the same modules make one layer, unless weight and bias are to be separate.
+        owners = tuple(id(module) for _, module, _ in held)
+        groups.setdefault((owners, held[0][2]) if separate else (owners,), []).append(held[0])
+    modules = {id(module): module for module in model.modules()}
+    for group, members in groups.items():
+        owners = group[0]
+        assert isinstance(owners, tuple)
+        layers.append(_layer([modules[o] for o in owners], members))
+    rows = [CoverageRow(m, tuple(names), treatment, why) for (m, treatment, why), names in rest.items()]
+    return layers, rows
+
+
+def covered_rows(layers: Iterable[Layer], treatments: Iterable[str]) -> list[CoverageRow]:
+    """Rows of the table for the layers that do get curvature."""
+    rows = []
+    for layer, treatment in zip(layers, treatments, strict=True):
+        why = f"{type(layer.handler).__name__} on {type(layer.modules[0]).__name__}"
+        if len(layer.modules) > 1:
+            why += f", shared by {len(layer.modules)} modules"
+        rows.append(CoverageRow(layer.name, layer.roles, treatment, why))
+    return rows
+
+
+def _places(model: nn.Module) -> dict[int, list[Place]]:
+    result: dict[int, list[Place]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                result.setdefault(id(parameter), []).append((path, module, name))
+    return result
+
+
+def _reason_against(
+    key: int, parameter: nn.Parameter, held: list[Place], wanted: set[int], excluded: set[int]
+) -> tuple[str, str]:
+    """Treatment and reason of a parameter that gets no curvature; empty if it does."""
+    path, module, _ = held[0]
+    if key not in wanted and key not in excluded:
+        return "not optimized", "in no param group"
+    if not parameter.requires_grad:
+        return "frozen", "requires_grad is False"
+    if key in excluded:
+        return "AdamW", "its param group has 'curvature': False"
+    handler = handler_for(module)
+    if handler is None:
+        return "AdamW", f"no handler for {type(module).__name__}"
+    refusal = next((r for r in (_refusal(m, n) for _, m, n in held) if r), None)
+    if refusal:
+        return "AdamW", refusal
+    if len(held) > 1:
+        others = ", ".join(f"{p}.{n}" for p, _, n in held[1:])
+        same = all(_alike(handler, held[0], place) for place in held[1:])
+        if not same:
+            return "AdamW", f"tied to {others}, a layer of another kind or shape"
+    return "", ""
+
+
+def _refusal(module: nn.Module, name: str) -> str | None:
+    handler = handler_for(module)
+    if handler is None:
+        return f"no handler for {type(module).__name__}"
+    refusal = handler.refusal(module)
+    if refusal is None and name not in handler.roles(module):
+        return f"{type(handler).__name__} does not treat {name!r}"
+    return refusal
+
+
+def _alike(handler: LayerHandler, first: Place, other: Place) -> bool:
+    # Rows of several modules can only be joined if they mean the same parameter in the same way.
+    return (
+        handler_for(other[1]) is handler
+        and other[2] == first[2]
+        and type(other[1]) is type(first[1])
+        and other[1].extra_repr() == first[1].extra_repr()
+    )
+
+
+def _layer(modules: list[nn.Module], members: list[Place]) -> Layer:
+    path, module, first = members[0]
+    handler = handler_for(module)
+    assert handler is not None
+    covered = {name: module._parameters[name] for _, _, name in members}
+    roles = [role for role in handler.roles(module) if role in covered]
+    whole = set(roles) == set(handler.roles(module))
+    name = path if whole else ".".join(filter(None, [path, "+".join(roles)]))
+    parameters = {role: p for role in roles if (p := covered[role]) is not None}
+    return Layer(name, tuple(dict.fromkeys(modules)), handler, parameters)

@@ -1,0 +1,68 @@
+"""KFAC as a torch optimizer."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from kfacopt.backends.kfac import KFACBackend
+from kfacopt.damping import LevenbergMarquardt
+from kfacopt.estimator import CurvatureOptions
+from kfacopt.likelihoods import Likelihood
+from kfacopt.optim.base import Params, SecondOrderOptimizer
+from kfacopt.schedules import Interval
+
+
+class KFAC(SecondOrderOptimizer):
+    """K-FAC (Martens & Grosse 2015): the cheapest second-order step here, about two SGD steps.
+
+    Args:
+        factor_every: Steps between two updates of the Kronecker factors: an int, a callable of the step, or a schedule
+            of `kfacopt.schedules`.
+        refresh_every: Steps between two inversions, likewise; the layers' inversions are spread over the interval.
+
+    All other arguments are those of `SecondOrderOptimizer`. Options of the backend itself go through it:
+    `SecondOrderOptimizer(model, loss_func, KFACBackend(..., stagger=False))`, or `ExactKFACBackend` for damping that is
+    added to the eigenvalues.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = KFAC(model, torch.nn.MSELoss(), lr=0.1)
+    >>> torch.nn.functional.mse_loss(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: nn.Module | Likelihood,
+        params: Params | None = None,
+        *,
+        lr: float | Tensor = 0.1,
+        damping: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.95,
+        kl_clip: float | None = 1e-2,
+        factor_every: Interval = 10,
+        refresh_every: Interval = 100,
+        adamw_lr: float = 1e-3,
+        damping_rule: LevenbergMarquardt | None = None,
+        **curvature: Unpack[CurvatureOptions],
+    ) -> None:
+        super().__init__(
+            model,
+            loss_func,
+            KFACBackend(factor_every, refresh_every),
+            params,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            ema_decay=ema_decay,
+            kl_clip=kl_clip,
+            adamw_lr=adamw_lr,
+            damping_rule=damping_rule,
+            **curvature,
+        )

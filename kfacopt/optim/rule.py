@@ -1,0 +1,95 @@
+"""The arithmetic of a step, as functions of lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Sum of the inner products of pairs of tensors, a tensor without axes.
+
+    >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])]).item()
+    3.0
+    """
+    products = [torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype)) for a, b in zip(left, right, strict=True)]
+    return torch.stack([p.to(torch.promote_types(p.dtype, torch.float32)) for p in products]).sum()
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry of every tensor is finite; one synchronisation with the device.
+
+    >>> all_finite([torch.tensor([1.0, float("nan")])])
+    False
+    """
+    if not tensors:
+        return True
+    # A sum of absolute values is finite exactly if every entry is (barring overflow, which is as bad).
+    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum().isfinite())
+
+
+def kl_scale(squared_length: float, kl_clip: float) -> float:
+    """Factor that keeps a step of squared length `lr² uᵀ g` within `kl_clip`.
+
+    `min(1, sqrt(kl_clip / squared_length))`: `½ squared_length` is the step's Kullback-Leibler divergence under the
+    damped quadratic model (Ba et al. 2017, section 5; Osawa et al. 2019).
+
+    >>> kl_scale(4.0, kl_clip=1.0), kl_scale(0.5, kl_clip=1.0)
+    (0.5, 1.0)
+    """
+    if squared_length <= kl_clip or squared_length <= 0.0:
+        return 1.0
+    return float((kl_clip / squared_length) ** 0.5)
+
+
+def momentum_step(
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    scale: float,
+) -> None:
+    """Heavy-ball momentum and decoupled weight decay, in place.
+
+    `buffer ← momentum · buffer + scale · update`, `parameter ← (1 - lr · weight_decay) parameter - lr · buffer`.
+    """
+    rate = float(lr)
+    if weight_decay != 0.0:
+        torch._foreach_mul_(list(parameters), 1.0 - rate * weight_decay)
+    torch._foreach_mul_(list(buffers), momentum)
+    torch._foreach_add_(list(buffers), list(updates), alpha=scale)
+    torch._foreach_add_(list(parameters), list(buffers), alpha=-rate)
+
+
+def adamw_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """torch's own AdamW on parameters that get no curvature; `states` hold exp_avg, exp_avg_sq and step."""
+    adamw(
+        list(parameters),
+        list(gradients),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )

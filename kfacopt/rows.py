@@ -1,0 +1,76 @@
+"""One layer's sites, however many calls it took, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import KFACType
+
+if TYPE_CHECKING:
+    from kfacopt.capture import Site
+
+
+def rows_of_layer(
+    layer: Layer, reached: Sequence[tuple[Site, Tensor]], terms: Tensor, kfac_approx: KFACType
+) -> Rows:
+    """Rows of a layer from the cotangents that arrived at its calls.
+
+    A layer that was called several times in one forward shares its weights over the calls: they are more places `s`.
+
+    Args:
+        layer: The layer.
+        reached: Its calls and the cotangents `[v, *output]` at each.
+        terms: What to divide sums over the rows by for the mean loss.
+        kfac_approx: Expand, or reduce.
+
+    Raises:
+        ValueError: If the calls had different numbers of data.
+    """
+    handler, inputs, gradients = layer.handler, [], []
+    for site, cotangents in reached:
+        a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
+        inputs.append(_statistic(a) if isinstance(a, Tensor) else a)
+        gradients.append(_statistic(handler.gradient_rows(site.module, cotangents, kfac_approx)))
+    if len(reached) == 1:
+        return _same_dtype(inputs[0], gradients[0], terms)
+    _require_same_data(layer, gradients)
+    place = -2 if handler.structure == "outer" else -3
+    merged = _join(inputs, place)
+    joint = torch.cat(gradients, dim=-2)
+    if kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor):
+        merged, joint = merged.mean(place, keepdim=True), joint.sum(-2, keepdim=True)
+    return _same_dtype(merged, joint, terms)
+
+
+def _statistic(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _same_dtype(inputs: Tensor | OneHot, gradients: Tensor, terms: Tensor) -> Rows:
+    if isinstance(inputs, Tensor) and inputs.dtype != gradients.dtype:
+        dtype = torch.promote_types(inputs.dtype, gradients.dtype)
+        inputs, gradients = inputs.to(dtype), gradients.to(dtype)
+    return Rows(inputs, gradients, terms.to(gradients.dtype))
+
+
+def _join(inputs: Sequence[Tensor | OneHot], place: int) -> Tensor | OneHot:
+    if all(isinstance(a, Tensor) for a in inputs):
+        return torch.cat([a for a in inputs if isinstance(a, Tensor)], dim=place)
+    hot = [a for a in inputs if isinstance(a, OneHot)]
+    masks = [torch.ones_like(a.indices, dtype=torch.bool) if a.mask is None else a.mask for a in hot]
+    return OneHot(torch.cat([a.indices for a in hot], dim=-1), hot[0].size, torch.cat(masks, dim=-1))
+
+
+def _require_same_data(layer: Layer, gradients: Sequence[Tensor]) -> None:
+    data = [g.shape[-3] for g in gradients]
+    if len(set(data)) > 1:
+        raise ValueError(
+            f"the module {layer.name!r} was called {len(data)} times in one forward with {data} data: which of them "
+            f"belong together is not known. Exclude it from curvature with a param group that has 'curvature': False"
+        )

@@ -1,0 +1,197 @@
+"""When statistics and caches are due: intervals, and how refreshes spread over the steps between.
+
+An interval is a number of steps, a callable `step -> number of steps`, or an object of this file (also a callable).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Interval = int | Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same interval for ever.
+
+    >>> Constant(10)(123)
+    10
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        _require_positive("every", self.every)
+
+    def __call__(self, step: int) -> int:
+        return self.every
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Short intervals early, when curvature changes fast; geometric growth over a burn-in; then constant.
+
+    Args:
+        start: Interval at step 0.
+        end: Interval from step `burn_in` on.
+        burn_in: Steps over which the interval grows.
+
+    >>> [Growing(1, 100, burn_in=200)(step) for step in (0, 100, 200, 5000)]
+    [1, 10, 100, 100]
+    """
+
+    start: int
+    end: int
+    burn_in: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "burn_in"):
+            _require_positive(name, getattr(self, name))
+
+    def __call__(self, step: int) -> int:
+        progress = min(1.0, step / self.burn_in)
+        return max(1, round(self.start * (self.end / self.start) ** progress))
+
+
+class MaxOverhead:
+    """The shortest interval that keeps curvature within a share of the time of a step; it measures both.
+
+    One object may serve as `factor_every` and as `refresh_every`: then the share is split evenly between them. The
+    choice follows the clock, so two runs differ, and a resumed run need not repeat the uninterrupted one bit for bit.
+
+    Args:
+        max_overhead: Time of updates and refreshes over the time of the rest of the step, for instance 0.2.
+        longest: The longest interval it will choose.
+
+    >>> schedule = MaxOverhead(0.2)
+    >>> schedule.observe("refresh", seconds=0.5, step_seconds=0.05)
+    >>> schedule.interval("refresh")
+    50
+    """
+
+    def __init__(self, max_overhead: float = 0.2, longest: int = 10_000) -> None:
+        if not max_overhead > 0.0:
+            raise ValueError(f"max_overhead must be positive, got {max_overhead}: it is a share of the time of a step")
+        self.max_overhead = max_overhead
+        self.longest = longest
+        self._seconds: dict[str, float] = {}
+        self._step_seconds = 0.0
+
+    def observe(self, kind: str, seconds: float, step_seconds: float) -> None:
+        """Take in what one whole update or refresh of kind `kind` cost and what a step costs without it."""
+        old = self._seconds.get(kind)
+        self._seconds[kind] = seconds if old is None else 0.7 * old + 0.3 * seconds
+        known = self._step_seconds
+        self._step_seconds = step_seconds if known == 0.0 else 0.9 * known + 0.1 * step_seconds
+
+    def interval(self, kind: str) -> int:
+        """The interval for one kind of work; 1 until something has been observed."""
+        if kind not in self._seconds or self._step_seconds <= 0.0:
+            return 1
+        share = self.max_overhead / len(self._seconds)
+        return min(self.longest, max(1, math.ceil(self._seconds[kind] / (share * self._step_seconds))))
+
+    def __call__(self, step: int) -> int:
+        return max((self.interval(kind) for kind in self._seconds), default=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"seconds": dict(self._seconds), "step_seconds": self._step_seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what was measured."""
+        self._seconds, self._step_seconds = dict(state["seconds"]), float(state["step_seconds"])
+
+
+def as_interval(name: str, interval: Interval) -> Callable[[int], int]:
+    """Make a callable of an interval; `name` is the argument's name in errors.
+
+    Raises:
+        ValueError: If an int is not positive.
+        TypeError: If it is neither an int nor a callable.
+    """
+    if isinstance(interval, bool) or not (isinstance(interval, int) or callable(interval)):
+        raise TypeError(
+            f"{name} must be a number of steps, a callable step -> number of steps or a schedule of "
+            f"kfacopt.schedules, got {interval!r}"
+        )
+    if isinstance(interval, int):
+        _require_positive(name, interval)
+        return Constant(interval)
+    return interval
+
+
+class Timetable:
+    """Which of several parts are due at a step, each part every `interval(step)` steps.
+
+    The first time everything is due at once (there is nothing to work with before); after that the parts are
+    *staggered*: each waits its own fraction of the first interval, so that no step bears all of them.
+
+    Args:
+        interval: `step -> number of steps`.
+        stagger: Spread the parts over the interval; otherwise all are due together.
+
+    >>> timetable = Timetable(Constant(4), stagger=True)
+    >>> for step in range(9):
+    ...     due = timetable.due(step, ["a", "b"])
+    ...     timetable.done(step, due)
+    ...     if due: print(step, due)
+    0 ['a', 'b']
+    2 ['a']
+    4 ['b']
+    6 ['a']
+    8 ['b']
+    """
+
+    def __init__(self, interval: Callable[[int], int], stagger: bool) -> None:
+        self._interval = interval
+        self._stagger = stagger
+        self._last: dict[str, int] = {}
+        self._waits: dict[str, float] = {}
+
+    def due(self, step: int, parts: list[str]) -> list[str]:
+        """Those of `parts` that are due at `step`; a part never done is due."""
+        every = self._interval_at(step)
+        return [p for p in parts if p not in self._last or step - self._last[p] >= self._wait(p, every)]
+
+    def done(self, step: int, parts: list[str]) -> None:
+        """Note that `parts` were done at `step`."""
+        fresh = [part for part in parts if part not in self._last]
+        for part in parts:
+            self._waits.pop(part, None)
+            self._last[part] = step
+        if self._stagger and len(fresh) > 1:
+            self._waits |= {part: (index + 1) / len(fresh) for index, part in enumerate(fresh)}
+
+    def done_at(self, step: int) -> list[str]:
+        """The parts that were last done at `step`."""
+        return [part for part, last in self._last.items() if last == step]
+
+    def staleness(self, step: int) -> int:
+        """Steps since the part that has waited longest was done."""
+        return step - min(self._last.values()) if self._last else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python: when each part was last done and what it waits for."""
+        return {"last": dict(self._last), "waits": dict(self._waits)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+        self._last, self._waits = dict(state["last"]), dict(state["waits"])
+
+    def _wait(self, part: str, every: int) -> int:
+        return max(1, round(every * self._waits.get(part, 1.0)))
+
+    def _interval_at(self, step: int) -> int:
+        every = self._interval(step)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"the schedule {self._interval!r} returned {every!r} at step {step}, not a positive int")
+        return every
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}")
