@@ -3,7 +3,8 @@
 A forward hook on every module keeps, on steps where rows are wanted, each covered layer's input and its output's
 gradient edge. When the user's own backward reaches the prediction, the graph below is still whole: there the
 likelihood turns prediction and gradient into cotangents, and one nested `torch.autograd.grad` brings them to the
-layers' outputs. No parameter gradient is computed and none is touched.
+layers' outputs. No parameter gradient is computed and none is touched; hooks that the user put on tensors in between do
+see the nested pass as well.
 
 Ownership: what a forward kept hangs on the prediction's graph node, so that it lives exactly as long as the graph; a
 forward without a backward (a validation that forgot `no_grad`) leaves nothing behind.
@@ -11,72 +12,29 @@ forward without a backward (a validation that forgot `no_grad`) leaves nothing b
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from kfacopt.estimator import FisherEstimator, find_prediction, tensors_of
+from kfacopt.forwards import Call, Forward, Replay, Site, Tally
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import LossTerms
+from kfacopt.likelihoods import Gaussian
 from kfacopt.rows import rows_of_layer
 
 # Set while any curvature pass runs: the pass must not trigger another, not even that of a second optimizer.
 _in_curvature_pass: ContextVar[bool] = ContextVar("kfacopt_curvature_pass", default=False)
-
-
-@dataclass(eq=False)
-class Site:
-    """One call of a covered module: what it saw, and where its output's gradient arrives."""
-
-    layer: Layer
-    module: nn.Module
-    inputs: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    edge: GradientEdge | None  # None: the output is the prediction itself (an edge to it would keep the graph alive)
-    output_nr: int
-
-
-@dataclass(eq=False)
-class Call:
-    """What is needed to run a forward again: the damping rule compares the loss before and after a step."""
-
-    module: nn.Module
-    inputs: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    random_state: Tensor
-    device_random_state: Tensor | None
-
-
-@dataclass(eq=False)
-class Forward:
-    """One call of a root (the outermost module that was entered), kept by the graph of its prediction."""
-
-    root: nn.Module
-    sites: list[Site]
-    call: Call | None
-    prediction: Tensor | None = None
-    version: int = 0
-    output_nr: int = 0
-    refusal: str = ""
-
-
-@dataclass(eq=False)
-class Replay:
-    """A forward that took part in a step: how to run it again, its loss terms, the user's gradient there."""
-
-    call: Call
-    terms: LossTerms
-    gradient: Tensor
 
 
 class _Hook:
@@ -102,16 +60,6 @@ class _Hook:
         return _Hook, ()
 
 
-@dataclass
-class Tally:
-    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time."""
-
-    terms: Tensor | float = 0.0
-    replays: list[Replay] = field(default_factory=list)
-    passes: int = 0
-    seconds: float = 0.0
-
-
 class Capture:
     """Hooks on a model that deliver rows to a consumer.
 
@@ -120,6 +68,7 @@ class Capture:
         layers: What to capture.
         estimator: Turns prediction and gradient into cotangents.
         deliver: Called with each layer's rows, inside the user's backward.
+        discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
 
     `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step.
     """
@@ -130,21 +79,25 @@ class Capture:
         layers: Sequence[Layer],
         estimator: FisherEstimator,
         deliver: Callable[[Layer, Rows], None],
+        discard: Callable[[], None],
     ) -> None:
         self.wants_rows = True
         self.wants_terms = False
         self.wants_replays = False
         self.tally = Tally()
         self._estimator = estimator
-        self._deliver = deliver
+        self._deliver, self._discard = deliver, discard
         self._layers: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             for module in layer.modules:
                 self._layers.setdefault(module, []).append(layer)
         self._depth = 0
+        self._root: nn.Module | None = None
         self._paused = False
         self._batched = True
         self._sites: list[Site] = []
+        self._numbers = itertools.count()
+        self._outputs: list[weakref.ref[Tensor]] = []
         self._call: Call | None = None
         self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
@@ -163,13 +116,17 @@ class Capture:
 
     def reset(self) -> None:
         """Forget what arrived since the last step, and forwards whose backward has not come."""
-        self.tally = Tally()
+        self.reset_tally()
         for forward in self._alive:
             forward.sites.clear()
             forward.call = None
             forward.prediction = None
         self._alive.clear()
-        self._sites, self._call, self._depth = [], None, 0
+        self._sites, self._call, self._depth, self._root = [], None, 0, None
+
+    def reset_tally(self) -> None:
+        """Forget what arrived since the last step."""
+        self.tally = Tally()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -188,10 +145,12 @@ class Capture:
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or torch._C._current_graph_task_id() != -1:
             return
+        if module is self._root:  # a forward that was interrupted (KeyboardInterrupt) never left
+            self._depth = 0
         if self._depth == 0:
-            self._sites, self._call = [], None
+            self._root, self._sites, self._call, self._outputs = module, [], None, []
             if self.wants_replays and not self._idle:
-                self._call = Call(module, inputs, dict(kwargs), *_random_states())
+                self._call = Call(module, inputs, dict(kwargs), *_random_states(), _autocast_dtype())
         self._depth += 1
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -199,40 +158,60 @@ class Capture:
             return
         self._depth -= 1
         if self.wants_rows and output is not None and not self._idle:
+            if isinstance(output, Tensor):
+                self._outputs.append(weakref.ref(output))
             for layer in self._layers.get(module, ()):
                 self._keep_site(layer, module, inputs, kwargs, output)
         if self._depth == 0:
-            sites, call = self._sites, self._call
+            sites, call, self._root = self._sites, self._call, None
             self._sites, self._call = [], None
             wanted = self.wants_rows or self.wants_terms or self.wants_replays
             if wanted and output is not None and not self._idle:  # None: the forward raised
-                self._keep_forward(Forward(module, sites, call), output)
+                self._keep_forward(module, sites, call, output)
 
     def _keep_site(
-        self, layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        layer: Layer,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         if isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None:
             detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-            edge = get_gradient_edge(output)
-            self._sites.append(Site(layer, module, detached, kwargs, edge, edge.output_nr))
+            self._sites.append(
+                Site(
+                    next(self._numbers),
+                    layer,
+                    module,
+                    detached,
+                    kwargs,
+                    output.grad_fn,
+                    output.output_nr,
+                )
+            )
 
-    def _keep_forward(self, forward: Forward, output: Any) -> None:
+    def _keep_forward(self, root: nn.Module, sites: list[Site], call: Call | None, output: Any) -> None:
+        if not sites and next(root.parameters(), None) is None:
+            return  # a loss or metric module held by the model is no root
+        refusal = ""
         try:
             tensors = [find_prediction(output, self._estimator.prediction)]
         except ValueError as error:
-            tensors = [t for t in tensors_of(output) if t.grad_fn is not None]
-            forward.refusal = str(error)
+            tensors, refusal = tensors_of(output), str(error)
         for tensor in tensors:
             node = tensor.grad_fn
             if node is None:
                 continue
-            if not forward.refusal:
+            # Only what leads to the prediction may hang on its node: an edge to a later node would be a cycle.
+            before = set(_ancestors(node)) if sites else set()
+            led = [s for s in sites if s.node in before]
+            own = [replace(s, node=None) for s in sites if s.node is node]
+            forward = Forward(root, led + own, call, refusal=refusal)
+            if not refusal:
                 forward.prediction, forward.version = tensor.detach(), tensor._version
                 forward.output_nr = tensor.output_nr
-            for site in forward.sites:
-                if site.edge is not None and site.edge.node is node:
-                    site.edge = None
-            node.metadata.setdefault("kfacopt", []).append(forward)
+            _metadata(node).setdefault("kfacopt", []).append(forward)
             reference, capture = weakref.ref(forward), weakref.ref(self)
             node.register_prehook(lambda gradients, r=reference, c=capture: _arrive(c(), r(), gradients))
             self._alive.add(forward)
@@ -258,39 +237,56 @@ class Capture:
         forward.prediction = None
         token, started = _in_curvature_pass.set(True), time.perf_counter()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
                 self._curvature_pass(forward, node, prediction, gradient.detach())
+        except BaseException:
+            self._discard()
+            self.reset_tally()
+            raise
         finally:
             _in_curvature_pass.reset(token)
             self.tally.seconds += time.perf_counter() - started
 
+    @contextmanager
+    def _kept_gradients(self) -> Iterator[None]:
+        """Outputs on which the user called `retain_grad` keep the gradient of the user's backward alone."""
+        outputs = [tensor for tensor in (reference() for reference in self._outputs) if tensor is not None]
+        kept = [(tensor, tensor.grad) for tensor in outputs if tensor.retains_grad]
+        try:
+            for tensor, _ in kept:
+                tensor.grad = None
+            yield
+        finally:
+            for tensor, gradient in kept:
+                tensor.grad = gradient
+
     def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
         terms = self._estimator.likelihood.terms(prediction, gradient=gradient)
+        forwards = [forward, *self._upstream(node)]
+        self.tally.passes += 1
         if not bool(terms.count > 0):
             return
         self.tally.terms = self.tally.terms + terms.count
         if forward.call is not None:
             self.tally.replays.append(Replay(forward.call, terms, gradient))
-        forwards = [forward, *self._upstream(node, forward)]
-        sites = [site for one in forwards for site in one.sites]
-        edges = {s: s.edge for s in sites if s.edge is not None}
+            scaled = forward.call.autocast_dtype is torch.float16 and isinstance(self._estimator.likelihood, Gaussian)
+            self.tally.replayable &= len(forwards) == 1 and not scaled
+        # The tensors of an ambiguous output may each have kept the same call.
+        sites = list({site.number: site for one in forwards for site in one.sites}.values())
+        edges = {s: GradientEdge(s.node, s.output_nr) for s in sites if s.node is not None}
         own = GradientEdge(node, forward.output_nr)
-        edges |= {s: GradientEdge(n, s.output_nr) for s, n in self._edges_to_own_node(node, forwards).items()}
-        used: set[Site] = set()
+        owners = self._own_nodes(node, forwards, [site for site in sites if site.node is None])
+        edges |= {site: GradientEdge(owner, site.output_nr) for site, owner in owners.items()}
         if sites:
-            self.tally.passes += 1
-            count = terms.count
+            first = True
             for cotangents in self._estimator.cotangents(terms):
                 gradients = self._gradients(own, edges, cotangents)
                 for layer, reached in _by_layer(gradients).items():
-                    self._deliver(layer, rows_of_layer(layer, reached, count, self._estimator.kfac_approx))
-                    used.update(site for site, _ in reached)
-                count = torch.zeros_like(count)
+                    rows = rows_of_layer(layer, reached, terms.count, self._estimator.kfac_approx)
+                    self._deliver(layer, rows if first else replace(rows, first=False))
+                first = False
         for one in forwards:
-            one.sites[:] = [site for site in one.sites if site not in used]
-        if used:
-            for one in forwards[1:]:  # roots on the way to this prediction are no predictions themselves
-                self._alive.discard(one)
+            one.sites.clear()
 
     def _gradients(
         self, root: GradientEdge, edges: Mapping[Site, GradientEdge], cotangents: Tensor
@@ -313,29 +309,35 @@ class Capture:
         reached = {site: g for site, g in zip(rest, found, strict=True) if g is not None}
         return same | reached
 
-    def _upstream(self, node: Node, forward: Forward) -> list[Forward]:
-        """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder)."""
-        others = {f for f in self._alive if f.sites}
-        if not others:
-            return []
-        found = []
-        for ancestor in _ancestors(node):
-            for kept in ancestor.metadata.get("kfacopt", ()):
-                if kept in others and kept is not forward:
-                    others.discard(kept)
+    def _upstream(self, node: Node) -> list[Forward]:
+        """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
+
+        They are no predictions themselves: their own backward is not waited for any more.
+        """
+        found: list[Forward] = []
+        for ancestor in _ancestors(node) if self._alive else ():
+            for kept in _metadata(ancestor).get("kfacopt", ()):
+                if kept in self._alive:
+                    self._alive.discard(kept)
                     found.append(kept)
-            if not others:
+            if not self._alive:
                 break
         return found
 
-    def _edges_to_own_node(self, node: Node, forwards: Sequence[Forward]) -> dict[Site, Node]:
-        """Nodes of the sites whose output is their root's own prediction."""
-        result = {site: node for site in forwards[0].sites if site.edge is None}
-        missing = [(f, s) for f in forwards[1:] for s in f.sites if s.edge is None]
+    @staticmethod
+    def _own_nodes(node: Node, forwards: Sequence[Forward], sites: Sequence[Site]) -> dict[Site, Node]:
+        """Nodes of the sites whose output is their root's own prediction, the first of `forwards` being at `node`."""
+        result = {site: node for site in sites if site in forwards[0].sites}
+        missing = [(f, s) for f in forwards[1:] for s in sites if s in f.sites]
         if missing:
-            owners = [(a, a.metadata.get("kfacopt", ())) for a in _ancestors(node)]
-            result |= {s: a for f, s in missing for a, kept in owners if f in kept}
+            kept = [(ancestor, _metadata(ancestor).get("kfacopt", ())) for ancestor in _ancestors(node)]
+            result |= {s: ancestor for f, s in missing for ancestor, held in kept if f in held}
         return result
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Statistics are never computed in half precision, whatever context the user's backward runs in."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _arrive(capture: Capture | None, forward: Forward | None, gradients: Sequence[Tensor | None]) -> None:
@@ -347,7 +349,12 @@ def _backward(
     root: GradientEdge, inputs: tuple[GradientEdge, ...], cotangents: Tensor, batched: bool
 ) -> tuple[Tensor | None, ...]:
     return torch.autograd.grad(
-        (root,), inputs, (cotangents,), retain_graph=True, allow_unused=True, is_grads_batched=batched
+        (root,),
+        inputs,
+        (cotangents,),
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
     )
 
 
@@ -356,11 +363,21 @@ def _random_states() -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
 
 
+def _autocast_dtype() -> torch.dtype | None:
+    device = "cuda" if torch.cuda.is_available() and torch.is_autocast_enabled("cuda") else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _by_layer(gradients: Mapping[Site, Tensor]) -> dict[Layer, list[tuple[Site, Tensor]]]:
     result: dict[Layer, list[tuple[Site, Tensor]]] = {}
     for site, gradient in gradients.items():
         result.setdefault(site.layer, []).append((site, gradient))
     return result
+
+
+def _metadata(node: Node) -> dict[str, list[Forward]]:
+    metadata: dict[str, list[Forward]] = node.metadata  # type: ignore[assignment]
+    return metadata
 
 
 def _ancestors(node: Node) -> Iterator[Node]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kfacopt.likelihoods import Likelihood, LossTerms
-
-if TYPE_CHECKING:
-    from kfacopt.capture import Replay
+from kfacopt.forwards import Replay
+from kfacopt.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,9 @@ class LevenbergMarquardt:
     Every `every` steps the loss change of the step just taken is measured on the step's own batches (all micro-batches,
     each run again with its own random state) and divided by what the quadratic model `gᵀδ + ½ δᵀ(C + damping I)δ`
     predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by `decay ** every`; `ρ < 1/4`: divided by it
-    (Martens & Grosse 2015, section 6.5).
+    (Martens & Grosse 2015, section 6.5). Where the loss cannot be measured again the damping stays: several roots on
+    the way to one prediction (an encoder and a decoder called separately), or a float16 loss scaling that cannot be told
+    from the gradient (`MSELoss`).
 
     Args:
         every: Steps between two adjustments; each costs a forward.
@@ -60,6 +59,28 @@ class LevenbergMarquardt:
 
 
 @dataclass(frozen=True)
+class RelativeDamping:
+    """Damping of each layer in units of its own mean eigenvalue (trace over dimension).
+
+    Losses, models and layers differ by orders of magnitude in the scale of their curvature; a number in these units
+    does not. With KFAC's π-split, `factor` 1 adds to each Kronecker factor its own mean eigenvalue.
+
+    Args:
+        factor: Damping over mean eigenvalue.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0.0:
+            raise ValueError(f"the factor of a relative damping must be positive, got {self.factor}")
+
+
+RELATIVE_DAMPING = RelativeDamping()
+"""The default of every optimizer."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The loss after a step against the loss before it, on the same batches, in units of the mean loss."""
 
@@ -85,26 +106,35 @@ def compare_losses(
         prediction_of: Finds the prediction in a model's output.
         gradient_scale: Brings the user's gradient to that of the mean loss.
     """
-    linear, divergence, count = 0.0, 0.0, 0.0
+    linear, divergence, count = 0.0, 0.0, sum(float(replay.terms.count) for replay in replays)
     for replay in replays:
-        output = _run_again(replay)
-        prediction = prediction_of(output)
-        old: LossTerms = replay.terms
-        new = old.at(prediction)
-        assert old.rows is not None
-        gradient = old.rows(replay.gradient).to(new.parameters.dtype)
-        linear += gradient_scale * float((gradient * (new.parameters - old.parameters)).sum())
-        divergence += float(likelihood.divergence(old, new))
-        count += float(old.count)
-    mean = divergence / max(count, 1.0)
-    return Comparison(linear + mean, mean)
+        old = replay.terms
+        new = old.at(prediction_of(_run_again(replay)))
+        linear += float((_term_gradient(replay, count, gradient_scale) * (new.parameters - old.parameters)).sum())
+        divergence += float(likelihood.divergence(old, new)) / count
+    return Comparison(linear + divergence, divergence)
+
+
+def _term_gradient(replay: Replay, count: float, gradient_scale: float) -> Tensor:
+    """Gradient of the mean loss over all replays with respect to this one's prediction, as rows `[m c]`.
+
+    The user's, which carries accumulation's 1/k; or the likelihood's own where it knows better: then a factor between
+    the two is loss scaling or 1/k, and neither is part of the mean loss.
+    """
+    terms = replay.terms
+    assert terms.rows is not None
+    of_user = gradient_scale * terms.rows(replay.gradient).to(terms.parameters.dtype)
+    if terms.gradient is None:
+        return of_user
+    factor = float((of_user * terms.gradient).sum() / terms.gradient.square().sum()) * float(terms.count)
+    return of_user if abs(factor - 1.0) < 1e-3 else terms.gradient / count
 
 
 def _run_again(replay: Replay) -> object:
     call = replay.call
     buffers = [(buffer, buffer.clone()) for buffer in call.module.buffers()]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), call.autocast():
             torch.set_rng_state(call.random_state)
             if call.device_random_state is not None:
                 torch.cuda.set_rng_state(call.device_random_state)

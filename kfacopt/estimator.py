@@ -72,7 +72,10 @@ class FisherEstimator:
     def state_dict(self) -> dict[str, Any]:
         """The generator's state (None before it was first used)."""
         generator = self._generator
-        return {"seed": self._seed, "generator": None if generator is None else generator.get_state()}
+        return {
+            "seed": self._seed,
+            "generator": None if generator is None else generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Take over the generator's state."""

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kfacopt.forwards import Site
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import KFACType
 
-if TYPE_CHECKING:
-    from kfacopt.capture import Site
 
-
-def rows_of_layer(
-    layer: Layer, reached: Sequence[tuple[Site, Tensor]], terms: Tensor, kfac_approx: KFACType
-) -> Rows:
+def rows_of_layer(layer: Layer, reached: Sequence[tuple[Site, Tensor]], terms: Tensor, kfac_approx: KFACType) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
 
     A layer that was called several times in one forward shares its weights over the calls: they are more places `s`.
@@ -40,7 +35,7 @@ def rows_of_layer(
     if len(reached) == 1:
         return _same_dtype(inputs[0], gradients[0], terms)
     _require_same_data(layer, gradients)
-    place = -2 if handler.structure == "outer" else -3
+    place = -3 if handler.structure == "elementwise" else -2
     merged = _join(inputs, place)
     joint = torch.cat(gradients, dim=-2)
     if kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor):

@@ -53,7 +53,7 @@ class Growing:
 
     def __call__(self, step: int) -> int:
         progress = min(1.0, step / self.burn_in)
-        return max(1, round(self.start * (self.end / self.start) ** progress))
+        return max(1, round(self.start * float(self.end / self.start) ** progress))
 
 
 class MaxOverhead:
@@ -150,7 +150,7 @@ class Timetable:
         self._interval = interval
         self._stagger = stagger
         self._last: dict[str, int] = {}
-        self._waits: dict[str, float] = {}
+        self._waits: dict[str, tuple[int, int]] = {}
 
     def due(self, step: int, parts: list[str]) -> list[str]:
         """Those of `parts` that are due at `step`; a part never done is due."""
@@ -164,7 +164,7 @@ class Timetable:
             self._waits.pop(part, None)
             self._last[part] = step
         if self._stagger and len(fresh) > 1:
-            self._waits |= {part: (index + 1) / len(fresh) for index, part in enumerate(fresh)}
+            self._waits |= {part: (index + 1, len(fresh)) for index, part in enumerate(fresh)}
 
     def done_at(self, step: int) -> list[str]:
         """The parts that were last done at `step`."""
@@ -176,14 +176,19 @@ class Timetable:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python: when each part was last done and what it waits for."""
-        return {"last": dict(self._last), "waits": dict(self._waits)}
+        return {
+            "last": dict(self._last),
+            "waits": {part: list(wait) for part, wait in self._waits.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
-        self._last, self._waits = dict(state["last"]), dict(state["waits"])
+        self._last = dict(state["last"])
+        self._waits = {part: (wait[0], wait[1]) for part, wait in state["waits"].items()}
 
     def _wait(self, part: str, every: int) -> int:
-        return max(1, round(every * self._waits.get(part, 1.0)))
+        share, parts = self._waits.get(part, (1, 1))
+        return -(-share * every // parts)  # rounded up in integers: no two steps differ by more than one part
 
     def _interval_at(self, step: int) -> int:
         every = self._interval(step)

@@ -29,13 +29,15 @@ class CurvatureBackend(ABC):
 
     1. `update(layer, rows)` inside the user's backward, for each layer and micro-batch, on steps where `wants_rows`
        said so: keep what you need of the rows (running sums); they are of the *sum* over the loss terms, and
-       `rows.terms` says how many terms that is.
-    2. `advance(step, settings)`: average what was added and refresh what is due. If the step is skipped because a
-       gradient is not finite, `discard()` is called instead.
-    3. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
+       `rows.new_terms` says how many terms that is.
+    2. `fold(step, settings)`: average what was added into the statistics. If the step is skipped because a gradient is
+       not finite, `discard()` is called instead, and nothing after it.
+    3. `refresh(step, settings)`: bring caches up to date where they are due.
+    4. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
        result is updated by AdamW in this step.
 
-    The model may be called within `advance` and `solve`: capture is paused there.
+    The model may be called and differentiated within `refresh` and `solve`: capture is paused there, gradients are
+    enabled. `.grad` is not to be written to.
     """
 
     def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
@@ -48,11 +50,20 @@ class CurvatureBackend(ABC):
     def update(self, layer: Layer, rows: Rows) -> None:  # noqa: B027
         """Take in one micro-batch's rows at one layer."""
 
-    def advance(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
-        """Fold what was added into the statistics and bring caches up to date."""
+    def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
+        """Average what was added since the last step into the statistics."""
+
+    def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
+        """Bring caches up to date where they are due."""
+
+    def mean_eigenvalues(self) -> dict[Layer, float]:
+        """Trace over dimension of each layer's curvature, as far as known: relative damping multiplies it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no mean_eigenvalues(): relative damping needs it. Pass damping= as a number"
+        )
 
     def discard(self) -> None:  # noqa: B027
-        """Forget what was added since the last `advance`."""
+        """Forget what was added since the last `fold`."""
 
     @abstractmethod
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from kfacopt.backends.base import Settings
 from kfacopt.backends.layerwise import LayerwiseBackend
-from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock
+from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import Interval, Timetable, as_interval
 
 
-class EKFACBackend(LayerwiseBackend):
+class ExactEKFACBackend(LayerwiseBackend):
     """Amortised eigenbasis, corrected eigenvalues updated with every batch of rows (George et al. 2018).
 
     Args:
@@ -35,8 +35,8 @@ class EKFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         return DiagonalBlock() if layer.handler.structure == "elementwise" else CorrectedEigenBlock()
 
-    def _refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
-        super()._refresh(step, settings)
+    def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        super().refresh(step, settings)
         if self._refinements is None:
             return
         fresh = set(self._refreshes.done_at(step))
@@ -47,3 +47,33 @@ class EKFACBackend(LayerwiseBackend):
             if name not in fresh and isinstance(block, CorrectedEigenBlock):
                 block.refine()
         self._refinements.done(step, due)
+
+
+class EKFACBackend(LayerwiseBackend):
+    """EKFAC in the eigenvectors that matter: cheaper than KFAC where the factors' spectra are steep.
+
+    Eigenvectors whose eigenvalue is at most `tail` times the factor's mean are not rotated into; they share the mean of
+    their eigenvalues (`kfacopt.blocks.PartialEigenBlock`). Layers that cannot be cut (grouped convolutions, embeddings,
+    and any side of at most 64) keep everything. `ExactEKFACBackend` cuts nothing.
+
+    Args:
+        factor_every: Steps between two updates of the factors and of the corrected eigenvalues.
+        refresh_every: Steps between two eigendecompositions of a layer's factors.
+        tail: Multiple of the mean eigenvalue up to which eigenvectors are cut.
+        stagger: Spread the layers' refreshes over the interval.
+    """
+
+    def __init__(
+        self, factor_every: Interval = 10, refresh_every: Interval = 100, tail: float = 0.3, stagger: bool = True
+    ) -> None:
+        super().__init__(factor_every, refresh_every, stagger)
+        if not 0.0 < tail < 1.0:
+            raise ValueError(f"tail must lie between 0 and 1, got {tail}; ExactEKFACBackend cuts nothing")
+        self._tail = tail
+
+    def make_block(self, layer: Layer) -> Block:
+        if layer.handler.structure == "elementwise":
+            return DiagonalBlock()
+        matrix = layer.pack(dict(layer.parameters))
+        cuttable = matrix.ndim == 2 and layer.handler.structure == "outer"
+        return PartialEigenBlock(self._tail) if cuttable else CorrectedEigenBlock()

@@ -66,20 +66,27 @@ class LayerwiseBackend(CurvatureBackend):
         for block in self.blocks.values():
             block.discard()
 
-    def advance(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+    def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
         checks = [c for c in (block.pending_checksum() for block in self.blocks.values()) if c is not None]
-        if checks:
-            self._updates.done(step, ["all"])
-            if bool(torch.stack(checks).isfinite().all()):
-                for layer, setting in settings.items():
-                    self.blocks[layer.name].fold(setting.ema_decay)
-            else:
-                self.dropped_updates += 1
-                self.discard()
-        self._refresh(step, settings)
+        if not checks:
+            return
+        self._updates.done(step, ["all"])
+        if bool(torch.stack(checks).isfinite().all()):
+            for layer, setting in settings.items():
+                self.blocks[layer.name].fold(setting.ema_decay)
+        else:
+            self.dropped_updates += 1
+            self.discard()
 
-    def _refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+    def mean_eigenvalues(self) -> dict[Layer, float]:
+        able = [(self._layers[name], block) for name, block in self.blocks.items() if block.estimated]
+        if not able:
+            return {}
+        means = torch.stack([block.mean_eigenvalue().double() for _, block in able]).tolist()
+        return dict(zip((layer for layer, _ in able), means, strict=True))
+
+    def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         by_name = {layer.name: setting for layer, setting in settings.items()}
         able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
         due = self._refreshes.due(step, able)
@@ -134,7 +141,7 @@ class LayerwiseBackend(CurvatureBackend):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "blocks": {name: block.state_dict() for name, block in self.blocks.items()},
+            "blocks": {name: self._described(name) | block.state_dict() for name, block in self.blocks.items()},
             "updates": self._updates.state_dict(),
             "refreshes": self._refreshes.state_dict(),
             "schedules": [s.state_dict() if isinstance(s, MaxOverhead) else None for s in self._schedules()],
@@ -149,6 +156,13 @@ class LayerwiseBackend(CurvatureBackend):
                 f"the curvature state is of another model: it has blocks {sorted(stored - present)} that are not "
                 f"here, and lacks {sorted(present - stored)}"
             )
+        for name in self.blocks:
+            for what, here in self._described(name).items():
+                there = state["blocks"][name][what]
+                if there != here:
+                    raise ValueError(
+                        f"the curvature state of {name!r} is of {what} {there}, but the layer here has {here}"
+                    )
         for name, block in self.blocks.items():
             parameter = next(iter(self._layers[name].parameters.values()))
             block.load_state_dict(state["blocks"][name], parameter.device)
@@ -158,6 +172,14 @@ class LayerwiseBackend(CurvatureBackend):
             if isinstance(schedule, MaxOverhead) and kept is not None:
                 schedule.load_state_dict(kept)
         self.dropped_updates, self._step = int(state["dropped_updates"]), int(state["step"])
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """What a stored block must have in common with the one that takes it over."""
+        layer = self._layers[name]
+        return {
+            "kind": type(self.blocks[name]).__name__,
+            "shape": list(layer.pack(dict(layer.parameters)).shape),
+        }
 
     def _schedules(self) -> tuple[Any, Any]:
         return self._factor_interval, self._refresh_interval

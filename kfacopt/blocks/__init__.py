@@ -5,3 +5,4 @@ from kfacopt.blocks.diagonal import DiagonalBlock as DiagonalBlock
 from kfacopt.blocks.eigen import CorrectedEigenBlock as CorrectedEigenBlock
 from kfacopt.blocks.eigen import EigenBlock as EigenBlock
 from kfacopt.blocks.kronecker import KroneckerBlock as KroneckerBlock
+from kfacopt.blocks.partial import PartialEigenBlock as PartialEigenBlock

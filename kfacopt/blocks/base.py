@@ -86,6 +86,11 @@ class Block(ABC):
         """Trace of the operator, summed over groups."""
         return self.eigenvalues().sum()
 
+    def mean_eigenvalue(self) -> Tensor:
+        """Trace over dimension, of the statistics as they are (the cache may be older, or not be there yet)."""
+        trace: Tensor = self.trace()
+        return trace / self.eigenvalues().numel()
+
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm of the operator as a matrix on the vectorised parameters."""
         return self.eigenvalues().square().sum().sqrt()
@@ -112,9 +117,7 @@ class Block(ABC):
         """Take over a state; tensors keep their dtype and move to `device`."""
         for name, average in self.averages().items():
             average.load_state_dict(state["averages"][name], device)
-        self.load_cache(
-            {name: None if v is None else v.to(device, copy=True) for name, v in state["cache"].items()}
-        )
+        self.load_cache({name: None if v is None else v.to(device, copy=True) for name, v in state["cache"].items()})
         self.retries = int(state["retries"])
 
 

@@ -37,7 +37,7 @@ class DiagonalBlock(Block):
             for cotangent in rows.gradients:
                 per_datum = torch.einsum("nsc,nsci->nci", cotangent[part], inputs[part])
                 total += per_datum.square_().sum(0)
-        self.diagonal.add(total, rows.terms)
+        self.diagonal.add(total, rows.new_terms)
 
     def refresh(self, damping: float) -> None:
         if self.diagonal.value is None:
@@ -49,6 +49,11 @@ class DiagonalBlock(Block):
 
     def matvec(self, matrix: Tensor) -> Tensor:
         return matrix * self.eigenvalues()
+
+    def mean_eigenvalue(self) -> Tensor:
+        if self.diagonal.value is None:
+            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        return self.diagonal.value.mean()
 
     def eigenvalues(self) -> Tensor:
         if self._values is None:

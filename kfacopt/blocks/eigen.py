@@ -9,7 +9,7 @@ from kfacopt.blocks.base import Block, chunks_of_data, gradient_covariance, inpu
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
-from kfacopt.linalg.symmetric import refine_basis
+from kfacopt.linalg.symmetric import LinAlgError, refine_basis
 
 
 class EigenBlock(Block):
@@ -52,8 +52,9 @@ class EigenBlock(Block):
         return self._values_left, self._values_right
 
     def update(self, rows: Rows) -> None:
-        self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.terms)
+        if rows.first:
+            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
 
     def fold(self, decay: float) -> None:
         super().fold(decay)
@@ -64,7 +65,7 @@ class EigenBlock(Block):
         try:
             values_left, basis_left, retries_left = kronecker.spectrum(left)
             values_right, basis_right, retries_right = kronecker.spectrum(right)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             self.retries += 1
             if self._left is None:
                 raise
@@ -99,6 +100,9 @@ class EigenBlock(Block):
         coordinates = kronecker.rotate(left, matrix, right)
         return kronecker.rotate_back(left, coordinates.mul_(self._reciprocal[1]), right)
 
+    def mean_eigenvalue(self) -> Tensor:
+        return kronecker.mean_eigenvalue(*self.factors())
+
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.basis()
         return kronecker.rotate_back(left, kronecker.rotate(left, matrix, right) * self.eigenvalues(), right)
@@ -116,7 +120,10 @@ class EigenBlock(Block):
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         self._left, self._right = cache["gradient_basis"], cache["input_basis"]
-        self._values_left, self._values_right = cache["gradient_eigenvalues"], cache["input_eigenvalues"]
+        self._values_left, self._values_right = (
+            cache["gradient_eigenvalues"],
+            cache["input_eigenvalues"],
+        )
         self._reciprocal = None
 
 
@@ -150,7 +157,7 @@ class CorrectedEigenBlock(EigenBlock):
     def update(self, rows: Rows) -> None:
         super().update(rows)
         if self._left is not None:
-            self.corrected.add(squared_coordinates(rows, *self.basis()), rows.terms)
+            self.corrected.add(squared_coordinates(rows, *self.basis()), rows.new_terms)
 
     def eigenvalues(self) -> Tensor:
         return super().eigenvalues() if self.corrected.value is None else self.corrected.value

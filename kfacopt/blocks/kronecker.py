@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.symmetric import LinAlgError
 
 
 class KroneckerBlock(Block):
@@ -38,8 +38,9 @@ class KroneckerBlock(Block):
         return self.gradient_factor.value, self.input_factor.value
 
     def update(self, rows: Rows) -> None:
-        self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.terms)
+        if rows.first:
+            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
 
     def refresh(self, damping: float) -> None:
         left, right = self.factors()
@@ -47,7 +48,7 @@ class KroneckerBlock(Block):
         try:
             inverse_left = kronecker.inverse(left, damping_left)
             inverse_right = kronecker.inverse(right, damping_right)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             self.retries += 1
             if self._inverses is None:
                 raise
@@ -59,6 +60,9 @@ class KroneckerBlock(Block):
         if self._inverses is None:
             raise RuntimeError("this block has no inverse yet: refresh() comes before solve()")
         return kronecker.multiply(self._inverses[0], matrix, self._inverses[1])
+
+    def mean_eigenvalue(self) -> Tensor:
+        return kronecker.mean_eigenvalue(*self.factors())
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.factors()

@@ -44,6 +44,11 @@ def trace(factor: Tensor) -> Tensor:
     return factor.sum(-1) if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def mean_eigenvalue(left: Tensor, right: Tensor) -> Tensor:
+    """Mean eigenvalue of `G ⊗ A`, over groups too; a tensor without axes."""
+    return (trace(left) / left.shape[-1] * trace(right) / right.shape[-1]).mean()
+
+
 def squared_norm(factor: Tensor) -> Tensor:
     """Squared Frobenius norm `[*k]` of a factor."""
     return factor.square().sum(-1) if factor.ndim == 1 else factor.square().sum((-2, -1))
@@ -92,7 +97,14 @@ def damp_factored(values: Tensor, left: Tensor, right: Tensor, damping: float) -
     tensor([[ 6.,  6.],
             [12., 12.]])
     """
-    pi = _pi(left.mean(-1), right.mean(-1)).unsqueeze(-1)
+    return damp_by_means(values, left, right, left.mean(-1), right.mean(-1), damping)
+
+
+def damp_by_means(
+    values: Tensor, left: Tensor, right: Tensor, mean_left: Tensor, mean_right: Tensor, damping: float
+) -> Tensor:
+    """`damp_factored` where the mean eigenvalues `[*k]` of the factors are not those of `left` and `right`."""
+    pi = _pi(mean_left, mean_right).unsqueeze(-1)
     root = damping**0.5
     return values + ((root * pi) * left + damping).unsqueeze(-1) + ((root / pi) * right).unsqueeze(-2)
 

@@ -2,7 +2,7 @@
 
 A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and
 then. Every function here retries in float64 and with a growing multiple of the identity, says how often it had to,
-and only raises `torch.linalg.LinAlgError` where the input itself is not finite.
+and only raises `LinAlgError` where the input itself is not finite.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _LinAlgError as LinAlgError  # torch.linalg.LinAlgError, which torch does not type as public
 
 # Multiples of the mean diagonal entry that are added to the diagonal on successive float64 attempts.
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
@@ -41,7 +42,7 @@ def eigh(matrix: Tensor) -> Eigendecomposition:
         Eigenvalues `[*k d]` in ascending order, clamped at zero; orthonormal eigenvectors `[*k d d]` in columns.
 
     Raises:
-        torch.linalg.LinAlgError: If the matrix has an entry that is not finite.
+        LinAlgError: If the matrix has an entry that is not finite.
 
     >>> values, vectors, retries = eigh(torch.diag(torch.tensor([3.0, 1.0])))
     >>> values.tolist(), retries
@@ -50,14 +51,14 @@ def eigh(matrix: Tensor) -> Eigendecomposition:
     retries = 0
     try:
         return _finite_eigh(matrix, retries)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         _require_finite(matrix, "eigendecompose")
     precise = matrix.double()
     for jitter in _JITTERS:
         retries += 1
         try:
             result = _finite_eigh(_add_to_diagonal(precise, jitter * _mean_diagonal(precise)), retries)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         return Eigendecomposition(result.values.to(matrix.dtype), result.vectors.to(matrix.dtype), retries)
     # A finite symmetric matrix always has a singular value decomposition by the slower Jacobi-free driver.
@@ -75,7 +76,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
         damping: A number, or one number for each of the `*k` matrices (shape `[*k]`).
 
     Raises:
-        torch.linalg.LinAlgError: If the matrix has an entry that is not finite.
+        LinAlgError: If the matrix has an entry that is not finite.
 
     >>> damped_inverse(torch.tensor([[3.0]]), 1.0).value.item()
     0.25
@@ -112,13 +113,13 @@ def refine_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
 def _finite_eigh(matrix: Tensor, retries: int) -> Eigendecomposition:
     values, vectors = torch.linalg.eigh(matrix)
     if not bool((values.sum() + vectors.sum()).isfinite()):  # MKL returns NaN now and then instead of failing
-        raise torch.linalg.LinAlgError("the eigendecomposition is not finite")
+        raise LinAlgError("the eigendecomposition is not finite")
     return Eigendecomposition(values.clamp_min(0.0), vectors, retries)
 
 
 def _require_finite(matrix: Tensor, verb: str) -> None:
     if not bool(matrix.isfinite().all()):
-        raise torch.linalg.LinAlgError(
+        raise LinAlgError(
             f"cannot {verb} a matrix of shape {tuple(matrix.shape)} that has entries which are not finite"
         )
 

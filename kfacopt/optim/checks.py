@@ -26,11 +26,17 @@ def check_model(model: nn.Module) -> None:
     devices: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise TypeError(f"the parameter {name!r} is not initialised yet: run one forward before the optimizer is made")
+            raise TypeError(
+                f"the parameter {name!r} is not initialised yet: run one forward before the optimizer is made"
+            )
         if parameter.is_complex():
-            raise TypeError(f"the parameter {name!r} is complex ({parameter.dtype}): complex parameters are not supported")
+            raise TypeError(
+                f"the parameter {name!r} is complex ({parameter.dtype}): complex parameters are not supported"
+            )
         if parameter.layout != torch.strided:
-            raise TypeError(f"the parameter {name!r} is sparse ({parameter.layout}): only dense parameters are supported")
+            raise TypeError(
+                f"the parameter {name!r} is sparse ({parameter.layout}): only dense parameters are supported"
+            )
         devices.setdefault(str(parameter.device), name)
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())

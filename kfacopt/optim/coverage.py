@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kfacopt.layers import handler_for
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.layer import Layer
-from kfacopt.layers import handler_for
 
 Place = tuple[str, nn.Module, str]
 """Where a parameter is held: module path, module, the parameter's name in it."""
@@ -35,7 +35,9 @@ class Coverage:
         head = ("module", "parameters", "treatment", "why")
         body = [(r.module or "(root)", ", ".join(r.parameters), r.treatment, r.why) for r in self.rows]
         widths = [max(len(line[i]) for line in [head, *body]) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in [head, *body]]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in [head, *body]
+        ]
         lines.insert(1, "  ".join([*("-" * width for width in widths), "---"]))
         return "\n".join(line.rstrip() for line in lines)
 
@@ -43,7 +45,10 @@ class Coverage:
 
 
 def find_layers(
-    model: nn.Module, wanted: Collection[nn.Parameter], excluded: Collection[nn.Parameter], separate: bool
+    model: nn.Module,
+    wanted: Collection[nn.Parameter],
+    excluded: Collection[nn.Parameter],
+    separate: bool,
 ) -> tuple[list[Layer], list[CoverageRow]]:
     """Group a model's parameters into layers, and say of the rest why they are in none.
 

@@ -7,7 +7,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from kfacopt.backends.ekfac import EKFACBackend
-from kfacopt.damping import LevenbergMarquardt
+from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
 from kfacopt.estimator import CurvatureOptions
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.base import Params, SecondOrderOptimizer
@@ -38,12 +38,12 @@ class EKFAC(SecondOrderOptimizer):
         loss_func: nn.Module | Likelihood,
         params: Params | None = None,
         *,
-        lr: float | Tensor = 0.1,
-        damping: float = 1e-2,
+        lr: float | Tensor = 0.3,
+        damping: float | RelativeDamping = RELATIVE_DAMPING,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        ema_decay: float = 0.95,
-        kl_clip: float | None = 1e-2,
+        ema_decay: float = 0.8,
+        kl_clip: float | None = 0.3,
         factor_every: Interval = 10,
         refresh_every: Interval = 100,
         adamw_lr: float = 1e-3,

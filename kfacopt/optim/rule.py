@@ -32,7 +32,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def kl_scale(squared_length: float, kl_clip: float) -> float:
-    """Factor that keeps a step of squared length `lr² uᵀ g` within `kl_clip`.
+    """Factor that keeps a step of squared length `lr² uᵀ m` within `kl_clip`.
 
     `min(1, sqrt(kl_clip / squared_length))`: `½ squared_length` is the step's Kullback-Leibler divergence under the
     damped quadratic model (Ba et al. 2017, section 5; Osawa et al. 2019).
@@ -45,26 +45,44 @@ def kl_scale(squared_length: float, kl_clip: float) -> float:
     return float((kl_clip / squared_length) ** 0.5)
 
 
-def momentum_step(
-    parameters: Sequence[Tensor],
-    updates: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    weight_decay: float,
-    scale: float,
-) -> None:
-    """Heavy-ball momentum and decoupled weight decay, in place.
+def averaged_gradients(
+    gradients: Sequence[Tensor], buffers: Sequence[Tensor], *, momentum: float, step: int
+) -> list[Tensor]:
+    """Nesterov momentum on the gradient, bias-corrected; the buffers are updated in place.
 
-    `buffer ← momentum · buffer + scale · update`, `parameter ← (1 - lr · weight_decay) parameter - lr · buffer`.
+    `buffer ← momentum · buffer + (1 - momentum) · g`, result `(momentum · buffer + (1 - momentum) · g) / correction`,
+    where the correction makes the weights of all gradients seen sum to one. The average is taken before
+    preconditioning, so that the trust region measures the step that is taken, not the noise of one batch.
+
+    Args:
+        gradients: This step's.
+        buffers: Running averages, zero at first.
+        momentum: Decay.
+        step: How many steps the buffers have seen, this one not included.
+
+    >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.9, step=0)
+    [tensor([1.])]
     """
+    if not gradients or momentum == 0.0:
+        return list(gradients)
+    torch._foreach_lerp_(list(buffers), list(gradients), 1.0 - momentum)
+    result = list(torch._foreach_lerp(list(gradients), list(buffers), momentum))
+    correction = 1.0 - momentum ** (step + 2)
+    if correction < 1.0:
+        torch._foreach_div_(result, correction)
+    return result
+
+
+def descend(
+    parameters: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float, scale: float
+) -> None:
+    """`parameter ← (1 - lr · weight_decay) parameter - lr · scale · update`, in place."""
+    if not parameters:
+        return
     rate = float(lr)
     if weight_decay != 0.0:
         torch._foreach_mul_(list(parameters), 1.0 - rate * weight_decay)
-    torch._foreach_mul_(list(buffers), momentum)
-    torch._foreach_add_(list(buffers), list(updates), alpha=scale)
-    torch._foreach_add_(list(parameters), list(buffers), alpha=-rate)
+    torch._foreach_add_(list(parameters), list(updates), alpha=-rate * scale)
 
 
 def adamw_step(
@@ -78,6 +96,8 @@ def adamw_step(
     weight_decay: float,
 ) -> None:
     """torch's own AdamW on parameters that get no curvature; `states` hold exp_avg, exp_avg_sq and step."""
+    if not parameters:
+        return
     adamw(
         list(parameters),
         list(gradients),

@@ -1,0 +1,200 @@
+"""EKFAC of the dominant eigenvectors: cheaper than KFAC where the spectra are steep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
+from kfacopt.blocks.eigen import squared_coordinates
+from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.layers.base import Rows
+from kfacopt.linalg import kronecker
+from kfacopt.linalg.partial_basis import Coefficients, WholeSide, apply, whole_sides
+from kfacopt.linalg.symmetric import LinAlgError
+
+# Below this size the whole basis costs less than handling two parts of it.
+_SMALLEST_CUT = 64
+
+
+class PartialEigenBlock(Block):
+    """EKFAC in the eigenvectors whose eigenvalue is not small; the others are taken together, at their mean.
+
+    The eigenvectors of A and of G with eigenvalues above `tail` times the factor's mean eigenvalue are kept. In the
+    directions `u vᵀ` of two kept ones the eigenvalues are corrected (George et al. 2018), elsewhere they are the
+    Kronecker product's, with the mean of the cut eigenvalues in place of each. The damping acts as in
+    `CorrectedEigenBlock`. Where the spectra are steep a solve costs a fraction of the exact block's; where neither can
+    be cut it is the exact block.
+
+    Args:
+        tail: Cut eigenvalues up to this multiple of the mean.
+        input_factor: Running average of A, `[i i]`.
+        gradient_factor: Running average of G, `[o o]`.
+        corrected: Running average of the corrected eigenvalues, `[k l]`, in the present basis.
+    """
+
+    def __init__(self, tail: float) -> None:
+        super().__init__()
+        self._tail = tail
+        self.input_factor = RunningAverage()
+        self.gradient_factor = RunningAverage()
+        self.corrected = RunningAverage()
+        self._left: _Side | None = None
+        self._right: _Side | None = None
+        self._solver: tuple[float, Coefficients, WholeSide] | None = None
+
+    def averages(self) -> dict[str, RunningAverage]:
+        return {
+            "input_factor": self.input_factor,
+            "gradient_factor": self.gradient_factor,
+            "corrected": self.corrected,
+        }
+
+    @property
+    def estimated(self) -> bool:
+        return self.gradient_factor.value is not None and self.input_factor.value is not None
+
+    def sides(self) -> tuple[_Side, _Side]:
+        """What is kept of G's and of A's eigendecomposition."""
+        if self._left is None or self._right is None:
+            raise RuntimeError("this block has no eigenbasis yet: refresh() comes first")
+        return self._left, self._right
+
+    def update(self, rows: Rows) -> None:
+        if rows.first:
+            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
+        if self._left is not None and self._right is not None:
+            squares = squared_coordinates(rows, self._left.basis, self._right.basis)
+            self.corrected.add(squares, rows.new_terms)
+
+    def fold(self, decay: float) -> None:
+        super().fold(decay)
+        self._solver = None
+
+    def refresh(self, damping: float) -> None:
+        left, right = self.gradient_factor.value, self.input_factor.value
+        if left is None or right is None:
+            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        try:
+            new_left, retries_left = _Side.of(left, self._tail)
+            new_right, retries_right = _Side.of(right, self._tail)
+        except LinAlgError:
+            self.retries += 1
+            if self._left is None:
+                raise
+            return
+        self.retries += retries_left + retries_right
+        if self.corrected.value is not None and self._left is not None and self._right is not None:
+            # diag of the held operator in the new directions: squared overlaps with the old ones and with their rest.
+            overlap_left, overlap_right = self._left.overlaps(new_left), self._right.overlaps(new_right)
+            self.corrected.value = overlap_left @ self._extended(self.corrected.value) @ overlap_right.mT
+        self._left, self._right, self._solver = new_left, new_right, None
+
+    def _kept(self) -> Tensor:
+        left, right = self.sides()
+        return kronecker.outer(left.values, right.values) if self.corrected.value is None else self.corrected.value
+
+    def _extended(self, kept: Tensor) -> Tensor:
+        """Eigenvalues `[k + 1, l + 1]`: the kept ones, and in the last row and column those of the rest."""
+        left, right = self.sides()
+        values = kronecker.outer(left.with_rest(), right.with_rest())
+        values[:-1, :-1] = kept
+        return values
+
+    def _coefficients(self, damping: float) -> Coefficients:
+        """Damped eigenvalues."""
+        left, right = self.sides()
+        mean_left, mean_right = left.mean(), right.mean()
+        values = kronecker.damp_by_means(
+            self._extended(self._kept()), left.with_rest(), right.with_rest(), mean_left, mean_right, damping
+        )
+        return Coefficients(values[:-1, :-1], values[:-1, -1], values[-1, :-1], values[-1, -1])
+
+    def mean_eigenvalue(self) -> Tensor:
+        if self.gradient_factor.value is None or self.input_factor.value is None:
+            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        return kronecker.mean_eigenvalue(self.gradient_factor.value, self.input_factor.value)
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self.sides()
+        if self._solver is None or self._solver[0] != damping:
+            at = Coefficients(*(value.reciprocal() for value in self._coefficients(damping)))
+            self._solver = damping, at, whole_sides(left.basis, right.basis, at)
+        return apply(matrix, left.basis, right.basis, *self._solver[1:])
+
+    def matvec(self, matrix: Tensor) -> Tensor:
+        left, right = self.sides()
+        values = self._extended(self._kept())
+        at = Coefficients(values[:-1, :-1], values[:-1, -1], values[-1, :-1], values[-1, -1])
+        return apply(matrix, left.basis, right.basis, at, whole_sides(left.basis, right.basis, at))
+
+    def eigenvalues(self) -> Tensor:
+        left, right = self.sides()
+        values = self._extended(self._kept())
+        return values.repeat_interleave(left.multiplicity(), 0).repeat_interleave(right.multiplicity(), 1)
+
+    def trace(self) -> Tensor:
+        left, right = self.sides()
+        values = self._extended(self._kept())
+        return left.multiplicity().to(values) @ values @ right.multiplicity().to(values)
+
+    def condition(self, damping: float) -> Tensor:
+        values = torch.cat([value.flatten() for value in self._coefficients(damping)])
+        return values.max() / values.min()
+
+    def cache(self) -> dict[str, Tensor | None]:
+        result: dict[str, Tensor | None] = {}
+        for name, side in (("gradient", self._left), ("input", self._right)):
+            result[f"{name}_basis"] = None if side is None else side.basis
+            result[f"{name}_eigenvalues"] = None if side is None else side.values
+            result[f"{name}_rest"] = None if side is None else side.rest
+        return result
+
+    def load_cache(self, cache: dict[str, Tensor | None]) -> None:
+        sides = []
+        for name in ("gradient", "input"):
+            basis, values, rest = (cache[f"{name}_{part}"] for part in ("basis", "eigenvalues", "rest"))
+            whole = basis is not None and values is not None and rest is not None
+            sides.append(_Side(basis, values, rest) if whole else None)  # type: ignore[arg-type]
+        (self._left, self._right), self._solver = sides, None
+
+
+class _Side:
+    """The kept part of a factor's eigendecomposition: basis `[d k]`, values `[k]`, and the mean `rest` of the others."""
+
+    def __init__(self, basis: Tensor, values: Tensor, rest: Tensor) -> None:
+        self.basis, self.values, self.rest = basis, values, rest
+
+    @classmethod
+    def of(cls, factor: Tensor, tail: float) -> tuple[_Side, int]:
+        values, basis, retries = kronecker.spectrum(factor)
+        assert basis is not None
+        size = len(values)
+        kept = int((values > tail * values.mean()).sum())
+        # More than half kept saves nothing: then the whole side goes into one product.
+        if size <= _SMALLEST_CUT or 2 * kept > size or kept == 0:
+            return cls(basis, values, values.new_zeros(())), retries
+        cut = size - kept
+        return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean()), retries
+
+    @property
+    def cut(self) -> int:
+        """How many eigenvectors are not kept."""
+        return self.basis.shape[0] - self.basis.shape[1]
+
+    def with_rest(self) -> Tensor:
+        return torch.cat([self.values, self.rest.reshape(1)])
+
+    def multiplicity(self) -> Tensor:
+        ones = torch.ones(len(self.values) + 1, dtype=torch.long, device=self.values.device)
+        ones[-1] = self.cut
+        return ones
+
+    def mean(self) -> Tensor:
+        return (self.values.sum() + self.cut * self.rest) / self.basis.shape[0]
+
+    def overlaps(self, new: _Side) -> Tensor:
+        """Squared lengths `[k', k + 1]` of the new kept directions along each old one, and in the old ones' rest."""
+        along = (new.basis.mT @ self.basis).square()
+        return torch.cat([along, (1.0 - along.sum(-1, keepdim=True)).clamp_min(0.0)], dim=-1)

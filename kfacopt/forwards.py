@@ -1,0 +1,79 @@
+"""What a forward leaves behind until the backward and the step that follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
+
+
+@dataclass(eq=False)
+class Site:
+    """One call of a covered module: what it saw, and where its output's gradient arrives."""
+
+    number: int
+    layer: Layer
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: Node | None  # None: the output is the prediction itself (holding its node would keep the graph alive)
+    output_nr: int
+
+
+@dataclass(eq=False)
+class Call:
+    """What is needed to run a forward again: the damping rule compares the loss before and after a step."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: Tensor
+    device_random_state: Tensor | None
+    autocast_dtype: torch.dtype | None
+
+    def autocast(self) -> torch.autocast:
+        """The autocast context that the forward ran in."""
+        device = "cpu" if self.device_random_state is None else "cuda"
+        return torch.autocast(device, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a root (the outermost module that was entered), kept by the graph of its prediction.
+
+    Of an ambiguous output every tensor keeps one; they are no predictions unless no later root uses them.
+    """
+
+    root: nn.Module
+    sites: list[Site]
+    call: Call | None
+    prediction: Tensor | None = None
+    version: int = 0
+    output_nr: int = 0
+    refusal: str = ""
+
+
+@dataclass(eq=False)
+class Replay:
+    """A forward that took part in a step: how to run it again, its loss terms, the user's gradient there."""
+
+    call: Call
+    terms: LossTerms
+    gradient: Tensor
+
+
+@dataclass
+class Tally:
+    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time."""
+
+    terms: Tensor | float = 0.0
+    replays: list[Replay] = field(default_factory=list)
+    replayable: bool = True
+    passes: int = 0
+    seconds: float = 0.0

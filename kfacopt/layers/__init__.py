@@ -1,0 +1,88 @@
+"""How layers become rows and matrices: a handler for each type, and where to register your own.
+
+>>> from torch import nn
+>>> type(handler_for(nn.Linear(3, 2))).__name__
+'LinearHandler'
+>>> handler_for(nn.LSTM(3, 2)) is None
+True
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from kfacopt.layers.attention import multihead_attention_handler, output_projection_handler
+from kfacopt.layers.base import LayerHandler as LayerHandler
+from kfacopt.layers.base import OneHot as OneHot
+from kfacopt.layers.base import Rows as Rows
+from kfacopt.layers.convolution import ConvolutionHandler
+from kfacopt.layers.embedding import EmbeddingHandler
+from kfacopt.layers.linear import LinearHandler
+from kfacopt.layers.normalization import (
+    BatchNormHandler,
+    GroupNormHandler,
+    InstanceNormHandler,
+    LayerNormHandler,
+    RMSNormHandler,
+)
+from kfacopt.layers.registry import HandlerRegistry, RefusedHandler, RegistrationHandle
+
+__all__ = ["LayerHandler", "OneHot", "Rows", "handler_for", "register_handler"]
+
+_TRANSPOSED = RefusedHandler("transposed convolutions have no handler yet")
+
+# What a user registers is meant for every optimizer in the process, as torch's own registrations
+# are (kl divergences, pytree nodes); hence the one registry of the module. Tests that need another
+# make their own.
+_REGISTRY = HandlerRegistry(
+    {
+        nn.Linear: LinearHandler(),
+        nn.Conv1d: ConvolutionHandler(),
+        nn.Conv2d: ConvolutionHandler(),
+        nn.Conv3d: ConvolutionHandler(),
+        nn.ConvTranspose1d: _TRANSPOSED,
+        nn.ConvTranspose2d: _TRANSPOSED,
+        nn.ConvTranspose3d: _TRANSPOSED,
+        nn.Embedding: EmbeddingHandler(),
+        nn.LayerNorm: LayerNormHandler(),
+        nn.RMSNorm: RMSNormHandler(),
+        nn.BatchNorm1d: BatchNormHandler(),
+        nn.BatchNorm2d: BatchNormHandler(),
+        nn.BatchNorm3d: BatchNormHandler(),
+        nn.GroupNorm: GroupNormHandler(),
+        nn.InstanceNorm1d: InstanceNormHandler(),
+        nn.InstanceNorm2d: InstanceNormHandler(),
+        nn.InstanceNorm3d: InstanceNormHandler(),
+        nn.MultiheadAttention: multihead_attention_handler(),
+        NonDynamicallyQuantizableLinear: output_projection_handler(),
+    }
+)
+
+
+def handler_for(module: nn.Module) -> LayerHandler | None:
+    """The handler of a layer: that of its type, or of an ancestor whose ``forward`` it keeps.
+
+    None if nobody knows such layers. A handler may still refuse this very module: ask its
+    ``refusal``.
+    """
+    return _REGISTRY.lookup(module)
+
+
+def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:
+    """Let ``handler`` treat layers of ``module_type``, in place of any handler there is.
+
+    Returns a handle whose ``remove()`` undoes it (or use it in a ``with`` statement). An optimizer
+    asks for its handlers when it is made: register first.
+
+    Raises:
+        TypeError: If ``module_type`` is not a module class or ``handler`` not a `LayerHandler`
+            instance.
+
+    >>> class Doubled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> handler_for(Doubled(3, 2)).refusal(Doubled(3, 2))
+    'subclass of Linear with a forward of its own: register a handler'
+    """
+    return _REGISTRY.register(module_type, handler)

@@ -1,0 +1,238 @@
+"""The seam between a loss and its curvature.
+
+A mean loss is ``(1/M) sum_m l_m(f_m)``: ``M`` independent terms, each a function of one row ``f_m``
+of the prediction. When every term is a negative log-likelihood of an exponential family with
+natural parameters ``f_m``, its Hessian does not depend on the label but for a factor, and equals
+the Fisher information (Martens 2020, sections 8 and 9.2). A `Likelihood` says what the rows are,
+and gives vectors ``v`` whose outer products sum to those Hessians. Back-propagated, they become the
+output-gradient covariances of K-FAC (Martens & Grosse 2015; Eschenhagen et al. 2023).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor
+
+from kfacopt.likelihoods.layout import RowLayout
+
+
+class FisherType(StrEnum):
+    """Which second moment of output gradients stands for the loss' Hessian, as curvlinops names it.
+
+    >>> FisherType("type-2") is FisherType.TYPE2
+    True
+    """
+
+    TYPE2 = "type-2"
+    """The exact Hessian with respect to the prediction: one vector per output."""
+    MC = "mc"
+    """Gradients at labels drawn from the model's own distribution, unbiased for type-2."""
+    EMPIRICAL = "empirical"
+    """Gradients at the data's labels."""
+
+
+class KFACType(StrEnum):
+    """How weight sharing is read (Eschenhagen et al. 2023), as curvlinops names it.
+
+    >>> KFACType("expand") is KFACType.EXPAND
+    True
+    """
+
+    EXPAND = "expand"
+    """Shared positions are independent data."""
+    REDUCE = "reduce"
+    """Inputs are averaged and gradients summed over shared positions."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A prediction read as independent loss terms: row m is one term (a datum, a token).
+
+    Attributes:
+        parameters: Natural parameters (logits, means) ``[m c]``, float32 or float64.
+        scale: Hessian multiplier of every row ``[m]``: class weights, 1/c of a mean over features,
+            0 for ignored rows.
+        count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored
+            (leave the batch out).
+        gradient: Gradient of each term, dl_m/df_m ``[m c]``, not divided by ``count``; ``None`` if
+            it cannot be known.
+        restore: Brings vectors ``[v m c]`` to ``[v, *prediction.shape]``, in the prediction's data
+            type.
+        output_scale: Further Hessian multiplier of every output ``[m c]`` (``pos_weight``);
+            ``None`` for one.
+        terms_per_datum: Rows that belong to one datum (positions of a sequence); they are
+            contiguous.
+        rows: Reads a tensor of the prediction's shape as rows ``[m c]``.
+    """
+
+    parameters: Tensor
+    scale: Tensor
+    count: Tensor
+    gradient: Tensor | None
+    restore: Callable[[Tensor], Tensor]
+    output_scale: Tensor | None = None
+    terms_per_datum: int = 1
+    rows: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        layout: RowLayout,
+        parameters: Tensor,
+        *,
+        scale: Tensor,
+        count: Tensor,
+        gradient: Tensor | None,
+        output_scale: Tensor | None = None,
+    ) -> LossTerms:
+        """Terms whose rows lie in the prediction as ``layout`` says."""
+        return cls(
+            parameters=parameters,
+            scale=scale,
+            count=count,
+            gradient=gradient,
+            restore=layout.restore,
+            output_scale=output_scale,
+            terms_per_datum=layout.terms_per_datum,
+            rows=layout.rows,
+        )
+
+    def at(self, prediction: Tensor) -> LossTerms:
+        """The same terms at another prediction (after a step, say), for `Likelihood.divergence`.
+
+        The gradient belongs to the old prediction and is dropped.
+
+        Raises:
+            RuntimeError: If the likelihood that made the terms left ``rows`` out.
+        """
+        if self.rows is None:
+            raise RuntimeError(
+                "these LossTerms cannot read another prediction, because their `rows` is None: "
+                "let the likelihood's `terms` pass rows=... (or build them with LossTerms.of)"
+            )
+        return replace(self, parameters=self.rows(prediction.detach()), gradient=None)
+
+
+class Likelihood(ABC):
+    """A loss function read as a negative log-likelihood with natural parameters f, the prediction.
+
+    Subclass it for a loss of your own: four methods, all on rows. Statistics are those
+    of the *mean* loss.
+    """
+
+    vectors_per_chunk: ClassVar[int] = 64
+    """At most this many type-2 vectors are back-propagated at once."""
+
+    reduction: str = "mean"
+    """How the loss function sums up its terms; ``"sum"`` makes `gradient_scale` 1/M."""
+
+    @abstractmethod
+    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
+        """Read a prediction as loss terms.
+
+        Args:
+            prediction: What the loss function was given.
+            gradient: The user's dL/dprediction, known up to a positive factor (loss scaling,
+                accumulation). The target is read from it where the Hessian needs it.
+            target: What the loss function was given, exact; it wins over ``gradient``.
+
+        Raises:
+            TypeError: If the prediction is complex or of integers.
+            ValueError: If the batch is empty, or the gradient is not that of this loss function.
+                Never because of non-finite numbers, for which the caller leaves the batch out.
+        """
+
+    @abstractmethod
+    def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
+        """Gradients at labels drawn from the model, ``[v m c]`` with v = mc_samples.
+
+        ``sum_v v_m v_mᵀ`` has the expectation ``scale_m`` times the Hessian of term m.
+        """
+
+    @abstractmethod
+    def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
+        """A square root of every term's Hessian ``[c m c]``: sum_v v_m v_mᵀ = scale_m Hessian_m.
+
+        Args:
+            terms: The loss terms.
+            columns: Only these of the c vectors, to bound memory.
+        """
+
+    @abstractmethod
+    def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
+        """Sum over the terms of scale · KL(p_old ‖ p_new), 0-dim; ``old.count`` makes it a mean.
+
+        It is the Bregman divergence of the loss: with b its part that does not depend on the label,
+        ``b(f_new) - b(f_old) - ∇b(f_old)·(f_new - f_old)``. Scales are those of ``old``.
+        """
+
+    def gradient_scale(self, terms_count: float) -> float:
+        """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""
+        return 1.0 / terms_count if self.reduction == "sum" and terms_count > 0 else 1.0
+
+    def cotangents(
+        self,
+        terms: LossTerms,
+        fisher_type: FisherType,
+        mc_samples: int = 1,
+        generator: Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Vectors to back-propagate, in chunks ``[v, *prediction.shape]``.
+
+        Their outer products sum (type-2) or sum in expectation (mc) to the Hessian of the *sum*
+        over the terms; divide by ``terms.count`` for the mean loss. The type-2 vectors of one
+        datum's terms are kept apart, since the terms share the graph below (a sequence of t
+        positions has t·c vectors); different data share none, so that one vector serves all of
+        them.
+
+        Raises:
+            ValueError: If ``mc_samples`` is not positive, or the empirical Fisher is asked of terms
+                whose gradient cannot be known.
+        """
+        fisher_type = FisherType(fisher_type)
+        if fisher_type is FisherType.TYPE2:
+            return self._type2(terms)
+        if fisher_type is FisherType.MC:
+            if mc_samples < 1:
+                raise ValueError(f"mc_samples={mc_samples}: the Monte-Carlo Fisher needs at least 1 sample")
+            return iter((terms.restore(self.sample(terms, mc_samples, generator)),))
+        if terms.gradient is None:
+            raise ValueError(
+                f"fisher_type='empirical': the gradient of each term of {self!r} cannot be read "
+                "from the gradient of the whole loss (soft targets, or a loss that was rescaled); "
+                "pass the target, or use 'mc' or 'type-2'"
+            )
+        return iter((terms.restore(terms.gradient[None]),))
+
+    def _type2(self, terms: LossTerms) -> Iterator[Tensor]:
+        chunk, positions = self.vectors_per_chunk, terms.terms_per_datum
+        outputs = terms.parameters.shape[1]
+        for start in range(0, outputs, chunk):
+            columns = self.hessian_sqrt(terms, slice(start, min(start + chunk, outputs)))
+            if positions == 1:
+                yield terms.restore(columns)
+                continue
+            per_position = rearrange(columns, "v (n t) c -> t v n c", t=positions)
+            together = max(1, chunk // columns.shape[0])
+            for first in range(0, positions, together):
+                some = per_position[first : first + together]
+                here = torch.arange(some.shape[0], device=some.device)
+                apart = some.new_zeros(*some.shape[:3], positions, outputs)
+                apart[here, :, :, first + here] = some
+                yield terms.restore(rearrange(apart, "g v n t c -> (g v) (n t) c"))
+
+
+def independent_columns(deviation: Tensor, columns: slice) -> Tensor:
+    """Columns ``[v m c]`` of the diagonal matrices with diagonals ``deviation`` ``[m c]``."""
+    rows, outputs = deviation.shape
+    chosen = torch.arange(outputs, device=deviation.device)[columns]
+    vectors = deviation.new_zeros(len(chosen), rows, outputs)
+    vectors[torch.arange(len(chosen), device=chosen.device), :, chosen] = deviation.T[columns]
+    return vectors

@@ -1,0 +1,226 @@
+"""Cross-entropy on logits as a categorical likelihood."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor
+
+from kfacopt.likelihoods.base import Likelihood, LossTerms
+from kfacopt.likelihoods.layout import RowLayout
+from kfacopt.likelihoods.precision import (
+    Precision,
+    check_prediction,
+    check_reduction,
+    widest,
+)
+from kfacopt.likelihoods.softmax_gradient import Smoothing, class_axes, read_labels
+
+
+class Categorical(Likelihood):
+    """Cross-entropy on logits, torch's `CrossEntropyLoss`.
+
+    One row of logits f with p = softmax(f), label y and class weights w has the loss
+    ``-sum_c w_c t_c log p_c`` with ``t = (1-ε) e_y + ε/C``, the gradient ``s p - t∘w`` with
+    ``s = sum_c t_c w_c``, and the Hessian ``s (diag p - p pᵀ)``. The mean divides by the sum of
+    w_y over the labels that are not ignored.
+
+    Predictions are ``[c]``, ``[n c]``, torch's ``[n c d1 ...]`` or ``[n ... c]`` as language models
+    return them. Without a target, the class axis is the one along which the gradient sums to zero,
+    labels are those whose gradient points along the user's, and rows without any gradient that are
+    not saturated were ignored.
+
+    Args:
+        class_weights: Weight of every class ``[c]``, not negative.
+        ignore_index: Targets of this value are left out.
+        label_smoothing: ε, from 0 to 1.
+        reduction: ``"mean"`` or ``"sum"`` as torch has it. ``"none"`` is read as ``"mean"``, since
+            what happens to the numbers outside the loss function cannot be seen.
+
+    Note:
+        Probability targets are exact when given. Read from the gradient they need
+        ``class_weights=None`` (the Hessian is then the same for any), and the terms' gradients stay
+        unknown. A model that merges data and positions into one axis ``[(n t) c]`` hides which
+        terms share a graph; the type-2 Fisher is exact for ``[n t c]``.
+
+    >>> logits = torch.zeros(2, 2, requires_grad=True)
+    >>> loss = 128 * torch.nn.functional.cross_entropy(logits, torch.tensor([1, -100]))
+    >>> terms = Categorical().terms(logits, gradient=torch.autograd.grad(loss, logits)[0])
+    >>> terms.count.item(), terms.scale.tolist(), terms.gradient[0].tolist()
+    (1.0, [1.0, 0.0], [0.5, -0.5])
+    """
+
+    def __init__(
+        self,
+        class_weights: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        if class_weights is not None and bool((class_weights < 0).any()):
+            raise ValueError("class_weights has negative entries, with which the loss is not convex")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not between 0 and 1")
+        self.class_weights = class_weights
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.reduction = check_reduction(reduction, ("mean", "sum", "none"), "Categorical")
+
+    def __repr__(self) -> str:
+        return (
+            f"Categorical(class_weights={self.class_weights}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r})"
+        )
+
+    @torch.no_grad()
+    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
+        """See `Likelihood.terms`; the target is class indices or probabilities."""
+        check_prediction(prediction, gradient, "CrossEntropyLoss")
+        if prediction.ndim == 0:
+            raise ValueError("prediction is a single number, but CrossEntropyLoss needs an axis of classes")
+        if target is not None:
+            return self._from_target(prediction.detach(), target)
+        if gradient is not None:
+            return self._from_gradient(prediction.detach(), gradient)
+        if self.class_weights is not None or prediction.ndim > 2:
+            raise ValueError(
+                f"prediction of shape {list(prediction.shape)} with "
+                f"class_weights={self.class_weights}: without a target or a gradient neither the "
+                "class axis of more than two nor the weights of the rows are known; pass "
+                "target=... or gradient=..."
+            )
+        layout = RowLayout.of(prediction, prediction.ndim - 1)
+        return self._without_gradient(layout, layout.rows(prediction.detach()), None)
+
+    def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
+        """Gradients p - e_y at labels y drawn from p."""
+        probabilities = terms.parameters.softmax(-1)
+        rows, classes = probabilities.shape
+        device = probabilities.device if generator is None else generator.device
+        uniform = torch.rand(rows, mc_samples, generator=generator, device=device, dtype=probabilities.dtype)
+        # Inverting the distribution function takes one random number a draw, and unlike
+        # torch.multinomial it does not fail (on CUDA: not for good) when a batch has diverged.
+        cumulative = probabilities.cumsum(-1)
+        uniform = uniform.to(probabilities.device) * cumulative[:, -1:]
+        labels = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=classes - 1)
+        return self._sampled(terms, probabilities, rearrange(labels, "m v -> v m"))
+
+    def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
+        """Vectors ``sqrt(scale p_k) (e_k - p)``, one per class k."""
+        probabilities = terms.parameters.softmax(-1)
+        chosen = torch.arange(probabilities.shape[1], device=probabilities.device)[columns]
+        deviation = (probabilities[:, columns] * terms.scale[:, None]).sqrt().T
+        vectors = -deviation[:, :, None] * probabilities
+        vectors[torch.arange(len(chosen), device=chosen.device), :, chosen] += deviation
+        return vectors
+
+    def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
+        """Sum of scale · KL between the softmax distributions before and after."""
+        before = widest(old.parameters).log_softmax(-1)
+        after = widest(new.parameters).log_softmax(-1)
+        probabilities = before.exp()
+        # A masked class (logit -inf) has no probability, but -inf - -inf is not a number.
+        terms = torch.where(probabilities > 0, probabilities * (before - after), 0.0)
+        return (terms.sum(-1) * old.scale).sum().to(old.parameters.dtype)
+
+    def _sampled(self, terms: LossTerms, probabilities: Tensor, labels: Tensor) -> Tensor:
+        """``sqrt(scale / v) (p - e_y)`` at labels ``[v m]``."""
+        deviation = (terms.scale / labels.shape[0]).sqrt()
+        vectors = (probabilities * deviation[:, None]).expand(labels.shape[0], -1, -1).clone()
+        height = -deviation.expand_as(labels)
+        return vectors.scatter_add_(-1, labels[..., None], height[..., None])
+
+    def _weights(self, logits: Tensor) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        if self.class_weights.shape != logits.shape[1:]:
+            raise ValueError(
+                f"class_weights has shape {list(self.class_weights.shape)}, but the prediction has "
+                f"{logits.shape[1]} classes"
+            )
+        return self.class_weights.to(logits)
+
+    def _from_target(self, prediction: Tensor, target: Tensor) -> LossTerms:
+        axis = min(1, prediction.ndim - 1)
+        if target.is_floating_point():
+            if target.shape != prediction.shape:
+                raise ValueError(self._wrong_shape(prediction, target))
+            layout = RowLayout.of(prediction, axis)
+            logits = layout.rows(prediction)
+            return self._from_probabilities(layout, logits, layout.rows(target).to(logits))
+        shape = prediction.shape
+        if target.shape != shape[:axis] + shape[axis + 1 :]:
+            axis = prediction.ndim - 1  # as language models have it
+            if target.shape != shape[:axis]:
+                raise ValueError(self._wrong_shape(prediction, target))
+        layout = RowLayout.of(prediction, axis)
+        labels, logits = target.reshape(-1).long(), layout.rows(prediction)
+        live = labels != self.ignore_index
+        labels = torch.where(live, labels, 0)
+        if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+            raise ValueError(
+                f"target has labels outside 0 … {logits.shape[1] - 1} that are not ignore_index={self.ignore_index}"
+            )
+        smoothing = Smoothing(self._weights(logits), self.label_smoothing)
+        gradient = smoothing.gradient(logits.softmax(-1), labels)
+        return self._from_labels(layout, logits, gradient, labels, live)
+
+    def _from_gradient(self, prediction: Tensor, gradient: Tensor) -> LossTerms:
+        precision = Precision.of(prediction, gradient)
+        doubtful = None
+        for axis in class_axes(gradient, precision):
+            layout = RowLayout.of(prediction, axis)
+            logits = layout.rows(prediction)
+            probabilities = logits.softmax(-1)
+            smoothing = Smoothing(self._weights(logits), self.label_smoothing)
+            rows = layout.rows(gradient).to(logits.dtype)
+            found = read_labels(rows, probabilities, smoothing, precision)
+            if found.recognised:
+                return self._from_labels(layout, logits, found.gradient, found.labels, found.live)
+            doubtful = doubtful or (layout, logits, found.live)
+        if doubtful is not None and self.class_weights is None:
+            return self._without_gradient(*doubtful)
+        raise ValueError(
+            f"the gradient that reached the prediction {list(prediction.shape)} is not that of "
+            f"CrossEntropyLoss with these class weights and hard labels ({self!r}): pass the "
+            "loss_func that the training loop uses; probability targets together with class "
+            "weights need the target itself"
+        )
+
+    def _from_labels(
+        self, layout: RowLayout, logits: Tensor, gradient: Tensor, labels: Tensor, live: Tensor
+    ) -> LossTerms:
+        smoothing = Smoothing(self._weights(logits), self.label_smoothing)
+        alive = live.to(logits.dtype)
+        return LossTerms.of(
+            layout,
+            logits,
+            scale=smoothing.curvature(labels, logits) * alive,
+            count=(smoothing.label_weight(labels, logits) * alive).sum(),
+            gradient=gradient.mul_(alive[:, None]),
+        )
+
+    def _from_probabilities(self, layout: RowLayout, logits: Tensor, target: Tensor) -> LossTerms:
+        smoothed = (1.0 - self.label_smoothing) * target + self.label_smoothing / logits.shape[1]
+        weights = self._weights(logits)
+        weighted = smoothed if weights is None else smoothed * weights
+        scale = weighted.sum(-1)
+        return LossTerms.of(
+            layout,
+            logits,
+            scale=scale,
+            count=logits.new_tensor(float(logits.shape[0])),  # torch: not the weights, for these
+            gradient=scale[:, None] * logits.softmax(-1) - weighted,
+        )
+
+    def _without_gradient(self, layout: RowLayout, logits: Tensor, live: Tensor | None) -> LossTerms:
+        scale = logits.new_ones(logits.shape[0]) if live is None else live.to(logits.dtype)
+        return LossTerms.of(layout, logits, scale=scale, count=scale.sum(), gradient=None)
+
+    def _wrong_shape(self, prediction: Tensor, target: Tensor) -> str:
+        return (
+            f"target of shape {list(target.shape)} and dtype {target.dtype} does not fit the "
+            f"prediction {list(prediction.shape)}: CrossEntropyLoss takes class indices [n d1 ...] "
+            "for a prediction [n c d1 ...] (or [n ... c]), or probabilities in the prediction's "
+            "shape"
+        )

@@ -1,0 +1,171 @@
+"""What the gradient of a cross-entropy tells of its target.
+
+For one row of logits the gradient is ``k (s_y p - t_y∘w)`` with an unknown k > 0 that all rows
+share. It sums to zero over the classes, whatever the target; and for hard labels there are only C
+such vectors, of which one fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfacopt.likelihoods.precision import Precision, largest_magnitude
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Class weights w ``[c]`` (``None``: ones) and label smoothing ε: t_y = (1-ε) e_y + ε/C.
+
+    >>> smoothing = Smoothing(torch.tensor([1.0, 3.0]), 0.5)
+    >>> p = torch.tensor([[0.5, 0.5]])
+    >>> smoothing.curvature(torch.tensor([1]), p), smoothing.gradient(p, torch.tensor([1]))
+    (tensor([2.5000]), tensor([[ 1., -1.]]))
+    """
+
+    weights: Tensor | None
+    label_smoothing: float
+
+    def label_weight(self, labels: Tensor, like: Tensor) -> Tensor:
+        """w_y of every row ``[m]``."""
+        return like.new_ones(labels.shape) if self.weights is None else self.weights[labels]
+
+    def curvature(self, labels: Tensor, like: Tensor) -> Tensor:
+        """s_y = sum_c t_c w_c of every row ``[m]``."""
+        if self.weights is None:
+            return like.new_ones(labels.shape)
+        return self._per_class(self.weights)[labels]
+
+    def gradient(self, probabilities: Tensor, labels: Tensor) -> Tensor:
+        """s_y p - t_y∘w of every row ``[m c]``."""
+        label_weight = self.label_weight(labels, probabilities)
+        gradient = probabilities * self.curvature(labels, probabilities)[:, None]
+        height = (self.label_smoothing - 1.0) * label_weight
+        gradient.scatter_add_(-1, labels[:, None], height[:, None])
+        if self.label_smoothing > 0:
+            gradient -= self.label_smoothing / probabilities.shape[1] * self._or_ones(probabilities)
+        return gradient
+
+    def products(self, gradient: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """For every label y, gradient · d_y and ‖d_y‖² (d_y = s_y p - t_y∘w), each ``[m c]``."""
+        weights, part = self._or_ones(probabilities), self.label_smoothing / probabilities.shape[1]
+        curvature, height = self._per_class(weights), (1.0 - self.label_smoothing) * weights
+        along_p = (gradient * probabilities).sum(-1, keepdim=True)
+        dot = curvature * along_p - height * gradient - part * (gradient @ weights)[:, None]
+        length = probabilities.square().sum(-1, keepdim=True)
+        cross = height * probabilities + part * (probabilities @ weights)[:, None]
+        constant = height * (height + 2.0 * part * weights) + part**2 * weights.square().sum()
+        return dot, (curvature.square() * length - 2.0 * curvature * cross + constant).clamp_min(0)
+
+    def double(self) -> Smoothing:
+        """The same in float64."""
+        weights = None if self.weights is None else self.weights.double()
+        return Smoothing(weights, self.label_smoothing)
+
+    def _per_class(self, weights: Tensor) -> Tensor:
+        return (1.0 - self.label_smoothing) * weights + self.label_smoothing * weights.mean()
+
+    def _or_ones(self, like: Tensor) -> Tensor:
+        return like.new_ones(like.shape[-1]) if self.weights is None else self.weights
+
+
+@dataclass(frozen=True)
+class ReadLabels:
+    """Labels ``[m]``, and what follows from them.
+
+    Attributes:
+        labels: A label for every row, also of those that are not part of the loss ``[m]``.
+        live: Which rows are part of the loss ``[m]``.
+        gradient: The gradient of every row at its label, of factor 1 ``[m c]``.
+        recognised: Whether the labels explain the gradient.
+    """
+
+    labels: Tensor
+    live: Tensor
+    gradient: Tensor
+    recognised: bool
+
+
+def class_axes(gradient: Tensor, precision: Precision) -> list[int]:
+    """The axes that may be that of the classes, 1 or the last, the likeliest first.
+
+    It is the one along which the gradient sums to zero; both do so only by rare coincidence.
+
+    Raises:
+        ValueError: If neither does; the gradient is not that of a cross-entropy.
+
+    >>> u = torch.tensor([[[0.5, -0.5], [0.25, -0.25], [0.1, -0.1]]])
+    >>> class_axes(u, Precision.of(u)), class_axes(u.mT, Precision.of(u))
+    ([2], [1])
+    """
+    axes = [0] if gradient.ndim == 1 else sorted({1, gradient.ndim - 1})
+    wide = gradient.float() if gradient.dtype != torch.float64 else gradient
+    sums = [wide.sum(axis).abs().sum() for axis in axes]
+    total, *residuals = torch.stack([wide.abs().sum(), *sums]).tolist()
+    residual = dict(zip(axes, residuals, strict=True))
+    # The gradient of a single class is zero, which says nothing.
+    axes.sort(key=lambda axis: (residual[axis], gradient.shape[axis] == 1))
+    # float16 rounds gradients below its smallest number to zero: that much of the sum is lost.
+    allowed = precision.sum * total + precision.quantum * gradient.numel()
+    if residual[axes[0]] > allowed:  # false for numbers that are not finite
+        raise ValueError(
+            f"the gradient that reached the prediction {list(gradient.shape)} is not that of "
+            f"CrossEntropyLoss: over the classes (axis {' or '.join(map(str, axes))}) it sums to "
+            f"{residual[axes[0]] / total:.2g} of its size, not to 0. Pass the loss_func that the "
+            "training loop uses, and say which output it is applied to"
+        )
+    return [axis for axis in axes if not residual[axis] > allowed]
+
+
+def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> ReadLabels:
+    """The labels whose gradients are, up to one factor, the rows ``[m c]`` of ``gradient``."""
+    lowest, labels = gradient.min(-1)
+    size = torch.maximum(-lowest, gradient.amax(-1))
+    inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
+    gradient = gradient * inverse  # so that loss scaling does not over- or underflow squares
+    size, quantum = size * inverse, precision.quantum * inverse
+    if smoothing.label_smoothing > 0:
+        labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
+    live, zero = torch.ones_like(labels, dtype=torch.bool), size == 0
+    if bool(zero.any()):
+        # A row whose gradient was rounded to zero has all its probability on the label. Any other
+        # row without a gradient was left out of the loss.
+        likeliest = probabilities[zero].topk(min(2, probabilities.shape[1]))
+        labels[zero] = likeliest.indices[:, 0]
+        live[zero] = likeliest.values[:, 1:].sum(-1) <= 2.0 * quantum
+    expected = smoothing.gradient(probabilities, labels)
+    length = torch.linalg.vector_norm(expected, dim=-1)
+    dot = torch.linalg.vecdot(gradient, expected)
+    cosine = dot / (length * torch.linalg.vector_norm(gradient, dim=-1))
+    # Where probabilities and labels nearly agree, rounding decides where their difference points.
+    curvature = smoothing.curvature(labels, probabilities)
+    telling = (length > 3e-2 * curvature) & (size > 64.0 * quantum) & ~zero
+    wrong = telling & (cosine < 1.0 - precision.cosine)
+    return ReadLabels(labels, live, expected, recognised=not bool(wrong.any()))
+
+
+def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> Tensor:
+    """The labels under label smoothing, where the sign of the gradient does not tell them.
+
+    Directions alone can be ambiguous too (two classes have but one), so the factor k, common to all
+    rows, is estimated from the rows with the longest gradients; given k, labels are as far apart as
+    their one-hot vectors.
+    """
+    lengths = gradient.square().sum(-1)
+    some = lengths.topk(min(64, len(lengths))).indices
+    told = lengths[some].double()
+    dot, length = smoothing.double().products(gradient[some].double(), probabilities[some].double())
+    tiny = torch.finfo(torch.float64).tiny
+    agreement = dot[0] / length[0].sqrt().clamp_min(tiny)
+    candidates = agreement.topk(min(4, agreement.numel())).indices
+    factors = (dot[0] / length[0].clamp_min(tiny))[candidates].clamp_min(tiny)
+    fitted = [(k * (k * length - 2.0 * dot)).amin(-1) + told for k in factors]
+    relative = torch.stack([(residual * (told > 0)).sum() for residual in fitted]) / told.sum()
+    # Two classes that are all but certain can be explained twice: all labels nearly fitted, or all
+    # labels wrong. Training makes the first (the largest factor) the likelier.
+    fits = relative < 1e-2 * precision.cosine
+    factor = torch.where(fits.any(), (fits * factors).amax(), factors[relative.argmin()])
+    dot, length = smoothing.products(gradient, probabilities)
+    return (factor.to(dot.dtype) * length - 2.0 * dot).argmin(-1)

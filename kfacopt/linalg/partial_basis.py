@@ -1,0 +1,81 @@
+"""Functions of `G ⊗ A`-like operators of which only the dominant eigenvectors are kept, the rest stand for one value.
+
+With orthonormal U `[o k]`, V `[i l]` the operator on matrices `[o i]` is
+
+    coefficient `both[a, b]` on `u_a v_bᵀ`, `left[a]` on `u_a (rest of V)`, `right[b]` on `(rest of U) v_b`, and
+    `neither` on what is left.
+
+A side that is kept whole has no rest. The cost is that of products with U and V only: `4 o i (k + l)` instead of
+`4 o i (o + i)` floating-point operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Coefficients(NamedTuple):
+    """Values of a spectral function: `both` `[k l]`, `left` `[k]`, `right` `[l]`, `neither` `[]`."""
+
+    both: Tensor
+    left: Tensor
+    right: Tensor
+    neither: Tensor
+
+
+class WholeSide(NamedTuple):
+    """What stands for a side that is kept whole: `U diag(left) Uᵀ` `[o o]`, or `V diag(right) Vᵀ` `[i i]`."""
+
+    on_left: Tensor | None
+    on_right: Tensor | None
+
+
+def whole_sides(left_basis: Tensor, right_basis: Tensor, at: Coefficients) -> WholeSide:
+    """Products that `apply` needs where exactly one side is kept whole; to be kept while the coefficients stay."""
+    left_whole, right_whole = _whole(left_basis), _whole(right_basis)
+    if left_whole == right_whole:
+        return WholeSide(None, None)
+    if left_whole:
+        return WholeSide((left_basis * at.left) @ left_basis.mT, None)
+    return WholeSide(None, (right_basis * at.right) @ right_basis.mT)
+
+
+def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficients, whole: WholeSide) -> Tensor:
+    """The operator with coefficients `at` times `matrix` `[o i]`.
+
+    Args:
+        matrix: `[o i]`.
+        left_basis: U, `[o k]`.
+        right_basis: V, `[i l]`.
+        at: The coefficients.
+        whole: Of `whole_sides` with the same bases and coefficients.
+
+    >>> eye = torch.eye(3)
+    >>> at = Coefficients(torch.full((1, 1), 2.0), torch.ones(1), torch.ones(1), torch.tensor(1.0))
+    >>> apply(torch.ones(3, 3), eye[:, :1], eye[:, :1], at, WholeSide(None, None)).tolist()
+    [[2.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    left_whole, right_whole = _whole(left_basis), _whole(right_basis)
+    if left_whole and right_whole:
+        coordinates = left_basis.mT @ (matrix @ right_basis)
+        return left_basis @ (coordinates.mul_(at.both) @ right_basis.mT)
+    if whole.on_left is not None:
+        inner = (left_basis.mT @ (matrix @ right_basis)).mul_(at.both - at.left.unsqueeze(-1))
+        return torch.addmm(whole.on_left @ matrix, left_basis @ inner, right_basis.mT)
+    if whole.on_right is not None:
+        inner = ((left_basis.mT @ matrix) @ right_basis).mul_(at.both - at.right)
+        return torch.addmm(matrix @ whole.on_right, left_basis, inner @ right_basis.mT)
+    rows = left_basis.mT @ matrix
+    columns = matrix @ right_basis
+    inner = rows @ right_basis
+    inner.mul_(at.both - at.left.unsqueeze(-1) - at.right + at.neither)
+    rows.mul_((at.left - at.neither).unsqueeze(-1)).addmm_(inner, right_basis.mT)
+    result = (matrix * at.neither).addmm_(left_basis, rows)
+    return result.addmm_(columns.mul_(at.right - at.neither), right_basis.mT)
+
+
+def _whole(basis: Tensor) -> bool:
+    return basis.shape[-1] == basis.shape[-2]

@@ -1,0 +1,59 @@
+"""Reading and writing hyper-parameters in param groups, plain numbers that schedulers and users write too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kfacopt.backends.base import CurvatureBackend, Settings
+from kfacopt.damping import RelativeDamping
+from kfacopt.layers.layer import Layer
+
+Groups = Sequence[dict[str, Any]]
+
+
+def with_plain_damping(group: dict[str, Any]) -> dict[str, Any]:
+    """A group whose `damping` object, if it has one, is replaced by plain values.
+
+    >>> with_plain_damping({"damping": RelativeDamping(3.0)})
+    {'damping': 3.0, 'relative_damping': True}
+    >>> with_plain_damping({"damping": 0.1})
+    {'damping': 0.1, 'relative_damping': False}
+    """
+    if "damping" not in group or "relative_damping" in group:
+        return group
+    damping = group["damping"]
+    relative = isinstance(damping, RelativeDamping)
+    return group | {"damping": damping.factor if relative else damping, "relative_damping": relative}
+
+
+def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBackend) -> dict[Layer, Settings]:
+    """Every layer's hyper-parameters; a relative damping of a layer without statistics yet is as it stands.
+
+    Raises:
+        ValueError: If parameters of one layer lie in groups that differ.
+    """
+    home = {id(p): group for group in groups for p in group["params"]}
+    means = backend.mean_eigenvalues() if any(group["relative_damping"] for group in groups) else {}
+    result = {}
+    for layer in layers:
+        held = [home[id(p)] for p in layer.parameters.values()]
+        found = {(float(g["damping"]), bool(g["relative_damping"]), float(g["ema_decay"])) for g in held}
+        if len(found) > 1:
+            raise ValueError(
+                f"the parameters of {layer.name!r} lie in param groups with different damping or ema_decay, but "
+                f"share one block: give the groups the same, or pass separate_weight_and_bias=True"
+            )
+        damping, relative, ema_decay = found.pop()
+        # A layer without curvature (a dead one) has no unit: any damping will do, and zero would divide by zero.
+        unit = (means.get(layer, 1.0) or 1.0) if relative else 1.0
+        result[layer] = Settings(damping * unit, ema_decay)
+    return result
+
+
+def adamw_rate(group: Mapping[str, Any]) -> float:
+    """AdamW's learning rate: the group's own without curvature, else `adamw_lr` in proportion to the scheduled `lr`."""
+    if not group["curvature"]:
+        return float(group["lr"])
+    base = float(group["base_lr"])
+    return float(group["adamw_lr"]) * (float(group["lr"]) / base if base > 0.0 else 1.0)

@@ -1,0 +1,63 @@
+"""How far the quadratic model can be trusted: the step that was taken against the step it promised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from kfacopt.backends.base import CurvatureBackend, Settings
+from kfacopt.damping import compare_losses
+from kfacopt.estimator import FisherEstimator, find_prediction
+from kfacopt.forwards import Replay
+from kfacopt.layers.layer import Layer
+from kfacopt.optim import rule
+
+
+class Outcome(NamedTuple):
+    """`rho`: reduction ratio, not a number where no reduction was promised; `divergence`: mean KL(before ‖ after)."""
+
+    rho: float
+    divergence: float
+
+
+def outcome_of_step(
+    estimator: FisherEstimator,
+    backend: CurvatureBackend,
+    replays: Sequence[Replay],
+    step: Mapping[nn.Parameter, Tensor],
+    gradients: Mapping[nn.Parameter, Tensor],
+    settings: Mapping[Layer, Settings],
+    gradient_scale: float,
+) -> Outcome:
+    """Reduction ratio `ρ = (L(θ + δ) - L(θ)) / (gᵀδ + ½ δᵀ(C + damping I)δ)` (Martens & Grosse 2015, section 6.5).
+
+    Args:
+        estimator: Of the likelihood and of the prediction in an output.
+        backend: Multiplies with C.
+        replays: The step's forwards.
+        step: δ by parameter; the parameters hold θ + δ.
+        gradients: g at θ, of the mean loss.
+        settings: Each layer's damping at which the step was computed.
+        gradient_scale: Brings the user's gradient at the prediction to that of the mean loss.
+    """
+    change = compare_losses(
+        estimator.likelihood,
+        replays,
+        lambda output: find_prediction(output, estimator.prediction),
+        gradient_scale,
+    )
+    moved = [p for p in step if p in gradients]
+    promised = float(rule.inner_product([step[p] for p in moved], [gradients[p] for p in moved]))
+    by_layer = {
+        layer: {role: step[p] for role, p in layer.parameters.items()}
+        for layer in settings
+        if all(p in step for p in layer.parameters.values())
+    }
+    for layer, products in backend.multiply(by_layer).items():
+        for role, product in products.items():
+            delta = by_layer[layer][role]
+            promised += 0.5 * float((delta * (product + settings[layer].damping * delta)).sum())
+    return Outcome(change.loss_change / promised if promised < 0.0 else math.nan, change.divergence)
