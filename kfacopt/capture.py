@@ -70,7 +70,7 @@ class Capture:
         deliver: Called with each layer's rows, inside the user's backward.
         discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
 
-    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step.
+    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, `all_places` once.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Capture:
     ) -> None:
         self.wants_rows = True
         self.wants_terms = False
+        self.all_places = False
         self.wants_replays = False
         self.tally = Tally()
         self._estimator = estimator
@@ -140,7 +141,10 @@ class Capture:
     @property
     def _idle(self) -> bool:
         # A forward inside a backward is a recomputation (activation checkpointing), not a new forward.
-        return self._paused or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
+        # Under a torch.func transform it is not the model's own parameters that are differentiated.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        recomputed = torch._C._current_graph_task_id() != -1
+        return self._paused or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or torch._C._current_graph_task_id() != -1:
@@ -177,7 +181,8 @@ class Capture:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None:
+        own = all(module._parameters.get(role) is p for role, p in layer.parameters.items())  # no functional_call
+        if own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None:
             detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
             self._sites.append(
                 Site(
@@ -282,7 +287,7 @@ class Capture:
             for cotangents in self._estimator.cotangents(terms):
                 gradients = self._gradients(own, edges, cotangents)
                 for layer, reached in _by_layer(gradients).items():
-                    rows = rows_of_layer(layer, reached, terms.count, self._estimator.kfac_approx)
+                    rows = rows_of_layer(layer, reached, terms.count, self._estimator.kfac_approx, self.all_places)
                     self._deliver(layer, rows if first else replace(rows, first=False))
                 first = False
         for one in forwards:

@@ -16,12 +16,12 @@ from kfacopt.likelihoods import Likelihood
 class LevenbergMarquardt:
     """Raise the damping where the quadratic model promised too much, lower it where it kept its promise.
 
-    Every `every` steps the loss change of the step just taken is measured on the step's own batches (all micro-batches,
-    each run again with its own random state) and divided by what the quadratic model `gᵀδ + ½ δᵀ(C + damping I)δ`
-    predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by `decay ** every`; `ρ < 1/4`: divided by it
-    (Martens & Grosse 2015, section 6.5). Where the loss cannot be measured again the damping stays: several roots on
-    the way to one prediction (an encoder and a decoder called separately), or a float16 loss scaling that cannot be told
-    from the gradient (`MSELoss`).
+    Every `every` steps the loss change of the step just taken is measured on the step's own batches (all
+    micro-batches, each run again with its own random state) and divided by what the quadratic model
+    `gᵀδ + ½ δᵀ(C + damping I)δ` predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by
+    `decay ** every`; `ρ < 1/4`: divided by it (Martens & Grosse 2015, section 6.5). Where the loss cannot be measured
+    again the damping stays: several roots on the way to one prediction (an encoder and a decoder called separately),
+    or a float16 loss scaling that cannot be told from the gradient (`MSELoss`).
 
     Args:
         every: Steps between two adjustments; each costs a forward.

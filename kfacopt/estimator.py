@@ -130,7 +130,7 @@ def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) 
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors of a model's output, in order: of a tensor, nested tuples, lists, dicts, or an object's attributes."""
+    """All tensors of a model's output, in order: of nested tuples, lists, dicts, or an object's attributes."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,13 @@ from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import KFACType
 
 
-def rows_of_layer(layer: Layer, reached: Sequence[tuple[Site, Tensor]], terms: Tensor, kfac_approx: KFACType) -> Rows:
+def rows_of_layer(
+    layer: Layer,
+    reached: Sequence[tuple[Site, Tensor]],
+    terms: Tensor,
+    kfac_approx: KFACType,
+    all_places: bool = False,
+) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
 
     A layer that was called several times in one forward shares its weights over the calls: they are more places `s`.
@@ -23,10 +30,13 @@ def rows_of_layer(layer: Layer, reached: Sequence[tuple[Site, Tensor]], terms: T
         reached: Its calls and the cotangents `[v, *output]` at each.
         terms: What to divide sums over the rows by for the mean loss.
         kfac_approx: Expand, or reduce.
+        all_places: Leave reducing to `Rows.for_factors`.
 
     Raises:
         ValueError: If the calls had different numbers of data.
     """
+    if all_places and kfac_approx == KFACType.REDUCE and layer.handler.structure != "elementwise":
+        return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND), reduce=True)
     handler, inputs, gradients = layer.handler, [], []
     for site, cotangents in reached:
         a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)

@@ -13,6 +13,11 @@ from typing import Any
 Interval = int | Callable[[int], int]
 
 
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 step, got {value}")
+
+
 @dataclass(frozen=True)
 class Constant:
     """The same interval for ever.
@@ -53,7 +58,18 @@ class Growing:
 
     def __call__(self, step: int) -> int:
         progress = min(1.0, step / self.burn_in)
-        return max(1, round(self.start * float(self.end / self.start) ** progress))
+        growth = float((self.end / self.start) ** progress)
+        return max(1, round(self.start * growth))
+
+
+# Curvature changes fastest in the first steps, and a trust region measured by stale curvature bounds nothing: the
+# statistics are taken at every step at first. An eigendecomposition costs about three inversions.
+FACTOR_EVERY = Growing(1, 10, burn_in=30)
+"""Default of every optimizer's `factor_every`."""
+KFAC_REFRESH_EVERY = Growing(2, 50, burn_in=50)
+"""Default of KFAC's `refresh_every`."""
+EKFAC_REFRESH_EVERY = Growing(5, 50, burn_in=50)
+"""Default of EKFAC's `refresh_every`."""
 
 
 class MaxOverhead:
@@ -195,8 +211,3 @@ class Timetable:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"the schedule {self._interval!r} returned {every!r} at step {step}, not a positive int")
         return every
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1 step, got {value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -36,9 +36,14 @@ class CurvatureBackend(ABC):
     4. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
        result is updated by AdamW in this step.
 
+    A backend that wants no rows (`wants_rows` is always False) makes the optimizer's curvature options moot.
+
     The model may be called and differentiated within `refresh` and `solve`: capture is paused there, gradients are
     enabled. `.grad` is not to be written to.
     """
+
+    all_places: ClassVar[bool] = False
+    """Whether rows of every place are wanted under KFAC-reduce too (`Rows.reduce` is set then)."""
 
     def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
         """Take note of the layers to come. Called again when parameters are frozen, unfrozen or added."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from kfacopt.backends.base import Settings
 from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
 from kfacopt.layers.layer import Layer
-from kfacopt.schedules import Interval, Timetable, as_interval
+from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
 
 
 class ExactEKFACBackend(LayerwiseBackend):
@@ -21,10 +22,12 @@ class ExactEKFACBackend(LayerwiseBackend):
         stagger: Spread the layers' refreshes over the interval.
     """
 
+    all_places = True
+
     def __init__(
         self,
-        factor_every: Interval = 10,
-        refresh_every: Interval = 100,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = EKFAC_REFRESH_EVERY,
         refine_every: Interval | None = None,
         stagger: bool = True,
     ) -> None:
@@ -48,6 +51,15 @@ class ExactEKFACBackend(LayerwiseBackend):
                 block.refine()
         self._refinements.done(step, due)
 
+    def state_dict(self) -> dict[str, Any]:
+        refinements = None if self._refinements is None else self._refinements.state_dict()
+        return super().state_dict() | {"refinements": refinements}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self._refinements is not None and state["refinements"] is not None:
+            self._refinements.load_state_dict(state["refinements"])
+
 
 class EKFACBackend(LayerwiseBackend):
     """EKFAC in the eigenvectors that matter: cheaper than KFAC where the factors' spectra are steep.
@@ -60,20 +72,31 @@ class EKFACBackend(LayerwiseBackend):
         factor_every: Steps between two updates of the factors and of the corrected eigenvalues.
         refresh_every: Steps between two eigendecompositions of a layer's factors.
         tail: Multiple of the mean eigenvalue up to which eigenvectors are cut.
+        exponent: Power of the damped curvature to divide by: 1 is the natural gradient; 1/2 scales as Adam and Shampoo
+            do, which serves where the noise of the gradient outweighs it (small batches of a language model).
         stagger: Spread the layers' refreshes over the interval.
     """
 
+    all_places = True
+
     def __init__(
-        self, factor_every: Interval = 10, refresh_every: Interval = 100, tail: float = 0.3, stagger: bool = True
+        self,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = EKFAC_REFRESH_EVERY,
+        tail: float = 0.3,
+        exponent: float = 1.0,
+        stagger: bool = True,
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
         if not 0.0 < tail < 1.0:
             raise ValueError(f"tail must lie between 0 and 1, got {tail}; ExactEKFACBackend cuts nothing")
-        self._tail = tail
+        if not 0.0 < exponent <= 1.0:
+            raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
+        self._tail, self._exponent = tail, exponent
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
         matrix = layer.pack(dict(layer.parameters))
         cuttable = matrix.ndim == 2 and layer.handler.structure == "outer"
-        return PartialEigenBlock(self._tail) if cuttable else CorrectedEigenBlock()
+        return PartialEigenBlock(self._tail, self._exponent) if cuttable else CorrectedEigenBlock(self._exponent)

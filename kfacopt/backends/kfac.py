@@ -5,7 +5,7 @@ from __future__ import annotations
 from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 from kfacopt.layers.layer import Layer
-from kfacopt.schedules import Interval
+from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
 
 
 class KFACBackend(LayerwiseBackend):
@@ -17,7 +17,9 @@ class KFACBackend(LayerwiseBackend):
         stagger: Spread the layers' inversions over the interval.
     """
 
-    def __init__(self, factor_every: Interval = 10, refresh_every: Interval = 100, stagger: bool = True) -> None:
+    def __init__(
+        self, factor_every: Interval = FACTOR_EVERY, refresh_every: Interval = KFAC_REFRESH_EVERY, stagger: bool = True
+    ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
 
     def make_block(self, layer: Layer) -> Block:

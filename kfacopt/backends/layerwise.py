@@ -46,7 +46,7 @@ class LayerwiseBackend(CurvatureBackend):
         """A fresh block for a layer."""
 
     def treatment(self, layer: Layer) -> str:
-        return type(self.blocks[layer.name]).__name__
+        return self.blocks[layer.name].title
 
     def attach(self, layers: Sequence[Layer]) -> None:
         known = {name: (self._layers[name].roles, block) for name, block in self.blocks.items()}

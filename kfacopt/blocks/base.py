@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class Block(ABC):
     data set (plain average), `refresh` when the cache is to follow the statistics, then `solve`.
     All quantities are of the mean loss per loss term; `damping` is added to the operator in the same units.
     """
+
+    title: ClassVar[str]
+    """What `coverage()` calls it."""
 
     def __init__(self) -> None:
         self.retries = 0

@@ -20,6 +20,8 @@ class DiagonalBlock(Block):
         diagonal: Running average of E, `[c i]`.
     """
 
+    title = "diagonal Fisher"
+
     def __init__(self) -> None:
         super().__init__()
         self.diagonal = RunningAverage()

@@ -20,6 +20,8 @@ class EigenBlock(Block):
         gradient_factor: Running average of G, `[*k o o]`.
     """
 
+    title = "KFAC, eigenbasis"
+
     def __init__(self) -> None:
         super().__init__()
         self.input_factor = RunningAverage()
@@ -52,9 +54,10 @@ class EigenBlock(Block):
         return self._values_left, self._values_right
 
     def update(self, rows: Rows) -> None:
+        factor_rows = rows.for_factors()
         if rows.first:
-            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
+            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
 
     def fold(self, decay: float) -> None:
         super().fold(decay)
@@ -140,11 +143,15 @@ class CorrectedEigenBlock(EigenBlock):
     KFAC on the deep autoencoder.
 
     Args:
+        exponent: Power of the damped eigenvalues to divide by.
         corrected: Running average of E, `[*k o i]`, in the present basis.
     """
 
-    def __init__(self) -> None:
+    title = "EKFAC"
+
+    def __init__(self, exponent: float = 1.0) -> None:
         super().__init__()
+        self._exponent = exponent
         self.corrected = RunningAverage()
 
     def averages(self) -> dict[str, RunningAverage]:
@@ -164,7 +171,8 @@ class CorrectedEigenBlock(EigenBlock):
 
     def damped_eigenvalues(self, damping: float) -> Tensor:
         left, right = self.factor_eigenvalues()
-        return kronecker.damp_factored(self.eigenvalues(), left, right, damping)
+        values = kronecker.damp_factored(self.eigenvalues(), left, right, damping)
+        return values if self._exponent == 1.0 else values.pow_(self._exponent)
 
     def _change_basis(self, left: Tensor, right: Tensor | None, values_left: Tensor, values_right: Tensor) -> None:
         held = self.corrected.value

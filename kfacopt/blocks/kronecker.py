@@ -22,6 +22,8 @@ class KroneckerBlock(Block):
         gradient_factor: Running average of G, `[*k o o]`.
     """
 
+    title = "KFAC"
+
     def __init__(self) -> None:
         super().__init__()
         self.input_factor = RunningAverage()

@@ -28,14 +28,17 @@ class PartialEigenBlock(Block):
 
     Args:
         tail: Cut eigenvalues up to this multiple of the mean.
+        exponent: Power of the damped eigenvalues to divide by.
         input_factor: Running average of A, `[i i]`.
         gradient_factor: Running average of G, `[o o]`.
         corrected: Running average of the corrected eigenvalues, `[k l]`, in the present basis.
     """
 
-    def __init__(self, tail: float) -> None:
+    title = "EKFAC, dominant part"
+
+    def __init__(self, tail: float, exponent: float = 1.0) -> None:
         super().__init__()
-        self._tail = tail
+        self._tail, self._exponent = tail, exponent
         self.input_factor = RunningAverage()
         self.gradient_factor = RunningAverage()
         self.corrected = RunningAverage()
@@ -61,9 +64,10 @@ class PartialEigenBlock(Block):
         return self._left, self._right
 
     def update(self, rows: Rows) -> None:
+        factor_rows = rows.for_factors()
         if rows.first:
-            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
+            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
         if self._left is not None and self._right is not None:
             squares = squared_coordinates(rows, self._left.basis, self._right.basis)
             self.corrected.add(squares, rows.new_terms)
@@ -119,7 +123,7 @@ class PartialEigenBlock(Block):
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         left, right = self.sides()
         if self._solver is None or self._solver[0] != damping:
-            at = Coefficients(*(value.reciprocal() for value in self._coefficients(damping)))
+            at = Coefficients(*(value.pow(-self._exponent) for value in self._coefficients(damping)))
             self._solver = damping, at, whole_sides(left.basis, right.basis, at)
         return apply(matrix, left.basis, right.basis, *self._solver[1:])
 
@@ -161,7 +165,7 @@ class PartialEigenBlock(Block):
 
 
 class _Side:
-    """The kept part of a factor's eigendecomposition: basis `[d k]`, values `[k]`, and the mean `rest` of the others."""
+    """What is kept of a factor's eigendecomposition: basis `[d k]`, values `[k]`, the mean `rest` of the others."""
 
     def __init__(self, basis: Tensor, values: Tensor, rest: Tensor) -> None:
         self.basis, self.values, self.rest = basis, values, rest

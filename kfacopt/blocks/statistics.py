@@ -29,7 +29,7 @@ class RunningAverage:
         self._count: Tensor | float = 0.0
 
     def add(self, total: Tensor, count: Tensor | float) -> None:
-        """Add one micro-batch: `total` is its sum (taken over, not copied), `count` what the sum is to be divided by."""
+        """Add one micro-batch: its sum (taken over, not copied), and what the sum is to be divided by."""
         self._sum = total if self._sum is None else self._sum.add_(total)
         self._count = self._count + count
 

@@ -76,6 +76,8 @@ class Rows:
         terms: The number of loss terms M, what to divide by for the mean loss (a tensor without axes).
         first: Whether these are the first rows made of their batch. Of several chunks over ``v`` only the first counts
             the batch's terms (`new_terms`) and its inputs.
+        reduce: Whether KFAC-reduce is still to be applied (`for_factors`): rows of every place, for a block that needs
+            them (EKFAC's corrected eigenvalues are those of the per-datum gradients).
 
     ``*k`` are leading axes of independent groups (grouped convolutions); most layers have none.
     """
@@ -84,6 +86,14 @@ class Rows:
     gradients: Tensor
     terms: Tensor
     first: bool = True
+    reduce: bool = False
+
+    def for_factors(self) -> Rows:
+        """The rows whose second moments are the Kronecker factors: these, or under KFAC-reduce their ā and ĝ."""
+        if not self.reduce or isinstance(self.inputs, OneHot):
+            return self
+        inputs, gradients = self.inputs.mean(-2, keepdim=True), self.gradients.sum(-2, keepdim=True)
+        return Rows(inputs, gradients, self.terms, self.first)
 
     @property
     def new_terms(self) -> Tensor | float:

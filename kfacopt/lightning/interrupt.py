@@ -42,12 +42,15 @@ class InterruptCheckpoint(Checkpoint):
     """
 
     ckpt_path: str
-    """Where the checkpoint is written; whether it is there says whether there was a signal."""
+    """Where the checkpoint is written."""
+
+    interrupted: bool
+    """Whether a signal has come since training started."""
 
     def __init__(self, dirpath: str | Path, filename: str = "interrupted") -> None:
         super().__init__()
         self.ckpt_path = os.path.join(dirpath, f"{filename}.ckpt")
-        self._interrupted = False
+        self.interrupted = False
         self._saved = False
         self._previous: Any = None
         self._installed = False
@@ -57,9 +60,13 @@ class InterruptCheckpoint(Checkpoint):
 
     # --- the signal ---------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the generators of a checkpoint that was loaded for anything but this run."""
+        self._generators = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for Ctrl-C, and put the random generators where the checkpoint has them."""
-        self._interrupted = self._saved = self._step_complete = False
+        self.interrupted = self._saved = self._step_complete = False
         self._step = trainer.global_step
         # Only here: between loading the checkpoint and the first batch, others draw numbers.
         if self._generators is not None and trainer.world_size == 1:
@@ -72,10 +79,10 @@ class InterruptCheckpoint(Checkpoint):
             self._installed = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        if self.interrupted:
             self._release()
             raise KeyboardInterrupt
-        self._interrupted = True
+        self.interrupted = True
         rank_zero_info(
             f"Interrupted: a checkpoint follows this step, {self.ckpt_path}. "
             "Interrupt again to stop at once without one."
@@ -116,7 +123,7 @@ class InterruptCheckpoint(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop, now that Lightning has also logged the last step."""
         # After a SIGTERM Lightning itself stops the run, as it would without us.
-        if self._saved and self._interrupted:
+        if self._saved and not trainer.received_sigterm:
             raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,11 +132,14 @@ class InterruptCheckpoint(Checkpoint):
             self._save_if_interrupted(trainer)
 
     def _save_if_interrupted(self, trainer: Trainer) -> None:
-        interrupted = self._interrupted or trainer.received_sigterm
-        if self._saved or not interrupted or not self._step_complete:
+        if self._saved or not self._step_complete:
             return
-        self._saved = True
-        trainer.save_checkpoint(self.ckpt_path)
+        # Signals reach processes at different times, but all must stop after the same step.
+        own = self.interrupted or trainer.received_sigterm
+        self.interrupted = trainer.strategy.reduce_boolean_decision(own, all=False)
+        if self.interrupted:
+            self._saved = True
+            trainer.save_checkpoint(self.ckpt_path)
 
     def state_dict(self) -> dict[str, Any]:
         """The global random generators, for every checkpoint."""

@@ -168,7 +168,7 @@ class Categorical(Likelihood):
     def _from_gradient(self, prediction: Tensor, gradient: Tensor) -> LossTerms:
         precision = Precision.of(prediction, gradient)
         doubtful = None
-        for axis in class_axes(gradient, precision):
+        for axis in class_axes(gradient, precision, prediction):
             layout = RowLayout.of(prediction, axis)
             logits = layout.rows(prediction)
             probabilities = logits.softmax(-1)

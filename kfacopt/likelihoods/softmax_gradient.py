@@ -88,10 +88,11 @@ class ReadLabels:
     recognised: bool
 
 
-def class_axes(gradient: Tensor, precision: Precision) -> list[int]:
+def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None = None) -> list[int]:
     """The axes that may be that of the classes, 1 or the last, the likeliest first.
 
-    It is the one along which the gradient sums to zero; both do so only by rare coincidence.
+    It is the one along which the gradient sums to zero; both do so only by rare coincidence. The gradients of a
+    well-fitted ``prediction`` are small differences of probabilities near one, whose rounding is allowed for.
 
     Raises:
         ValueError: If neither does; the gradient is not that of a cross-entropy.
@@ -109,6 +110,8 @@ def class_axes(gradient: Tensor, precision: Precision) -> list[int]:
     axes.sort(key=lambda axis: (residual[axis], gradient.shape[axis] == 1))
     # float16 rounds gradients below its smallest number to zero: that much of the sum is lost.
     allowed = precision.sum * total + precision.quantum * gradient.numel()
+    if residual[axes[0]] > allowed and prediction is not None:
+        allowed += _rounding(prediction, axes[0], total)
     if residual[axes[0]] > allowed:  # false for numbers that are not finite
         raise ValueError(
             f"the gradient that reached the prediction {list(gradient.shape)} is not that of "
@@ -117,6 +120,14 @@ def class_axes(gradient: Tensor, precision: Precision) -> list[int]:
             "training loop uses, and say which output it is applied to"
         )
     return [axis for axis in axes if not residual[axis] > allowed]
+
+
+def _rounding(prediction: Tensor, axis: int, total: float) -> float:
+    """What the gradients' sum may have lost to rounding, from their factor k: ``Σ|u| ≈ k Σ 2 (1 - p_max)``."""
+    wide = prediction.detach().double()
+    lack = -torch.expm1(wide.log_softmax(axis).amax(axis)).sum()
+    factor = total / max(2.0 * float(lack), torch.finfo(torch.float64).tiny)
+    return 4.0 * torch.finfo(prediction.dtype).eps * factor * prediction.numel()
 
 
 def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> ReadLabels:

@@ -105,7 +105,7 @@ def damp_by_means(
 ) -> Tensor:
     """`damp_factored` where the mean eigenvalues `[*k]` of the factors are not those of `left` and `right`."""
     pi = _pi(mean_left, mean_right).unsqueeze(-1)
-    root = damping**0.5
+    root = float(damping**0.5)
     return values + ((root * pi) * left + damping).unsqueeze(-1) + ((root / pi) * right).unsqueeze(-2)
 
 

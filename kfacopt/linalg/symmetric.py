@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _LinAlgError as LinAlgError  # torch.linalg.LinAlgError, which torch does not type as public
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""torch's own, under a name that type checkers know."""
 
 # Multiples of the mean diagonal entry that are added to the diagonal on successive float64 attempts.
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
@@ -125,7 +127,8 @@ def _require_finite(matrix: Tensor, verb: str) -> None:
 
 
 def _mean_diagonal(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean: Tensor = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return mean.clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def _column(damping: Tensor | float, like: Tensor) -> Tensor | float:

@@ -43,31 +43,33 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     - No backward reached the model since the last step: the last curvature is used again. If there has been none at
       all, a RuntimeError says so and nothing changes.
-    - A parameter has no gradient: it is left alone; if its layer's other parameters have one, those take AdamW's step.
+    - A parameter has no gradient: it is left alone; its layer's other parameters take AdamW's step.
     - A gradient is not finite: the step is skipped as a whole, statistics included, and counted (`health()`).
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
 
     Args:
         model: The model whose parameters are trained; hooks watch every module of it until `close()`.
-        loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`. It
-            is not called: the loop may use the functional form.
+        loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`.
+            It is not called: the loop may use the functional form.
         backend: The curvature.
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
         lr: Learning rate; a float or a tensor without axes.
-        damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows the
-            curvature's mean eigenvalue and so fits losses and models of any scale.
+        damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
+            each layer's mean eigenvalue and so fits losses and models of any scale.
         momentum: Of the gradient, before it is preconditioned.
         weight_decay: Decoupled.
         ema_decay: Decay of the statistics' running averages, for each update of them.
-        kl_clip: Bound on `lr² uᵀ g`, twice the step's Kullback-Leibler divergence, with the `lr` before any schedule (so that
-            a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
+        kl_clip: Bound on `lr² uᵀ m`, twice the step's Kullback-Leibler divergence, with the `lr` before any schedule
+            (so that a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
+        relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
+            schedule; `None`: no bound.
         adamw_lr: AdamW's learning rate where there is no curvature.
         damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
         curvature: See `kfacopt.CurvatureOptions`.
 
     Raises:
-        TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; the model is left as it was.
+        TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
     """
 
     def __init__(
@@ -82,7 +84,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.3,
+        kl_clip: float | None = 0.1,
+        relative_clip: float | None = None,
         adamw_lr: float = 1e-3,
         damping_rule: LevenbergMarquardt | None = None,
         **curvature: Unpack[CurvatureOptions],
@@ -104,6 +107,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
             "kl_clip": math.inf if kl_clip is None else kl_clip,
+            "relative_clip": math.inf if relative_clip is None else relative_clip,
             "adamw_lr": adamw_lr,
             "adamw_betas": (0.9, 0.999),
             "adamw_eps": 1e-8,
@@ -124,6 +128,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         if self._capture is not None:
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, self.backend.update, self.backend.discard)
+        self._capture.all_places = self.backend.all_places
         self._arm()
 
     def _arm(self) -> None:
@@ -227,13 +232,13 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.backend.fold(self._step, settings)
         if tally.passes:
             settings = groups.settings_of(self._layers, self.param_groups, self.backend)
+        if self._step == 0 and tally.passes == 0 and self._layers and self.backend.wants_rows(0):
+            raise RuntimeError(_NO_CURVATURE)
         averaged = self._averaged(gradients)
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
             refreshed = time.perf_counter()
             solved = self.backend.solve(self._by_layer(averaged), settings)
-        if not solved and self._layers and tally.passes == 0 and self._step == 0:
-            raise RuntimeError(_NO_CURVATURE)
         updates = {layer.parameters[role]: u for layer, parts in solved.items() for role, u in parts.items()}
         judged = self.damping_rule is not None and bool(tally.replays) and tally.replayable
         before = {p: p.clone() for p in gradients} if judged else {}
@@ -283,11 +288,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self,
         gradients: Mapping[nn.Parameter, Tensor],
         averaged: Mapping[nn.Parameter, Tensor],
-        updates: Mapping[nn.Parameter, Tensor],
+        updates: dict[nn.Parameter, Tensor],
     ) -> None:
-        length = self._squared_length(averaged, updates)
-        nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
-        self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
+        nu = self._shorten(averaged, updates)
         for group in self.param_groups:
             present = [p for p in group["params"] if p in gradients]
             second = [p for p in present if p in updates]
@@ -309,15 +312,34 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
-    def _squared_length(self, averaged: Mapping[nn.Parameter, Tensor], updates: Mapping[nn.Parameter, Tensor]) -> float:
-        """Sum over the groups of lr² uᵀ m, with each group's lr before any schedule."""
-        total = 0.0
+    def _shorten(self, averaged: Mapping[nn.Parameter, Tensor], updates: dict[nn.Parameter, Tensor]) -> float:
+        """Bound each layer's step by its parameters, in place; return what bounds the whole step by its divergence.
+
+        Both with the learning rate before any schedule that lowers it.
+        """
+        length = 0.0
         for group in self.param_groups:
+            rate = max(float(group["base_lr"]), float(group["lr"]))
             second = [p for p in group["params"] if p in updates]
+            if math.isfinite(group["relative_clip"]) and second:
+                here = {id(p) for p in second}
+                parts = [[p for p in layer.parameters.values() if id(p) in here] for layer in self._layers]
+                parts = [part for part in parts if part]
+                scales = rule.relative_scales(
+                    parts,
+                    [[updates[p] for p in part] for part in parts],
+                    lr=rate,
+                    relative_clip=float(group["relative_clip"]),
+                )
+                for part, scale in zip(parts, scales, strict=True):
+                    for p in part:
+                        updates[p] = updates[p] * scale
             if second:
                 inner = rule.inner_product([updates[p] for p in second], [averaged[p] for p in second])
-                total += float(group["base_lr"]) ** 2 * float(inner)
-        return total
+                length += rate**2 * float(inner)
+        nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
+        self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
+        return nu
 
     def _note_times(self, factor_seconds: float, refresh_seconds: float) -> None:
         now = time.perf_counter()
@@ -386,14 +408,17 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("model", "backend", "damping_rule", "_estimator", "_step", "_terms", "_report")
+        tally = self._open_capture().tally
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own}
+        return state | {name: self.__dict__[name] for name in own} | {"_pending": (float(tally.terms), tally.passes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
             self._capture, self._ended_at = None, math.nan
             self._attach()
+            tally = self._open_capture().tally
+            tally.terms, tally.passes = self.__dict__.pop("_pending")
 
 
 _NO_CURVATURE = (

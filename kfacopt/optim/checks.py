@@ -70,5 +70,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
     if not float(group["kl_clip"]) > 0.0:
         raise ValueError(f"kl_clip must be positive, or None for no bound, got {group['kl_clip']}")
+    if not float(group["relative_clip"]) > 0.0:
+        raise ValueError(f"relative_clip must be positive, or None for no bound, got {group['relative_clip']}")
     if not isinstance(group["curvature"], bool):
         raise TypeError(f"a param group's 'curvature' must be True or False, got {group['curvature']!r}")

@@ -65,7 +65,7 @@ def find_layers(
     places = _places(model)
     layers: list[Layer] = []
     rest: dict[tuple[str, str, str], list[str]] = {}
-    groups: dict[tuple[object, ...], list[Place]] = {}
+    groups: dict[tuple[tuple[int, ...], str], list[Place]] = {}
     parameters = {id(p): p for p in model.parameters()}
     for key, held in places.items():
         treatment, why = _reason_against(key, parameters[key], held, wanted_ids, excluded_ids)
@@ -74,11 +74,9 @@ def find_layers(
             continue
         # Parameters held by the same modules make one layer, unless weight and bias are to be separate.
         owners = tuple(id(module) for _, module, _ in held)
-        groups.setdefault((owners, held[0][2]) if separate else (owners,), []).append(held[0])
+        groups.setdefault((owners, held[0][2] if separate else ""), []).append(held[0])
     modules = {id(module): module for module in model.modules()}
-    for group, members in groups.items():
-        owners = group[0]
-        assert isinstance(owners, tuple)
+    for (owners, _), members in groups.items():
         layers.append(_layer([modules[o] for o in owners], members))
     rows = [CoverageRow(m, tuple(names), treatment, why) for (m, treatment, why), names in rest.items()]
     return layers, rows
@@ -108,7 +106,7 @@ def _reason_against(
     key: int, parameter: nn.Parameter, held: list[Place], wanted: set[int], excluded: set[int]
 ) -> tuple[str, str]:
     """Treatment and reason of a parameter that gets no curvature; empty if it does."""
-    path, module, _ = held[0]
+    _, module, _ = held[0]
     if key not in wanted and key not in excluded:
         return "not optimized", "in no param group"
     if not parameter.requires_grad:
@@ -150,7 +148,7 @@ def _alike(handler: LayerHandler, first: Place, other: Place) -> bool:
 
 
 def _layer(modules: list[nn.Module], members: list[Place]) -> Layer:
-    path, module, first = members[0]
+    path, module, _ = members[0]
     handler = handler_for(module)
     assert handler is not None
     covered = {name: module._parameters[name] for _, _, name in members}

@@ -11,7 +11,7 @@ from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDampin
 from kfacopt.estimator import CurvatureOptions
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.base import Params, SecondOrderOptimizer
-from kfacopt.schedules import Interval
+from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
 
 
 class KFAC(SecondOrderOptimizer):
@@ -44,9 +44,10 @@ class KFAC(SecondOrderOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.3,
-        factor_every: Interval = 10,
-        refresh_every: Interval = 100,
+        kl_clip: float | None = 0.1,
+        relative_clip: float | None = None,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = KFAC_REFRESH_EVERY,
         adamw_lr: float = 1e-3,
         damping_rule: LevenbergMarquardt | None = None,
         **curvature: Unpack[CurvatureOptions],
@@ -62,6 +63,7 @@ class KFAC(SecondOrderOptimizer):
             weight_decay=weight_decay,
             ema_decay=ema_decay,
             kl_clip=kl_clip,
+            relative_clip=relative_clip,
             adamw_lr=adamw_lr,
             damping_rule=damping_rule,
             **curvature,

@@ -45,6 +45,40 @@ def kl_scale(squared_length: float, kl_clip: float) -> float:
     return float((kl_clip / squared_length) ** 0.5)
 
 
+def relative_scales(
+    parameters: Sequence[Sequence[Tensor]], updates: Sequence[Sequence[Tensor]], *, lr: float, relative_clip: float
+) -> list[float]:
+    """For each layer, the factor that keeps its step within `relative_clip` times the length of its parameters.
+
+    A layer-wise trust region in the manner of LARS (You et al. 2017). It bounds steps that stale curvature, for which a
+    bound on the quadratic model is no bound, would make too long. Parameters count as at least 0.01 on average, so that
+    a layer that starts at zero can leave it.
+
+    Args:
+        parameters: Of each layer.
+        updates: `u` of each, the step being `lr u`.
+        lr: Learning rate.
+        relative_clip: Bound on the length of the step over that of the parameters.
+
+    >>> relative_scales([[torch.ones(4)]], [[torch.full((4,), 2.0)]], lr=0.5, relative_clip=0.1)
+    [0.1]
+    """
+    flat_parameters = [p for layer in parameters for p in layer]
+    flat_updates = [u for layer in updates for u in layer]
+    norms = torch._foreach_norm([*flat_parameters, *flat_updates])
+    lengths = torch.stack([norm.double() for norm in norms]).square().tolist()
+    scales, start = [], 0
+    for layer in parameters:
+        held = slice(start, start + len(layer))
+        moved = slice(len(flat_parameters) + start, len(flat_parameters) + start + len(layer))
+        floor = 1e-4 * sum(p.numel() for p in layer)
+        allowed = relative_clip * max(sum(lengths[held]), floor) ** 0.5
+        length = lr * sum(lengths[moved]) ** 0.5
+        scales.append(min(1.0, allowed / length) if length > 0.0 else 1.0)
+        start += len(layer)
+    return scales
+
+
 def averaged_gradients(
     gradients: Sequence[Tensor], buffers: Sequence[Tensor], *, momentum: float, step: int
 ) -> list[Tensor]:

@@ -1,0 +1,38 @@
+"""The operator of a few eigenvectors against itself written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfacopt.linalg.partial_basis import Coefficients, apply, whole_sides
+
+OUTPUTS, INPUTS = 6, 5
+
+
+def orthonormal(size: int, kept: int) -> tuple[Tensor, Tensor]:
+    """The kept columns and the rest of a random basis."""
+    basis, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))
+    return basis[:, :kept], basis[:, kept:]
+
+
+@pytest.mark.parametrize("left_kept", [1, 3, OUTPUTS])
+@pytest.mark.parametrize("right_kept", [1, 2, INPUTS])
+def test_the_operator_is_what_it_says(left_kept: int, right_kept: int) -> None:
+    left, left_rest = orthonormal(OUTPUTS, left_kept)
+    right, right_rest = orthonormal(INPUTS, right_kept)
+    values = [torch.rand(shape, dtype=torch.float64) for shape in ((left_kept, right_kept), (left_kept,), (right_kept,), ())]
+    at = Coefficients(*values)
+    table = torch.empty(OUTPUTS, INPUTS, dtype=torch.float64)
+    table[:left_kept, :right_kept] = at.both
+    table[:left_kept, right_kept:] = at.left[:, None]
+    table[left_kept:, :right_kept] = at.right
+    table[left_kept:, right_kept:] = at.neither
+    matrix = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64)
+    kept = matrix.clone()
+    whole_left, whole_right = torch.cat([left, left_rest], 1), torch.cat([right, right_rest], 1)
+    expected = whole_left @ (table * (whole_left.mT @ matrix @ whole_right)) @ whole_right.mT
+    found = apply(matrix, left, right, at, whole_sides(left, right, at))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert torch.equal(matrix, kept)

@@ -1,0 +1,151 @@
+"""Every example runs, in short mode, without a warning of our making, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kfacopt
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+RUNNER = """
+import runpy, sys, warnings
+warnings.simplefilter("error")
+# What other packages do at their own import or among themselves is not ours to mend.
+for category, module in [
+    (Warning, r"pytorch_lightning|lightning_fabric|curvlinops|linear_operator"),
+    (DeprecationWarning, r"torch\\.jit"),
+    (FutureWarning, r"torch\\.utils\\._pytree"),
+]:
+    warnings.filterwarnings("ignore", category=category, module=module)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def run(name: str) -> str:
+    environment = os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER, str(ROOT / "examples" / f"{name}.py")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def numbers(text: str, pattern: str) -> list[float]:
+    """The numbers that the groups of the pattern capture, line by line."""
+    found = re.findall(pattern, text, re.MULTILINE)
+    assert found, f"{pattern!r} is not in\n{text}"
+    return [float(x) for group in found for x in ([group] if isinstance(group, str) else group)]
+
+
+def test_every_example_is_tested() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES} <= tested
+
+
+def test_swap() -> None:
+    adamw, ekfac = numbers(run("swap"), r"AdamW (\d\S*), EKFAC (\d\S*)")
+    assert ekfac < 0.5 * adamw
+
+
+def test_custom_backend() -> None:
+    table = dict(re.findall(r"^(\S.*?) {2,}(.*)$", run("custom_backend"), re.MULTILINE))
+    losses = {name: [float(x) for x in row.split()[:-1]] for name, row in table.items() if "epoch" not in name}
+    assert losses["KFAC"][-1] < losses["AdamW"][-1]
+    assert losses["diagonal Fisher"][-1] < 0.5 * losses["diagonal Fisher"][0]
+    if "curvlinops KFAC" in losses:
+        assert losses["curvlinops KFAC"][-1] < losses["AdamW"][-1]
+    else:
+        with pytest.raises(ImportError):
+            import curvlinops  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of linear_operator
+@pytest.mark.parametrize("shared", [False, True])
+def test_diagonal_fisher_of_custom_backend_is_the_diagonal(shared: bool) -> None:
+    """Of one batch, all places of a convolution or none, against the dense Fisher in float64."""
+    DiagonalFisher = runpy.run_path(str(ROOT / "examples" / "custom_backend.py"))["DiagonalFisher"]
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)] if shared else [nn.Linear(9, 3)]
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(4, *((1, 3, 3) if shared else (9,)), dtype=torch.float64)
+    criterion, backend = nn.CrossEntropyLoss(), DiagonalFisher()
+    optimizer = kfacopt.SecondOrderOptimizer(model, criterion, backend, damping=0.01, fisher_type="type-2")
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    prediction = model(x)
+    criterion(prediction, torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    optimizer.close()
+    p = prediction.detach().softmax(-1)
+    hessians = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    jacobians = torch.func.jacrev(lambda q: torch.func.functional_call(model, q, (x,)))(parameters)
+    for name, average in backend.averages.items():
+        weight, bias = (
+            torch.einsum("nc...,ncd,nd...->...", j, hessians, j) / len(x)
+            for j in (jacobians[f"{name}.weight"], jacobians[f"{name}.bias"])
+        )
+        want = torch.cat([weight.flatten(1), bias.unsqueeze(1)], dim=1)
+        torch.testing.assert_close(average, want, rtol=1e-10, atol=1e-12)
+
+
+def test_custom_layer() -> None:
+    output = run("custom_layer")
+    assert "the handler's rows give autograd's gradients" in output
+    without, handled = numbers(output, r"training loss after \d+ steps: (\S+)")
+    assert handled < without
+    assert "no handler for Bilinear" in output
+    assert "BilinearHandler on Bilinear" in output
+
+
+def test_lightning_callback() -> None:
+    output = run("lightning_callback")
+    curves = numbers(output, r"validation loss (\S+) -> (\S+)$")
+    assert len(curves) == 6
+    adamw, returned, swapped = curves[1::2]
+    assert max(returned, swapped) < adamw
+    assert returned == pytest.approx(swapped, rel=1e-3)
+    assert output.count("curvature/damping") == 2
+
+
+def test_huggingface_style() -> None:
+    output = run("huggingface_style")
+    losses = numbers(output, r"EKFAC +step +\d+ +loss (\S+)$")
+    assert losses[-1] < losses[0]
+    assert "EmbeddingHandler" in output
+
+
+def test_amp_and_accumulation() -> None:
+    rows = re.findall(r"^(\w+), (\d) x \d+ +(.*)$", run("amp_and_accumulation"), re.MULTILINE)
+    losses = {(kind, int(parts)): [float(x) for x in row.split()] for kind, parts, row in rows}
+    assert losses["float32", 1][:3] == pytest.approx(losses["float32", 4][:3], rel=1e-4)
+    assert losses["bfloat16", 1][:3] == pytest.approx(losses["float32", 1][:3], rel=0.05)
+    for row in losses.values():
+        assert row[-1] < 0.05 * row[0]
+
+
+def test_resume() -> None:
+    assert "every loss equal: True, every weight equal: True" in run("resume")
+
+
+def test_param_groups() -> None:
+    output = run("param_groups")
+    assert re.search(r"^embedding +weight +AdamW +its param group has 'curvature': False", output, re.MULTILINE)
+    first, *_, last = numbers(output, r"training loss (\S+)")
+    assert last < first
+    (damping,) = numbers(output, r"^ +damping +(\S+)$")
+    assert damping > 0

@@ -1,0 +1,320 @@
+"""Likelihoods against the Hessians, gradients and divergences of torch's own losses in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfacopt.likelihoods import (
+    Bernoulli,
+    Categorical,
+    FisherType,
+    Gaussian,
+    Likelihood,
+    LossTerms,
+    likelihood_from,
+)
+from kfacopt.likelihoods.layout import RowLayout
+
+CLASSES = 4
+WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
+POSITIVE = torch.tensor([0.5, 3.0, 1.0], dtype=torch.float64)
+
+
+def float64(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5
+
+
+def labels(*shape: int, ignored: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(CLASSES, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.3, -100, drawn) if ignored else drawn
+
+
+def binary(*shape: int) -> Tensor:
+    return (float64(*shape, seed=2) > 0).double()
+
+
+def language(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, target: loss(logits.flatten(0, -2), target.flatten())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss as the user computes it, and the mean loss whose curvature it stands for."""
+
+    name: str
+    loss: nn.Module | Likelihood
+    prediction: Tensor
+    target: Tensor
+    mean_loss: Callable[[Tensor, Tensor], Tensor]
+    user_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return likelihood_from(self.loss)
+
+    def gradient(self, rescaled: float = 1.0) -> Tensor:
+        prediction = self.prediction.clone().requires_grad_()
+        loss = self.user_loss or self.loss
+        assert callable(loss)
+        value = loss(prediction, self.target).sum() * rescaled
+        return torch.autograd.grad(value, prediction)[0]
+
+    def terms(self, source: str) -> LossTerms:
+        if source == "target":
+            return self.likelihood.terms(self.prediction, target=self.target)
+        rescaled = {"gradient": 1.0, "scaled gradient": 65536.0, "accumulated gradient": 1 / 7}
+        return self.likelihood.terms(self.prediction, gradient=self.gradient(rescaled[source]))
+
+
+def cross_entropies() -> list[Case]:
+    cases = []
+    arguments: dict[str, dict[str, object]] = {
+        "plain": {},
+        "weights": {"weight": WEIGHTS},
+        "smoothing": {"label_smoothing": 0.2},
+        "weights+smoothing": {"weight": WEIGHTS, "label_smoothing": 0.2},
+    }
+    for name, given in arguments.items():
+        mean = nn.CrossEntropyLoss(**given)  # type: ignore[arg-type]
+        for reduction in ("mean", "sum", "none"):
+            loss = nn.CrossEntropyLoss(**given, reduction=reduction)  # type: ignore[arg-type]
+            row = [name, reduction]
+            cases += [
+                Case(" ".join([*row, "[n c]"]), loss, float64(5, CLASSES), labels(5), mean),
+                Case(
+                    " ".join([*row, "ignored [n c d]"]),
+                    loss,
+                    float64(3, CLASSES, 5),
+                    labels(3, 5, ignored=True),
+                    mean,
+                ),
+            ]
+        loss = mean
+        image = (float64(2, CLASSES, 2, 3), labels(2, 2, 3, ignored=True))
+        sequence = (float64(2, 5, CLASSES), labels(2, 5, ignored=True))
+        cases += [
+            Case(f"{name} [c]", loss, float64(CLASSES), labels(), mean),
+            Case(f"{name} image", loss, *image, mean),
+            Case(f"{name} sequence", loss, *sequence, language(mean), language(loss)),
+        ]
+    return cases
+
+
+def others() -> list[Case]:
+    cases = []
+    for shape in ((4, 3), (4,), (2, 4, 3)):
+        prediction, real, hard = float64(*shape), float64(*shape, seed=3), binary(*shape)
+        positive = POSITIVE if len(shape) > 1 else POSITIVE[:1]
+        bce = {"pos_weight": positive, "weight": POSITIVE.flip(0)[: len(positive)]}
+        for reduction in ("mean", "sum", "none"):
+            per_datum = reduction == "sum"
+
+            def mse(f: Tensor, y: Tensor, per_datum: bool = per_datum) -> Tensor:
+                return F.mse_loss(f, y, reduction="sum") / len(f) if per_datum else F.mse_loss(f, y)
+
+            def cross(
+                f: Tensor,
+                y: Tensor,
+                per_datum: bool = per_datum,
+                given: dict[str, Tensor] | None = None,
+            ) -> Tensor:
+                loss = F.binary_cross_entropy_with_logits(f, y, **(given or {}), reduction="none")  # type: ignore[arg-type]
+                return loss.sum() / len(f) if per_datum else loss.mean()
+
+            def weighted(
+                f: Tensor,
+                y: Tensor,
+                cross: Callable[..., Tensor] = cross,
+                given: dict[str, Tensor] = bce,
+            ) -> Tensor:
+                return cross(f, y, given=given)
+
+            name = f"{reduction} {list(shape)}"
+            plain = nn.BCEWithLogitsLoss(reduction=reduction)
+            both = nn.BCEWithLogitsLoss(**bce, reduction=reduction)
+            squared = nn.MSELoss(reduction=reduction)
+            cases += [
+                Case(f"mse {name}", squared, prediction, real, mse),
+                Case(f"bce {name}", plain, prediction, hard, cross),
+                Case(f"bce weights {name}", both, prediction, hard, weighted),
+            ]
+
+        def per_datum_mse(f: Tensor, y: Tensor) -> Tensor:
+            return (f - y).square().sum() / len(f)
+
+        def per_datum_bce(f: Tensor, y: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(f, y, reduction="sum") / len(f)
+
+        cases += [
+            Case(
+                f"Gaussian {list(shape)}",
+                Gaussian(),
+                prediction,
+                real,
+                per_datum_mse,
+                per_datum_mse,
+            ),
+            Case(
+                f"Bernoulli {list(shape)}",
+                Bernoulli(),
+                prediction,
+                hard,
+                per_datum_bce,
+                per_datum_bce,
+            ),
+        ]
+    return cases
+
+
+CASES = cross_entropies() + others()
+SOURCES = ("target", "gradient", "scaled gradient", "accumulated gradient")
+
+
+def name_of(case: Case) -> str:
+    return case.name
+
+
+all_cases = pytest.mark.parametrize("case", CASES, ids=name_of)
+
+
+def second_moments(case: Case, chunks: list[Tensor]) -> Tensor:
+    """Sum over v of v vᵀ within every datum, ``[n f f]``."""
+    vectors = torch.cat(chunks)
+    data = 1 if case.prediction.ndim == 1 and isinstance(case.likelihood, Categorical) else None
+    flat = vectors.reshape(len(vectors), data or len(case.prediction), -1)
+    return torch.einsum("vni,vnj->nij", flat, flat)
+
+
+def hessian_blocks(case: Case) -> Tensor:
+    """Blocks ``[n f f]`` of the mean loss' Hessian that belong to one datum."""
+    size, shape = case.prediction.numel(), case.prediction.shape
+
+    def loss(flat: Tensor) -> Tensor:
+        return case.mean_loss(flat.view(shape), case.target)
+
+    # Reverse over reverse: torch.func.hessian's forward mode warns of torch.jit.script's end.
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(case.prediction.flatten())
+    data = 1 if case.prediction.ndim == 1 and isinstance(case.likelihood, Categorical) else shape[0]
+    blocks = hessian.view(data, size // data, data, size // data)
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+@all_cases
+def test_type2_cotangents_are_the_hessian_of_torchs_mean_loss(case: Case) -> None:
+    truth = hessian_blocks(case)
+    for source in SOURCES:
+        terms = case.terms(source)
+        chunks = list(case.likelihood.cotangents(terms, FisherType.TYPE2, 1, None))
+        moments = second_moments(case, chunks) / terms.count
+        torch.testing.assert_close(moments, truth, rtol=0, atol=1e-10, msg=lambda m, s=source: s + m)
+
+
+@all_cases
+def test_gradient_of_the_terms_is_autograds(case: Case) -> None:
+    prediction = case.prediction.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(case.mean_loss(prediction, case.target), prediction)
+    # What the squared error's gradient is, cannot be told from a rescaled loss.
+    known = "target" if isinstance(case.likelihood, Gaussian) else "scaled gradient"
+    for source in ("target", known):
+        terms = case.terms(source)
+        (vector,) = case.likelihood.cotangents(terms, FisherType.EMPIRICAL, 1, None)
+        torch.testing.assert_close(vector[0] / terms.count, truth, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.likelihood.reduction != "none"], ids=name_of)
+def test_gradient_scale_makes_the_users_gradient_that_of_the_mean_loss(case: Case) -> None:
+    prediction = case.prediction.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(case.mean_loss(prediction, case.target), prediction)
+    factor = case.likelihood.gradient_scale(case.terms("gradient").count.item())
+    torch.testing.assert_close(case.gradient() * factor, truth, rtol=0, atol=1e-10)
+
+
+@all_cases
+def test_divergence_is_the_bregman_divergence_of_torchs_mean_loss(case: Case) -> None:
+    terms = case.terms("gradient")
+    moved = case.prediction + 0.5 * float64(*case.prediction.shape, seed=7)
+    prediction = case.prediction.clone().requires_grad_()
+    before = case.mean_loss(prediction, case.target)
+    (slope,) = torch.autograd.grad(before, prediction)
+    change = case.mean_loss(moved, case.target) - before.detach()
+    truth = change - (slope * (moved - case.prediction)).sum()
+    divergence = case.likelihood.divergence(terms, terms.at(moved)) / terms.count
+    torch.testing.assert_close(divergence, truth, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["weights+smoothing [c]", "bce weights mean [4, 3]", "mse sum [4, 3]"])
+def test_sampled_moments_agree_with_the_hessian_within_their_standard_error(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    terms, samples = case.terms("target"), 40_000
+    generator = torch.Generator().manual_seed(5)
+    vectors = case.likelihood.sample(terms, samples, generator) * samples**0.5
+    products = torch.einsum("vmi,vmj->vmij", vectors, vectors)
+    root = case.likelihood.hessian_sqrt(terms)
+    truth = torch.einsum("vmi,vmj->mij", root, root)
+    error = products.std(0) / samples**0.5
+    # At most 36 entries, each beyond 5 standard errors with probability 6e-7.
+    assert ((products.mean(0) - truth).abs() <= 5 * error + 1e-12).all()
+    assert (vectors.mean(0).abs() <= 5 * vectors.std(0) / samples**0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.name.endswith(" [c]")], ids=name_of)
+def test_a_batch_given_four_times_changes_nothing(case: Case) -> None:
+    four = Case(
+        case.name,
+        case.loss,
+        torch.cat([case.prediction] * 4),
+        torch.cat([case.target] * 4),
+        case.mean_loss,
+        case.user_loss,
+    )
+    total = []
+    for one in (case, four):
+        terms = one.terms("gradient")
+        chunks = list(one.likelihood.cotangents(terms, FisherType.TYPE2))
+        total.append(second_moments(one, chunks).sum(0) / terms.count)
+    torch.testing.assert_close(total[1], total[0], rtol=0, atol=1e-10)
+
+
+class Poisson(Likelihood):
+    """What a user writes: counts with the logarithm of their rate as natural parameter."""
+
+    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
+        layout = RowLayout.of(prediction, prediction.ndim - 1)
+        rows = layout.rows(prediction)
+        ones = torch.ones_like(rows[:, 0])
+        return LossTerms.of(layout, rows, scale=ones, count=ones.sum(), gradient=None)
+
+    def sample(self, terms: LossTerms, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+        rate = terms.parameters.exp().expand(mc_samples, -1, -1)
+        return (rate - torch.poisson(rate, generator)) / mc_samples**0.5
+
+    def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
+        return torch.diag_embed((0.5 * terms.parameters).exp()).movedim(1, 0)[columns]
+
+    def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
+        f, g = old.parameters, new.parameters
+        return (g.exp() - f.exp() - f.exp() * (g - f)).sum()
+
+
+def test_a_users_own_likelihood() -> None:
+    prediction, target = float64(2, 3, 2), torch.ones(2, 3, 2, dtype=torch.float64)
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return F.poisson_nll_loss(f, y, reduction="sum") / 6
+
+    case = Case("poisson", Poisson(), prediction, target, loss)
+    assert likelihood_from(case.likelihood) is case.loss
+    terms = case.terms("target")
+    chunks = list(case.likelihood.cotangents(terms, FisherType.TYPE2))
+    truth = hessian_blocks(case)
+    torch.testing.assert_close(second_moments(case, chunks) / terms.count, truth, rtol=0, atol=1e-10)
+    with pytest.raises(RuntimeError, match="rows"):
+        LossTerms(prediction, prediction, prediction, None, terms.restore).at(prediction)

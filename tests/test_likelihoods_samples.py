@@ -1,0 +1,127 @@
+"""Divergences, samples and cotangents of likelihoods whatever the loss function's arguments."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfacopt.likelihoods import (
+    Bernoulli,
+    Categorical,
+    FisherType,
+    Gaussian,
+    KFACType,
+    Likelihood,
+)
+
+WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
+
+
+def float64(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
+def test_divergence_is_the_kullback_leibler_divergence(likelihood: Likelihood) -> None:
+    distribution = {
+        Categorical: lambda f: torch.distributions.Categorical(logits=f),
+        Bernoulli: lambda f: torch.distributions.Bernoulli(logits=f),
+        Gaussian: lambda f: torch.distributions.Normal(f, 0.5**0.5),
+    }[type(likelihood)]
+    old, new = float64(6, 5), float64(6, 5, seed=1)
+    truth = torch.distributions.kl_divergence(distribution(old), distribution(new)).sum()
+    terms = likelihood.terms(old)
+    torch.testing.assert_close(likelihood.divergence(terms, terms.at(new)), truth, rtol=1e-12, atol=0)
+    assert likelihood.divergence(terms, terms).item() == 0.0
+    # Tiny steps in float32 must not drown in rounding.
+    narrow, step = likelihood.terms(old.float()), 1e-3
+    small = likelihood.divergence(narrow, narrow.at(old.float() + step * new.float()))
+    close = likelihood.divergence(terms, terms.at(old + step * new))
+    torch.testing.assert_close(small.double(), close, rtol=1e-3, atol=0)
+
+
+def test_a_masked_class_leaves_the_divergence_finite() -> None:
+    old = torch.tensor([[0.0, 1.0, -torch.inf]])
+    terms = Categorical().terms(old)
+    assert torch.isfinite(Categorical().divergence(terms, terms.at(2 * old)))
+
+
+def test_categorical_samples_have_the_hessian_as_exact_expectation() -> None:
+    likelihood = Categorical(class_weights=WEIGHTS, label_smoothing=0.1)
+    terms = likelihood.terms(float64(6, 4), target=torch.tensor([0, 1, 2, 3, 0, 1]))
+    probabilities = terms.parameters.softmax(-1)
+    expectation = torch.zeros(6, 4, 4, dtype=torch.float64)
+    for label in range(4):
+        vector = likelihood._sampled(terms, probabilities, torch.full((1, 6), label))[0]
+        expectation += probabilities[:, label, None, None] * vector[:, :, None] * vector[:, None]
+    root = likelihood.hessian_sqrt(terms)
+    truth = torch.einsum("vmi,vmj->mij", root, root)
+    torch.testing.assert_close(expectation, truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
+def test_samples_follow_the_generator(likelihood: Likelihood) -> None:
+    terms = likelihood.terms(float64(3, 4))
+    generator = torch.Generator().manual_seed(3)
+    state, default = generator.get_state(), torch.get_rng_state()
+    (first,) = likelihood.cotangents(terms, FisherType.MC, 2, generator)
+    (other,) = likelihood.cotangents(terms, FisherType.MC, 2, generator)
+    (again,) = likelihood.cotangents(terms, FisherType.MC, 2, generator.set_state(state))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(default, torch.get_rng_state())
+    with pytest.raises(ValueError, match="mc_samples=0"):
+        likelihood.cotangents(terms, FisherType.MC, 0, generator)
+
+
+def test_impossible_labels_are_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(2000, -1)
+    likelihood = Categorical()
+    vectors = likelihood.sample(likelihood.terms(logits), 5, torch.Generator().manual_seed(0))
+    assert (vectors[..., ::2] == 0).all()
+
+
+def test_type2_keeps_positions_of_a_datum_apart_and_chunks_small() -> None:
+    likelihood, prediction = Categorical(), float64(3, 7, 10)
+    target = torch.zeros(3, 7, dtype=torch.long)
+    chunks = list(likelihood.cotangents(likelihood.terms(prediction, target=target), "type-2", 1))
+    assert all(chunk.shape[1:] == prediction.shape and len(chunk) <= 64 for chunk in chunks)
+    vectors = torch.cat(chunks)
+    assert len(vectors) == 7 * 10
+    assert ((vectors != 0).any(-1).any(1).sum(1) == 1).all()  # one position each
+    wide = float64(2, 150)
+    sizes = [len(chunk) for chunk in likelihood.cotangents(likelihood.terms(wide), "type-2")]
+    assert sizes == [64, 64, 22]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
+def test_statistics_are_wide_and_cotangents_in_the_predictions_dtype(
+    likelihood: Likelihood, dtype: torch.dtype
+) -> None:
+    terms = likelihood.terms(float64(3, 4).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert terms.parameters.dtype == terms.scale.dtype == terms.count.dtype == wide
+    for fisher_type in (FisherType.TYPE2, FisherType.MC):
+        assert next(likelihood.cotangents(terms, fisher_type)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")],
+    ids=repr,
+)
+def test_likelihoods_copy_and_pickle(likelihood: Likelihood) -> None:
+    assert repr(copy.deepcopy(likelihood)) == repr(likelihood)
+    assert repr(pickle.loads(pickle.dumps(likelihood))) == repr(likelihood)
+
+
+def test_enums_are_spelled_as_in_curvlinops() -> None:
+    kfac = pytest.importorskip("curvlinops.kfac")
+    assert all(kfac.FisherType(member.value).name == member.name for member in FisherType)
+    assert all(kfac.KFACType(member.value).name == member.name for member in KFACType)
