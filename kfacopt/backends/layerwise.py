@@ -92,7 +92,8 @@ class LayerwiseBackend(CurvatureBackend):
         due = self._refreshes.due(step, able)
         for name in due:
             self._refresh_seconds[name] = self._timed_refresh(self.blocks[name], by_name[name].damping)
-        self._refreshes.done(step, due)
+        # Without a cache a layer trains by AdamW: it stays due until it has one.
+        self._refreshes.done(step, [name for name in due if self.blocks[name].ready])
         self._last_refresh_seconds = sum(self._refresh_seconds[name] for name in due)
 
     @staticmethod

@@ -73,7 +73,7 @@ class Block(ABC):
     def pending_checksum(self) -> Tensor | None:
         """A number that is finite exactly if everything that waits to be folded is; None if nothing waits."""
         sums = [average.pending for average in self.averages().values() if average.pending is not None]
-        return torch.stack([_checksum(total) for total in sums]).sum() if sums else None
+        return torch.stack([total.abs().sum().float() for total in sums]).sum() if sums else None
 
     def fold(self, decay: float) -> None:
         """Average what `update` added into the running averages (`decay` 0: replace them)."""
@@ -154,9 +154,3 @@ def chunks_of_data(data: int, elements_per_datum: int, budget: int = 2**24) -> I
     size = max(1, budget // max(1, elements_per_datum))
     for start in range(0, data, size):
         yield slice(start, start + size)
-
-
-def _checksum(total: Tensor) -> Tensor:
-    # Covariances have squares on the diagonal, so a row that is not finite shows there.
-    square = total.ndim >= 2 and total.shape[-1] == total.shape[-2]
-    return (total.diagonal(dim1=-2, dim2=-1) if square else total).sum().float()

@@ -69,9 +69,7 @@ class EigenBlock(Block):
             values_left, basis_left, retries_left = kronecker.spectrum(left)
             values_right, basis_right, retries_right = kronecker.spectrum(right)
         except LinAlgError:
-            self.retries += 1
-            if self._left is None:
-                raise
+            self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += retries_left + retries_right
         assert basis_left is not None  # G is never diagonal

@@ -51,9 +51,7 @@ class KroneckerBlock(Block):
             inverse_left = kronecker.inverse(left, damping_left)
             inverse_right = kronecker.inverse(right, damping_right)
         except LinAlgError:
-            self.retries += 1
-            if self._inverses is None:
-                raise
+            self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += inverse_left.retries + inverse_right.retries
         self._inverses = inverse_left.value, inverse_right.value

@@ -84,9 +84,7 @@ class PartialEigenBlock(Block):
             new_left, retries_left = _Side.of(left, self._tail)
             new_right, retries_right = _Side.of(right, self._tail)
         except LinAlgError:
-            self.retries += 1
-            if self._left is None:
-                raise
+            self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += retries_left + retries_right
         if self.corrected.value is not None and self._left is not None and self._right is not None:

@@ -83,6 +83,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
     >>> damped_inverse(torch.tensor([[3.0]]), 1.0).value.item()
     0.25
     """
+    _require_finite(matrix, "invert")
     for retries, candidate in enumerate((matrix, matrix.double())):
         factor, info = torch.linalg.cholesky_ex(_add_to_diagonal(candidate, damping))
         if not bool(info.any()):
@@ -108,7 +109,7 @@ def refine_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
     [[1.0, 0.0], [0.0, 1.0]]
     """
     # Dominant directions first: QR keeps the order of the columns, and the first columns converge fastest.
-    refined, _ = torch.linalg.qr(matrix @ vectors.flip(-1))
+    refined: Tensor = torch.linalg.qr(matrix @ vectors.flip(-1))[0]
     return refined.flip(-1)
 
 
@@ -127,8 +128,8 @@ def _require_finite(matrix: Tensor, verb: str) -> None:
 
 
 def _mean_diagonal(matrix: Tensor) -> Tensor:
-    mean: Tensor = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return mean.clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean: Tensor = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return mean
 
 
 def _column(damping: Tensor | float, like: Tensor) -> Tensor | float:

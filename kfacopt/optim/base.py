@@ -16,7 +16,7 @@ from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDampin
 from kfacopt.estimator import CurvatureOptions, FisherEstimator
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import Likelihood
-from kfacopt.optim import groups, rule
+from kfacopt.optim import groups, memory, rule, step_length
 from kfacopt.optim.checks import check_group, check_model
 from kfacopt.optim.coverage import Coverage, CoverageRow, covered_rows, find_layers
 from kfacopt.optim.trust import outcome_of_step
@@ -56,7 +56,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
         lr: Learning rate; a float or a tensor without axes.
         damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
-            each layer's mean eigenvalue and so fits losses and models of any scale.
+            each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
+            factor, as long as the group's `"relative_damping"` is True).
         momentum: Of the gradient, before it is preconditioned.
         weight_decay: Decoupled.
         ema_decay: Decay of the statistics' running averages, for each update of them.
@@ -122,6 +123,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
         self._frozen_pattern = self._requires_grad_pattern()
         wanted, excluded = self._parameters(curvature=True), self._parameters(curvature=False)
+        if any(group["relative_damping"] for group in self.param_groups):
+            self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step
         separate = self._estimator.separate_weight_and_bias
         self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
         self.backend.attach(self._layers)
@@ -234,7 +237,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         if self._step == 0 and tally.passes == 0 and self._layers and self.backend.wants_rows(0):
             raise RuntimeError(_NO_CURVATURE)
-        averaged = self._averaged(gradients)
+        averaged = memory.averaged(self.param_groups, self.state, gradients, self._layers)
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
             refreshed = time.perf_counter()
@@ -258,39 +261,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             if all(p in gradients for p in layer.parameters.values())
         }
 
-    def _averaged(self, gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Gradients with momentum of the parameters that have curvature; the running averages move on."""
-        covered = {id(p) for layer in self._layers for p in layer.parameters.values()}
-        result: dict[nn.Parameter, Tensor] = {}
-        for group in self.param_groups:
-            present = [p for p in group["params"] if p in gradients and id(p) in covered]
-            by_age: dict[int, list[nn.Parameter]] = {}
-            for p in present:
-                by_age.setdefault(self._age(p), []).append(p)
-            for age, held in by_age.items():
-                buffers = [self.state[p]["momentum_buffer"] for p in held]
-                means = rule.averaged_gradients(
-                    [gradients[p] for p in held], buffers, momentum=float(group["momentum"]), step=age
-                )
-                result |= dict(zip(held, means, strict=True))
-        return result
-
-    def _age(self, parameter: nn.Parameter) -> int:
-        """How many gradients a parameter's momentum has seen; counts one more."""
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"], state["momentum_steps"] = torch.zeros_like(parameter), 0
-        age: int = state["momentum_steps"]
-        state["momentum_steps"] = age + 1
-        return age
-
     def _write(
         self,
         gradients: Mapping[nn.Parameter, Tensor],
         averaged: Mapping[nn.Parameter, Tensor],
         updates: dict[nn.Parameter, Tensor],
     ) -> None:
-        nu = self._shorten(averaged, updates)
+        length = step_length.bound_layers(self.param_groups, self._layers, averaged, updates)
+        nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
+        self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
+        if not math.isfinite(nu):
+            self._report["skipped_steps"] += 1.0
+            return
         for group in self.param_groups:
             present = [p for p in group["params"] if p in gradients]
             second = [p for p in present if p in updates]
@@ -305,41 +287,12 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             rule.adamw_step(
                 rest,
                 [gradients[p] for p in rest],
-                [self._adamw_state(p) for p in rest],
+                [memory.adamw_state(self.state, p) for p in rest],
                 lr=groups.adamw_rate(group),
                 betas=group["adamw_betas"],
                 eps=group["adamw_eps"],
                 weight_decay=group["weight_decay"],
             )
-
-    def _shorten(self, averaged: Mapping[nn.Parameter, Tensor], updates: dict[nn.Parameter, Tensor]) -> float:
-        """Bound each layer's step by its parameters, in place; return what bounds the whole step by its divergence.
-
-        Both with the learning rate before any schedule that lowers it.
-        """
-        length = 0.0
-        for group in self.param_groups:
-            rate = max(float(group["base_lr"]), float(group["lr"]))
-            second = [p for p in group["params"] if p in updates]
-            if math.isfinite(group["relative_clip"]) and second:
-                here = {id(p) for p in second}
-                parts = [[p for p in layer.parameters.values() if id(p) in here] for layer in self._layers]
-                parts = [part for part in parts if part]
-                scales = rule.relative_scales(
-                    parts,
-                    [[updates[p] for p in part] for part in parts],
-                    lr=rate,
-                    relative_clip=float(group["relative_clip"]),
-                )
-                for part, scale in zip(parts, scales, strict=True):
-                    for p in part:
-                        updates[p] = updates[p] * scale
-            if second:
-                inner = rule.inner_product([updates[p] for p in second], [averaged[p] for p in second])
-                length += rate**2 * float(inner)
-        nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
-        self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
-        return nu
 
     def _note_times(self, factor_seconds: float, refresh_seconds: float) -> None:
         now = time.perf_counter()
@@ -352,16 +305,6 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             "factor_ms": 1e3 * factor_seconds,
             "damping": float(self.param_groups[0]["damping"]),
         }
-
-    def _adamw_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(parameter),
-                torch.zeros_like(parameter),
-            )
-        return state
 
     # -- state -----------------------------------------------------------------------------------------------------
 

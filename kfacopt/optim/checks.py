@@ -68,6 +68,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         inside = low <= value and (value < high if name in ("momentum", "ema_decay") else value <= high)
         if not inside or math.isinf(value):
             raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
+    if float(group["damping"]) == 0.0:
+        raise ValueError("damping must be positive: directions that no datum excites have no curvature to divide by")
     if not float(group["kl_clip"]) > 0.0:
         raise ValueError(f"kl_clip must be positive, or None for no bound, got {group['kl_clip']}")
     if not float(group["relative_clip"]) > 0.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,8 @@ def kl_scale(squared_length: float, kl_clip: float) -> float:
     >>> kl_scale(4.0, kl_clip=1.0), kl_scale(0.5, kl_clip=1.0)
     (0.5, 1.0)
     """
+    if not math.isfinite(squared_length):
+        return math.nan
     if squared_length <= kl_clip or squared_length <= 0.0:
         return 1.0
     return float((kl_clip / squared_length) ** 0.5)
