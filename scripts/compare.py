@@ -3,7 +3,7 @@
     scripts/compare                         EKFAC, KFAC, AdamW, Muon and SGD on the autoencoder
     scripts/compare --quick                 the same in under a minute
     scripts/compare task=language_model optimizers=[ekfac,muon] budget=120s
-    scripts/compare learning_rates.adamw=3e-3 +settings.ekfac.damping=0.03
+    scripts/compare learning_rates.adamw=3e-3 second_order.kl_clip=0.03
     scripts/compare experiment=tune         the grid that gave the rivals' learning rates
 
 Each optimizer has its own copy of the model, its own random numbers and its own clock. They take

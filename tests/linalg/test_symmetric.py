@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,7 +48,6 @@ def test_eigh(dtype: torch.dtype, leading: tuple[int, ...], rank: int) -> None:
     damping=st.floats(-6, 1),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
 def test_the_damped_inverse_is_one(size: int, rank: int, scale: float, damping: float, seed: int) -> None:
     """For any rank and any scale, damping in proportion: the residual is rounding times the condition number."""
     torch.manual_seed(seed)
@@ -158,7 +157,6 @@ def test_what_is_not_finite_is_an_error_that_says_so(bad: float) -> None:
 
 
 @given(size=st.integers(1, 8), move=st.floats(0, 0.3), seed=st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
 def test_a_refined_basis_is_orthonormal(size: int, move: float, seed: int) -> None:
     torch.manual_seed(seed)
     matrix = covariance(size, 2 * size)

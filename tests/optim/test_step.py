@@ -103,6 +103,8 @@ def test_ekfac_damps_its_corrected_eigenvalues_as_kfac_does(name: str, optimizer
         if layer.handler.structure == "elementwise":
             continue
         left, right, values_left, values_right = decomposition(block)
+        if left.shape[-1] != left.shape[-2] or right.shape[-1] != right.shape[-2]:
+            continue  # a cut basis: see tests/blocks
         parts = {role: (p.detach() - before[p]).unsqueeze(0) for role, p in layer.parameters.items()}
         step = reference.as_matrices(layer, parts).squeeze(0)
         gradient = reference.as_matrices(
