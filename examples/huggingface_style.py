@@ -73,9 +73,7 @@ def train(name: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     else:
         loss_func = nn.CrossEntropyLoss(ignore_index=-100)  # what the forward computes
-        optimizer = kfacopt.EKFAC(
-            model, loss_func=loss_func, damping=0.01, kl_clip=0.01, factor_every=5, refresh_every=25
-        )
+        optimizer = kfacopt.EKFAC(model, loss_func=loss_func, kl_clip=0.01)
         print(optimizer.coverage())
     recent: list[float] = []
     for step in range(1, STEPS + 1):

@@ -38,10 +38,7 @@ def train(name: str) -> float:
     if name == "AdamW":
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)  # the best of a grid
     else:
-        # Short intervals between updates of the curvature: a run of 225 steps is soon over.
-        optimizer = kfacopt.EKFAC(
-            model, loss_func=criterion, lr=0.3, damping=0.01, kl_clip=0.03, factor_every=5, refresh_every=50
-        )
+        optimizer = kfacopt.EKFAC(model, loss_func=criterion, lr=0.3, damping=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
 
     print(f"{name}\n  epoch  seconds  training loss  test accuracy")

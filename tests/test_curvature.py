@@ -68,7 +68,7 @@ def grouped(tensor: Tensor, axes: int) -> Tensor:
 
 def kronecker(left: Tensor, right: Tensor) -> Tensor:
     """`[k (o i) (o i)]` of factors `[k o o]` and `[k i i]`."""
-    return torch.stack([torch.kron(g.contiguous(), a) for g, a in zip(left, right, strict=True)])
+    return torch.stack([torch.kron(g.contiguous(), a.contiguous()) for g, a in zip(left, right, strict=True)])
 
 
 def factors(block: Any) -> tuple[Tensor, Tensor]:
@@ -241,20 +241,20 @@ def test_a_duplicated_batch_changes_nothing(case: Case, optimizer: Any, fisher_t
         torch.testing.assert_close(averages[1][key], value, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["mlp-ce", "conv-groups", "sequence-mixed", "norms", "mlp-bce"])
-@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, kfacopt.EKFAC])
+@pytest.mark.parametrize("name", ["mlp-ce", "mlp-mse", "mlp-bce", "sequence-mixed", "conv-groups"])
+@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, exact_ekfac])
 def test_monte_carlo_tends_to_type_2(name: str, optimizer: Any) -> None:
-    """3,000 samples: the standard error of an entry is below a few percent of the factor's size."""
+    """500 samples of each of a few data: the standard error is a few percent of a factor's norm."""
     case = BY_NAME[name]
     exact = Estimate(case, optimizer)
-    sampled = Estimate(case, optimizer, fisher_type="mc", mc_samples=3000)
+    sampled = Estimate(case, optimizer, fisher_type="mc", mc_samples=500)
     for (layer, a), (_, b) in zip(exact.blocks(), sampled.blocks(), strict=True):
         for kind in a.averages():
             if kind == "corrected":
                 continue
             truth, estimate = a.averages()[kind].value, b.averages()[kind].value
             error = (truth - estimate).norm() / truth.norm()
-            assert error < 0.15, (layer.name, kind, float(error))
+            assert error < 0.2, (layer.name, kind, float(error))
 
 
 @pytest.mark.parametrize("optimizer", [kfacopt.KFAC, kfacopt.EKFAC])

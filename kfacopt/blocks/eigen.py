@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import Block, chunks_of_data, gradient_covariance, input_covariance
+from kfacopt.blocks.base import chunks_of_data
+from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
 
 
-class EigenBlock(Block):
+class EigenBlock(FactoredBlock):
     """`(Q_G ⊗ Q_A) diag(λ_G λ_Aᵀ) (Q_G ⊗ Q_A)ᵀ`: KFAC whose damping is added to the eigenvalues, exactly.
 
     Args:
@@ -24,22 +25,11 @@ class EigenBlock(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_factor = RunningAverage()
-        self.gradient_factor = RunningAverage()
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._values_left: Tensor | None = None
         self._values_right: Tensor | None = None
         self._reciprocal: tuple[float, Tensor] | None = None
-
-    def averages(self) -> dict[str, RunningAverage]:
-        return {"input_factor": self.input_factor, "gradient_factor": self.gradient_factor}
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """G `[*k o o]` and A `[*k i i]` or `[i]`."""
-        if self.gradient_factor.value is None or self.input_factor.value is None:
-            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        return self.gradient_factor.value, self.input_factor.value
 
     def basis(self) -> tuple[Tensor, Tensor | None]:
         """Eigenbases Q_G `[*k o o]` and Q_A `[*k i i]` (None: the identity)."""
@@ -52,12 +42,6 @@ class EigenBlock(Block):
         if self._values_left is None or self._values_right is None:
             raise RuntimeError("this block has no eigenvalues yet: refresh() comes first")
         return self._values_left, self._values_right
-
-    def update(self, rows: Rows) -> None:
-        factor_rows = rows.for_factors()
-        if rows.first:
-            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
 
     def fold(self, decay: float) -> None:
         super().fold(decay)
@@ -100,9 +84,6 @@ class EigenBlock(Block):
         left, right = self.basis()
         coordinates = kronecker.rotate(left, matrix, right)
         return kronecker.rotate_back(left, coordinates.mul_(self._reciprocal[1]), right)
-
-    def mean_eigenvalue(self) -> Tensor:
-        return kronecker.mean_eigenvalue(*self.factors())
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.basis()
@@ -154,10 +135,6 @@ class CorrectedEigenBlock(EigenBlock):
 
     def averages(self) -> dict[str, RunningAverage]:
         return super().averages() | {"corrected": self.corrected}
-
-    @property
-    def estimated(self) -> bool:
-        return self.gradient_factor.value is not None and self.input_factor.value is not None
 
     def update(self, rows: Rows) -> None:
         super().update(rows)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
-from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
-from kfacopt.blocks.statistics import RunningAverage
-from kfacopt.layers.base import Rows
+from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError
 
 
-class KroneckerBlock(Block):
+class KroneckerBlock(FactoredBlock):
     """`G ⊗ A` with the damped inverse `(G + √damping/π I)^-1 ⊗ (A + π √damping I)^-1`.
 
     Kronecker factors of Martens & Grosse 2015 (for weight sharing: Eschenhagen et al. 2023), inverted by Cholesky with
@@ -26,23 +25,7 @@ class KroneckerBlock(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_factor = RunningAverage()
-        self.gradient_factor = RunningAverage()
         self._inverses: tuple[Tensor, Tensor] | None = None
-
-    def averages(self) -> dict[str, RunningAverage]:
-        return {"input_factor": self.input_factor, "gradient_factor": self.gradient_factor}
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """G `[*k o o]` and A `[*k i i]` or `[i]`."""
-        if self.gradient_factor.value is None or self.input_factor.value is None:
-            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        return self.gradient_factor.value, self.input_factor.value
-
-    def update(self, rows: Rows) -> None:
-        if rows.first:
-            self.input_factor.add(*input_covariance(rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(rows.gradients), rows.new_terms)
 
     def refresh(self, damping: float) -> None:
         left, right = self.factors()
@@ -54,15 +37,15 @@ class KroneckerBlock(Block):
             self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += inverse_left.retries + inverse_right.retries
-        self._inverses = inverse_left.value, inverse_right.value
+        self._inverses = inverse_left.value, _aligned(inverse_right.value)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         if self._inverses is None:
             raise RuntimeError("this block has no inverse yet: refresh() comes before solve()")
-        return kronecker.multiply(self._inverses[0], matrix, self._inverses[1])
-
-    def mean_eigenvalue(self) -> Tensor:
-        return kronecker.mean_eigenvalue(*self.factors())
+        left, right = self._inverses
+        size = matrix.shape[-1]
+        padded = functional.pad(matrix, (0, right.shape[-1] - size)) if right.shape[-1] > size else matrix
+        return kronecker.multiply(left, padded, right)[..., :size]
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.factors()
@@ -96,6 +79,18 @@ class KroneckerBlock(Block):
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         left, right = cache["inverse_gradient_factor"], cache["inverse_input_factor"]
         self._inverses = None if left is None or right is None else (left, right)
+
+
+def _aligned(inverse: Tensor) -> Tensor:
+    """Zero rows and columns up to a multiple of 16.
+
+    With the bias's column a size is odd more often than not, and matrix products of odd sizes run at two thirds of the
+    speed (1000 x 785: 28.9 ms, padded 17.7 ms, alternately measured on two cores).
+    """
+    missing = -inverse.shape[-1] % 16
+    if inverse.ndim == 1 or inverse.shape[-1] < 128 or missing == 0:
+        return inverse
+    return functional.pad(inverse, (0, missing, 0, missing))
 
 
 def _row_norm(factor: Tensor) -> Tensor:

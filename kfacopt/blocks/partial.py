@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
 from kfacopt.blocks.eigen import squared_coordinates
+from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
@@ -17,7 +17,7 @@ from kfacopt.linalg.symmetric import LinAlgError
 _SMALLEST_CUT = 64
 
 
-class PartialEigenBlock(Block):
+class PartialEigenBlock(FactoredBlock):
     """EKFAC in the eigenvectors whose eigenvalue is not small; the others are taken together, at their mean.
 
     The eigenvectors of A and of G with eigenvalues above `tail` times the factor's mean eigenvalue are kept. In the
@@ -39,23 +39,13 @@ class PartialEigenBlock(Block):
     def __init__(self, tail: float, exponent: float = 1.0) -> None:
         super().__init__()
         self._tail, self._exponent = tail, exponent
-        self.input_factor = RunningAverage()
-        self.gradient_factor = RunningAverage()
         self.corrected = RunningAverage()
         self._left: _Side | None = None
         self._right: _Side | None = None
         self._solver: tuple[float, Coefficients, WholeSide] | None = None
 
     def averages(self) -> dict[str, RunningAverage]:
-        return {
-            "input_factor": self.input_factor,
-            "gradient_factor": self.gradient_factor,
-            "corrected": self.corrected,
-        }
-
-    @property
-    def estimated(self) -> bool:
-        return self.gradient_factor.value is not None and self.input_factor.value is not None
+        return super().averages() | {"corrected": self.corrected}
 
     def sides(self) -> tuple[_Side, _Side]:
         """What is kept of G's and of A's eigendecomposition."""
@@ -64,10 +54,7 @@ class PartialEigenBlock(Block):
         return self._left, self._right
 
     def update(self, rows: Rows) -> None:
-        factor_rows = rows.for_factors()
-        if rows.first:
-            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
+        super().update(rows)
         if self._left is not None and self._right is not None:
             squares = squared_coordinates(rows, self._left.basis, self._right.basis)
             self.corrected.add(squares, rows.new_terms)
@@ -77,9 +64,7 @@ class PartialEigenBlock(Block):
         self._solver = None
 
     def refresh(self, damping: float) -> None:
-        left, right = self.gradient_factor.value, self.input_factor.value
-        if left is None or right is None:
-            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        left, right = self.factors()
         try:
             new_left, retries_left = _Side.of(left, self._tail)
             new_right, retries_right = _Side.of(right, self._tail)
@@ -112,11 +97,6 @@ class PartialEigenBlock(Block):
             self._extended(self._kept()), left.with_rest(), right.with_rest(), mean_left, mean_right, damping
         )
         return Coefficients(values[:-1, :-1], values[:-1, -1], values[-1, :-1], values[-1, -1])
-
-    def mean_eigenvalue(self) -> Tensor:
-        if self.gradient_factor.value is None or self.input_factor.value is None:
-            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        return kronecker.mean_eigenvalue(self.gradient_factor.value, self.input_factor.value)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         left, right = self.sides()

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 
 class InterruptCheckpoint(Checkpoint):
@@ -23,11 +24,15 @@ class InterruptCheckpoint(Checkpoint):
     A signal can come in the middle of anything: of a forward pass, or of an optimizer step that has
     updated half of the parameters. A checkpoint of that moment (Lightning's
     ``OnExceptionCheckpoint`` and ``ModelCheckpoint(save_on_exception=True)`` write one) cannot be
-    continued as if nothing had happened. Here the first Ctrl-C, or a SIGTERM, is only noted; the
-    checkpoint is written once the optimizer step is complete (with gradient accumulation: the whole
-    accumulated step) and, where one is due, the validation after it. Then training stops by
+    continued as if nothing had happened. Here the first Ctrl-C is only noted; the checkpoint is
+    written once the optimizer step is complete (with gradient accumulation: the whole accumulated
+    step) and, where one is due, the validation after it. Then training stops by
     `KeyboardInterrupt`, which Lightning turns into its own orderly shutdown. A second Ctrl-C stops
     at once, without a checkpoint.
+
+    A SIGTERM leaves a checkpoint too, but sooner, because Lightning stops right after the batch:
+    without the validation, and in the middle of gradient accumulation without what has been
+    accumulated (only then is the resumed run another one).
 
     So long as this callback is among the trainer's, **every** checkpoint also carries the state of
     Python's, NumPy's and torch's global random generators, and resuming from one restores them:
@@ -99,8 +104,10 @@ class InterruptCheckpoint(Checkpoint):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening."""
+        """Stop listening; write the checkpoint if a SIGTERM has broken off a validation."""
         self._release()
+        if isinstance(exception, SIGTERMException) and self._step_complete:
+            self._save_if(trainer, True)
 
     # --- the checkpoint -----------------------------------------------------------------------
 
@@ -115,10 +122,13 @@ class InterruptCheckpoint(Checkpoint):
         """Write the checkpoint if a signal has come and the optimizer has stepped."""
         self._step_complete = trainer.global_step != self._step
         self._step = trainer.global_step
+        # Lightning stops for a SIGTERM right after this batch: there may be seconds until a SIGKILL.
+        self._save_if(trainer, trainer.received_sigterm)
         fetcher = trainer.fit_loop._data_fetcher
         # A run that resumes from here would leave out a validation that is due.
-        if fetcher is None or not trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
-            self._save_if_interrupted(trainer)
+        validates = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        if self._step_complete and not validates:
+            self._save_if(trainer, self.interrupted)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop, now that Lightning has also logged the last step."""
@@ -127,18 +137,14 @@ class InterruptCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the checkpoint if a signal has come before or during this validation."""
-        if trainer.training or trainer.validating:
-            self._save_if_interrupted(trainer)
+        """Write the checkpoint if Ctrl-C has come before or during this validation."""
+        if self._step_complete and (trainer.training or trainer.validating):
+            self._save_if(trainer, self.interrupted)
 
-    def _save_if_interrupted(self, trainer: Trainer) -> None:
-        if self._saved or not self._step_complete:
-            return
+    def _save_if(self, trainer: Trainer, signaled: bool) -> None:
         # Signals reach processes at different times, but all must stop after the same step.
-        own = self.interrupted or trainer.received_sigterm
-        self.interrupted = trainer.strategy.reduce_boolean_decision(own, all=False)
-        if self.interrupted:
-            self._saved = True
+        if not self._saved and trainer.strategy.reduce_boolean_decision(signaled, all=False):
+            self._saved = self.interrupted = True
             trainer.save_checkpoint(self.ckpt_path)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 from torch.utils.data import TensorDataset
 
 import kfacopt
@@ -21,6 +24,9 @@ from kfacopt.lightning.in_memory import InMemoryData
 from kfacopt.lightning.tasks import Regression
 
 ekfac = partial(kfacopt.EKFAC, lr=0.1, damping=0.1, factor_every=2, refresh_every=3)
+
+
+mean_squared = partial(ekfac, loss_func=nn.MSELoss())
 
 
 class Toy(InMemoryData):
@@ -107,3 +113,60 @@ def hooks(module: nn.Module) -> int:
     return sum(
         len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
     )
+
+
+class Module(LightningModule):
+    """A LightningModule of a user's, whose own `forward` is never called."""
+
+    def __init__(self, configure: Callable[[Any], OptimizerLRScheduler]) -> None:
+        super().__init__()
+        self.net = network()
+        self.configure = configure
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        inputs, targets = batch
+        loss = F.mse_loss(self.net(inputs), targets)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        inputs, targets = batch
+        self.log("val/loss", F.mse_loss(self.net(inputs), targets))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return self.configure(self)
+
+
+def adam(module: LightningModule) -> Adam:
+    return Adam(module.parameters(), lr=1e-3)
+
+
+def over_itself(module: LightningModule) -> Optimizer:
+    return mean_squared(module)
+
+
+def fit(module: LightningModule, folder: Path, *callbacks: Callback, **arguments: Any) -> tuple[Trainer, Tensor]:
+    torch.manual_seed(0)
+    fitted = trainer(folder, *callbacks, **arguments)
+    fitted.fit(module, Toy())
+    return fitted, weights(module)
+
+
+def by_hand(steps: int = 18, accumulate: int = 1, clip: float | None = None) -> Tensor:
+    """The same training in a plain loop."""
+    model, data = network(), Toy()
+    optimizer = mean_squared(model)
+    batches = data.train_dataloader()
+    done, number = 0, 0
+    while done < steps:
+        for inputs, targets in batches:
+            number += 1
+            (F.mse_loss(model(inputs), targets) / accumulate).backward()
+            if number % accumulate == 0:
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+    optimizer.close()
+    return weights(model)

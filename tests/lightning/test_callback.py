@@ -13,43 +13,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim import Optimizer
 
-import kfacopt
 from kfacopt.lightning import CurvatureCallback
 from kfacopt.lightning.callback import second_order_optimizers
 from kfacopt.lightning.rivals import muon
-from tests.lightning.harness import Toy, Trace, ekfac, hooks, network, regression, trainer, weights
-
-mean_squared = partial(ekfac, loss_func=nn.MSELoss())
-
-
-class Module(LightningModule):
-    """A LightningModule of a user's, whose own `forward` is never called."""
-
-    def __init__(self, configure: Callable[[Any], OptimizerLRScheduler]) -> None:
-        super().__init__()
-        self.net = network()
-        self.configure = configure
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        inputs, targets = batch
-        loss = F.mse_loss(self.net(inputs), targets)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        inputs, targets = batch
-        self.log("val/loss", F.mse_loss(self.net(inputs), targets))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.configure(self)
+from tests.lightning.harness import (
+    Module,
+    Toy,
+    Trace,
+    adam,
+    by_hand,
+    fit,
+    hooks,
+    mean_squared,
+    network,
+    over_itself,
+    regression,
+    weights,
+)
 
 
 class Validated(Module):
@@ -60,41 +46,6 @@ class Validated(Module):
         with torch.enable_grad():
             inputs, targets = batch
             self.log("val/loss", F.mse_loss(self.net(inputs), targets))
-
-
-def adam(module: LightningModule) -> Adam:
-    return Adam(module.parameters(), lr=1e-3)
-
-
-def over_itself(module: LightningModule) -> Optimizer:
-    return mean_squared(module)
-
-
-def fit(module: LightningModule, folder: Path, *callbacks: Callback, **arguments: Any) -> tuple[Trainer, Tensor]:
-    torch.manual_seed(0)
-    fitted = trainer(folder, *callbacks, **arguments)
-    fitted.fit(module, Toy())
-    return fitted, weights(module)
-
-
-def by_hand(steps: int = 18, accumulate: int = 1, clip: float | None = None) -> Tensor:
-    """The same training in a plain loop."""
-    model, data = network(), Toy()
-    optimizer = mean_squared(model)
-    batches = data.train_dataloader()
-    done, number = 0, 0
-    while done < steps:
-        for inputs, targets in batches:
-            number += 1
-            (F.mse_loss(model(inputs), targets) / accumulate).backward()
-            if number % accumulate == 0:
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                done += 1
-    optimizer.close()
-    return weights(model)
 
 
 # --- training is what it is without Lightning --------------------------------------------------
@@ -305,93 +256,12 @@ def test_other_runs_of_the_trainer_are_left_alone(tmp_path: Path) -> None:
     assert hooks(module) == 0
 
 
-# --- the optimizer is swapped ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", ["", "net"])
-def test_a_swapped_optimizer_trains_as_an_own_one(tmp_path: Path, module: str) -> None:
-    swap = CurvatureCallback(optimizer=mean_squared, module=module)
-    fitted, found = fit(Module(adam), tmp_path, swap)
-    assert torch.equal(found, by_hand())
-    assert len(fitted.logger.series("curvature/kl")) == 18
-    assert isinstance(fitted.lightning_module.optimizers(), kfacopt.EKFAC)
-
-
-def scheduled(module: LightningModule) -> OptimizerLRScheduler:
-    optimizer = adam(module)
-    scheduler = {"scheduler": ExponentialLR(optimizer, 0.8), "interval": "step"}
-    return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
-def test_a_schedule_stays_and_drives_the_new_optimizer(tmp_path: Path) -> None:
-    fitted, found = fit(Module(scheduled), tmp_path, CurvatureCallback(mean_squared))
-    (optimizer,) = fitted.optimizers
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.8**18)
-    assert fitted.lr_scheduler_configs[0].scheduler.optimizer is optimizer
-
-    def own(module: LightningModule) -> OptimizerLRScheduler:
-        optimizer = over_itself(module)
-        scheduler = {"scheduler": ExponentialLR(optimizer, 0.8), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    _, expected = fit(Module(own), tmp_path, CurvatureCallback())
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("step", [3, 6, 10])
-def test_a_swapped_optimizer_resumes_exactly(tmp_path: Path, step: int) -> None:
-    def build() -> tuple[Trainer, LightningModule]:
-        every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
-        fitted = trainer(tmp_path, CurvatureCallback(mean_squared), every)
-        return fitted, Module(scheduled)
-
-    whole, module = build()
-    whole.fit(module, Toy())
-    path = tmp_path / f"step={step}.ckpt"
-    assert "curvature" in torch.load(path, weights_only=True)["optimizer_states"][0]
-    resumed, other = build()
-    resumed.fit(other, Toy(), ckpt_path=path, weights_only=True)
-    for name in ("train/loss", "curvature/kl", "curvature/condition", "curvature/staleness"):
-        assert resumed.logger.series(name) == whole.logger.series(name)[step:]
-    assert torch.equal(weights(other), weights(module))
-
-
-def test_any_optimizer_can_be_swapped_in(tmp_path: Path) -> None:
-    fitted, _ = fit(Module(scheduled), tmp_path, CurvatureCallback(partial(muon, lr=0.5)))
-    rates = [group["lr"] / 0.8**18 for group in fitted.optimizers[0].param_groups]
-    assert rates == pytest.approx([0.5, 1e-3])
-
-
-def test_a_kfacopt_optimizer_that_is_swapped_out_lets_go(tmp_path: Path) -> None:
-    module = Module(lambda module: kfacopt.KFAC(module, nn.MSELoss()))
-    _, found = fit(module, tmp_path, CurvatureCallback(mean_squared))
-    assert torch.equal(found, by_hand())
-    assert hooks(module) == 0
+# --- what is refused, and more than one optimizer -----------------------------------------------
 
 
 def test_optimizers_of_other_modules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"8 of the 8? ?parameters|not those of Module"):
         fit(Module(lambda module: mean_squared(network())), tmp_path, CurvatureCallback())
-
-
-def test_what_cannot_be_swapped_is_refused(tmp_path: Path) -> None:
-    def two(module: LightningModule) -> list[Optimizer]:
-        module.automatic_optimization = False
-        return [adam(module), adam(module)]
-
-    with pytest.raises(ValueError, match="Module returned 2"):
-        fit(Module(two), tmp_path, CurvatureCallback(mean_squared))
-    with pytest.raises(AttributeError, match="nothing"):
-        fit(Module(adam), tmp_path, CurvatureCallback(mean_squared, module="nothing"))
-
-    def groups(module: LightningModule) -> OptimizerLRScheduler:
-        optimizer = Adam([{"params": [p], "lr": 0.1**place} for place, p in enumerate(module.parameters())])
-        return {"optimizer": optimizer, "lr_scheduler": ExponentialLR(optimizer, 0.5)}
-
-    module = Module(groups)
-    with pytest.raises(ValueError, match="which follows which"):
-        fit(module, tmp_path, CurvatureCallback(mean_squared))
-    assert hooks(module) == 0
 
 
 def test_manual_optimization_with_two_optimizers_is_logged_by_number(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
 from kfacopt.lightning.learning_rates import linear_decay
@@ -215,17 +216,32 @@ def test_a_signal_during_validation_waits_for_its_end(tmp_path: Path, whole: Who
     assert torch.equal(found, expected)
 
 
-def test_sigterm_also_leaves_a_checkpoint(tmp_path: Path, whole: Whole) -> None:
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
+class TermInValidation(Callback):
+    def on_validation_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        if not trainer.sanity_checking:
+            signal.raise_signal(signal.SIGTERM)
 
-    _, expected = whole()
+
+@pytest.mark.parametrize(
+    ("callback", "steps"),
+    [
+        (RaiseSignal(3, signal.SIGTERM), 4),
+        # The validation after this batch is not waited for; the other is broken off.
+        (RaiseSignal(5, signal.SIGTERM), 6),
+        (TermInValidation(), 6),
+    ],
+    ids=["within an epoch", "before a validation", "in a validation"],
+)
+def test_sigterm_also_leaves_a_checkpoint(tmp_path: Path, whole: Whole, callback: Callback, steps: int) -> None:
+    losses, expected = whole()
     torch.manual_seed(5)
     task = regression(dropout=0.3, schedule=linear_decay)
-    cut = trainer(tmp_path, InterruptCheckpoint(tmp_path), RaiseSignal(4, signal.SIGTERM))
+    cut = trainer(tmp_path, InterruptCheckpoint(tmp_path), callback)
     with pytest.raises(SIGTERMException):
         cut.fit(task, Toy())
-    assert cut.global_step == 5
-    _, found = run(tmp_path, ckpt_path=str(tmp_path / "interrupted.ckpt"))
+    assert cut.global_step == steps
+    resumed, found = run(tmp_path, ckpt_path=str(tmp_path / "interrupted.ckpt"))
+    assert resumed.logger.series("train/loss") == losses.series("train/loss")[steps:]
     assert torch.equal(found, expected)
 
 

@@ -22,7 +22,9 @@ def orthonormal(size: int, kept: int) -> tuple[Tensor, Tensor]:
 def test_the_operator_is_what_it_says(left_kept: int, right_kept: int) -> None:
     left, left_rest = orthonormal(OUTPUTS, left_kept)
     right, right_rest = orthonormal(INPUTS, right_kept)
-    values = [torch.rand(shape, dtype=torch.float64) for shape in ((left_kept, right_kept), (left_kept,), (right_kept,), ())]
+    values = [
+        torch.rand(shape, dtype=torch.float64) for shape in ((left_kept, right_kept), (left_kept,), (right_kept,), ())
+    ]
     at = Coefficients(*values)
     table = torch.empty(OUTPUTS, INPUTS, dtype=torch.float64)
     table[:left_kept, :right_kept] = at.both

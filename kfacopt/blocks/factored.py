@@ -1,0 +1,46 @@
+"""What every block made of Kronecker factors has: their running averages."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
+from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.layers.base import Rows
+from kfacopt.linalg import kronecker
+
+
+class FactoredBlock(Block):
+    """A block whose statistics are the Kronecker factors A and G.
+
+    Args:
+        input_factor: Running average of A, `[*k i i]` or the diagonal `[i]`.
+        gradient_factor: Running average of G, `[*k o o]`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_factor = RunningAverage()
+        self.gradient_factor = RunningAverage()
+
+    def averages(self) -> dict[str, RunningAverage]:
+        return {"input_factor": self.input_factor, "gradient_factor": self.gradient_factor}
+
+    @property
+    def estimated(self) -> bool:
+        return self.gradient_factor.value is not None and self.input_factor.value is not None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """G `[*k o o]` and A `[*k i i]` or `[i]`."""
+        if self.gradient_factor.value is None or self.input_factor.value is None:
+            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        return self.gradient_factor.value, self.input_factor.value
+
+    def update(self, rows: Rows) -> None:
+        factor_rows = rows.for_factors()
+        if rows.first:
+            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
+        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
+
+    def mean_eigenvalue(self) -> Tensor:
+        return kronecker.mean_eigenvalue(*self.factors())
