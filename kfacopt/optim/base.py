@@ -299,7 +299,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         whole, self._ended_at = now - self._ended_at, now
         curvature = factor_seconds + refresh_seconds
         if math.isfinite(whole):
-            self._report["overhead"] = min(1.0, curvature / whole)
+            share = min(1.0, curvature / whole)
+            # Averaged: the last step alone would show a spike or nothing, as the logging interval has it.
+            self._report["overhead"] = 0.95 * self._report.get("overhead", share) + 0.05 * share
             self.backend.observe(factor_seconds, max(whole - curvature, 1e-9))
         self._report |= {
             "factor_ms": 1e3 * factor_seconds,

@@ -17,12 +17,20 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: If it is no module, has complex or sparse parameters, or parameters that are not yet initialised.
         ValueError: If its parameters are on several devices.
+        RuntimeError: If several processes train together.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"the first argument must be the model (an nn.Module), got {type(model).__name__}: curvature needs the "
             f"modules, not only the parameters; param groups go into params="
         )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise RuntimeError(
+                f"{world} processes train together, but each would precondition with the curvature of its own data, "
+                f"and their weights would drift apart: kfacopt trains in one process so far"
+            )
     devices: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
