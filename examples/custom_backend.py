@@ -144,7 +144,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
     names = ["AdamW", "KFAC", "diagonal Fisher"]
     if curvlinops is None:
-        print("curvlinops is not installed (pip install curvlinops-for-pytorch): leaving it out")
+        print("curvlinops is not installed (scripts/environment does it): leaving it out")
     else:
         names.append("curvlinops KFAC")
     shown = sorted({1, 2, EPOCHS // 2, EPOCHS})

@@ -84,8 +84,13 @@ RELATIVE_DAMPING = RelativeDamping()
 class Comparison:
     """The loss after a step against the loss before it, on the same batches, in units of the mean loss."""
 
-    loss_change: float
+    linear: float
     divergence: float
+
+    @property
+    def loss_change(self) -> float:
+        """`u·(f' - f) + KL(p_f ‖ p_f')`."""
+        return self.linear + self.divergence
 
 
 def compare_losses(
@@ -112,7 +117,7 @@ def compare_losses(
         new = old.at(prediction_of(_run_again(replay)))
         linear += float((_term_gradient(replay, count, gradient_scale) * (new.parameters - old.parameters)).sum())
         divergence += float(likelihood.divergence(old, new)) / count
-    return Comparison(linear + divergence, divergence)
+    return Comparison(linear, divergence)
 
 
 def _term_gradient(replay: Replay, count: float, gradient_scale: float) -> Tensor:

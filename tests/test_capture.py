@@ -170,6 +170,25 @@ def test_retained_gradients_of_activations(fisher_type: str) -> None:
         assert torch.equal(bare, watched)
 
 
+def test_retained_gradients_of_several_roots() -> None:
+    """Also of an encoder that was called before its decoder, and of an earlier forward."""
+
+    def retained(watch: bool) -> list[Tensor]:
+        model, (x, y) = fresh(), batch()
+        held = attached(model) if watch else None
+        hidden = model[0](x)
+        first = model[2](model[1](hidden))
+        second = model(x)
+        for tensor in (hidden, first, second):
+            tensor.retain_grad()
+        (F.cross_entropy(first, y) + F.cross_entropy(second, y)).backward()
+        del held
+        return [tensor.grad.clone() for tensor in (hidden, first, second)]
+
+    for bare, watched in zip(retained(False), retained(True), strict=True):
+        assert torch.equal(bare, watched)
+
+
 def test_gradient_penalties() -> None:
     """A double backward (`create_graph`) through a watched model is the user's own affair."""
     results = []
@@ -644,6 +663,81 @@ def test_a_layer_called_with_different_batch_sizes() -> None:
     optimizer = kfacopt.KFAC(model, loss, groups, factor_every=1)
     train_step(optimizer, model, loss, x, y)
     optimizer.close()
+
+
+def test_an_unbatched_input_is_a_batch_of_one() -> None:
+    x, y = batch()
+    one, many = fresh(), fresh()
+    single, batched = attached(one), attached(many)
+    backward(one, nn.CrossEntropyLoss(), x[0], y[0])
+    backward(many, nn.CrossEntropyLoss(), x[:1], y[:1])
+    single.step()
+    batched.step()
+    assert_same_factors(single, batched, {"0": "0", "2": "2"})
+
+
+class Recursive(nn.Module):
+    """A root that calls itself, as tree-structured networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        h = self.inner(x).tanh()
+        if depth == 0:
+            return h
+        h = h + self(h, depth - 1)
+        return 2 * self.head(h) if depth == 2 else h
+
+
+def test_a_root_that_calls_itself() -> None:
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.inner(x).tanh()
+            second = self.inner(first).tanh()
+            third = self.inner(second).tanh()
+            return 2 * self.head(first + (second + third))
+
+    x, y = batch()
+    model, plain = fresh(Recursive), fresh(Unrolled)
+    optimizer, other = attached(model), attached(plain)
+    train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    train_step(other, plain, nn.CrossEntropyLoss(), x, y)
+    assert_same_factors(optimizer, other, {"inner": "inner", "head": "head"})
+
+
+def test_a_step_that_reaches_only_uncovered_parameters() -> None:
+    class Alternating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.cell = nn.Linear(4, 3), nn.GRUCell(4, 3)
+
+    model, (x, y) = fresh(Alternating), batch()
+    optimizer = attached(model, lr=0.1, adamw_lr=0.1)
+    before = parameters_of(model)
+    for part in (model.cell, model.linear):
+        optimizer.zero_grad()
+        F.cross_entropy(part(x), y).backward()
+        optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_a_compiled_model() -> None:
+    """Compiled before the optimizer is made: the same statistics. (After: a RuntimeError says what to do.)"""
+    x, y = batch()
+    model, plain = fresh(), fresh()
+    compiled = torch.compile(model, backend="eager")
+    optimizer, other = attached(compiled), attached(plain)
+    for _ in range(2):
+        train_step(optimizer, compiled, nn.CrossEntropyLoss(), x, y)
+        train_step(other, plain, nn.CrossEntropyLoss(), x, y)
+    assert_same_factors(optimizer, other, {"_orig_mod.0": "0", "_orig_mod.2": "2"})
 
 
 # -- other watchers and copies ---------------------------------------------------------------------

@@ -85,7 +85,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.1,
+        kl_clip: float | None = 0.03,
         relative_clip: float | None = None,
         adamw_lr: float = 1e-3,
         damping_rule: LevenbergMarquardt | None = None,
@@ -250,7 +250,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             delta = {p: p - old for p, old in before.items()}
             outcome = outcome_of_step(self._estimator, self.backend, tally.replays, delta, gradients, settings, scale)
             self._report |= {"rho": outcome.rho, "kl": outcome.divergence}
-            for group in self.param_groups:
+            for group in self.param_groups if outcome.comparable else []:
                 group["damping"] = self.damping_rule.adjusted(float(group["damping"]), outcome.rho)
         self._note_times(tally.seconds, refreshed - started)
 

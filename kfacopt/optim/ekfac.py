@@ -43,7 +43,7 @@ class EKFAC(SecondOrderOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.1,
+        kl_clip: float | None = 0.03,
         relative_clip: float | None = None,
         factor_every: Interval = FACTOR_EVERY,
         refresh_every: Interval = EKFAC_REFRESH_EVERY,

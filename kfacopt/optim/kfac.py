@@ -44,7 +44,7 @@ class KFAC(SecondOrderOptimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.1,
+        kl_clip: float | None = 0.03,
         relative_clip: float | None = None,
         factor_every: Interval = FACTOR_EVERY,
         refresh_every: Interval = KFAC_REFRESH_EVERY,

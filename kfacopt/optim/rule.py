@@ -97,7 +97,7 @@ def averaged_gradients(
         momentum: Decay.
         step: How many steps the buffers have seen, this one not included.
 
-    >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.9, step=0)
+    >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.5, step=0)
     [tensor([1.])]
     """
     if not gradients or momentum == 0.0:

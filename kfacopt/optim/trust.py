@@ -13,14 +13,20 @@ from kfacopt.damping import compare_losses
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Replay
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import Gaussian
 from kfacopt.optim import rule
 
 
 class Outcome(NamedTuple):
-    """`rho`: reduction ratio, not a number where no reduction was promised; `divergence`: mean KL(before ‖ after)."""
+    """`rho`: reduction ratio, not a number where no reduction was promised; `divergence`: mean KL(before ‖ after).
+
+    `comparable`: False where the user's gradient at the prediction is evidently scaled (a GradScaler) by a factor that
+    the likelihood cannot tell.
+    """
 
     rho: float
     divergence: float
+    comparable: bool = True
 
 
 def outcome_of_step(
@@ -51,6 +57,8 @@ def outcome_of_step(
     )
     moved = [p for p in step if p in gradients]
     promised = float(rule.inner_product([step[p] for p in moved], [gradients[p] for p in moved]))
+    if isinstance(estimator.likelihood, Gaussian) and promised < 0.0 and change.linear < 8.0 * promised:
+        return Outcome(math.nan, change.divergence, comparable=False)
     by_layer = {
         layer: {role: step[p] for role, p in layer.parameters.items()}
         for layer in settings

@@ -92,9 +92,8 @@ def test_a_backend_without_multiply_says_so_where_it_is_needed() -> None:
 
 
 def test_a_backend_without_mean_eigenvalues_says_so_where_it_is_needed() -> None:
-    model, loss, x, y, made = made_with(Recorder(), damping=kfacopt.RelativeDamping(1.0))
     with pytest.raises(NotImplementedError, match=r"Recorder.*damping"):
-        train_step(made, model, loss, x, y)
+        made_with(Recorder(), damping=kfacopt.RelativeDamping(1.0))
 
 
 def test_layers_that_a_backend_leaves_out_train_by_adamw() -> None:

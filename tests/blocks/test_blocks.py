@@ -331,14 +331,15 @@ def steep(data: int, size: int, power: float, seed: int) -> Tensor:
     return (torch.randn(data, size, dtype=torch.float64, generator=generator) * scale) @ turn
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
 @pytest.mark.parametrize(("outputs", "inputs"), [(70, 80), (70, 5), (5, 80), (70, 80.5)])
-def test_a_cut_basis_is_the_whole_with_its_tail_averaged(outputs: int, inputs: float) -> None:
+def test_a_cut_basis_is_the_whole_with_its_tail_averaged(outputs: int, inputs: float, exponent: float) -> None:
     flat = inputs != int(inputs)  # a spectrum that cannot be cut
     size = int(inputs)
     tail, data = 0.3, 200
     a, g = steep(data, size, 0.0 if flat else 1.5, 0), steep(data, outputs, 1.5, 1)
     given = Rows(a.unsqueeze(1), g[None, :, None], torch.tensor(float(data), dtype=torch.float64))
-    block = PartialEigenBlock(tail)
+    block = PartialEigenBlock(tail, exponent)
     for _ in range(2):
         block.update(given)
         block.fold(0.0)
@@ -369,11 +370,24 @@ def test_a_cut_basis_is_the_whole_with_its_tail_averaged(outputs: int, inputs: f
     mean_g, mean_a = (factor.trace() / len(factor) for factor in factors)
     pi, root = (mean_a / mean_g).sqrt(), DAMPING**0.5
     damped = table + root * (pi * averaged[0][:, None] + averaged[1] / pi) + DAMPING
-    expected = bases[0] @ (coordinates / damped) @ bases[1].mT
+    expected = bases[0] @ (coordinates / damped**exponent) @ bases[1].mT
     torch.testing.assert_close(block.solve(matrix, DAMPING), expected, rtol=1e-8, atol=1e-10)
-    two = PartialEigenBlock(tail)
+    two = PartialEigenBlock(tail, exponent)
     two.load_state_dict(copy.deepcopy(block.state_dict()))
     assert torch.equal(two.solve(matrix, DAMPING), block.solve(matrix, DAMPING))
+
+
+def test_an_exponent_is_that_of_the_damped_operator() -> None:
+    whole, root = CorrectedEigenBlock(), CorrectedEigenBlock(0.5)
+    for block in (whole, root):
+        for seed in (0, 1):
+            block.update(rows("shared", seed))
+            block.fold(0.5)
+            block.refresh(DAMPING)
+    matrix = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64)
+    twice = root.solve(root.solve(matrix, DAMPING), DAMPING)
+    torch.testing.assert_close(twice, whole.solve(matrix, DAMPING), **CLOSE)
+    torch.testing.assert_close(root.matvec(matrix), whole.matvec(matrix), **CLOSE)
 
 
 def test_a_cut_that_moves_takes_the_corrected_eigenvalues_along() -> None:

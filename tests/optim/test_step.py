@@ -7,11 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kfacopt
 from tests import reference
-from tests.cases import BY_NAME, CASES, OPTIMIZERS, Case, backward, exact_ekfac, exact_kfac, still, train_step
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    OPTIMIZERS,
+    Case,
+    backward,
+    exact_ekfac,
+    exact_kfac,
+    parameters_of,
+    still,
+    train_step,
+)
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 DAMPING = 0.05
@@ -211,6 +224,46 @@ def test_momentum_weight_decay_and_clip() -> None:
             expected = (1 - lr * weight_decay) * old - lr * nu * update
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-11)
     assert min(scales) < 1.0
+
+
+@given(momenta=st.lists(st.floats(0.0, 0.99), min_size=1, max_size=10))
+def test_the_average_of_a_constant_gradient_is_that_gradient(momenta: list[float]) -> None:
+    """Whatever a scheduler does to the momentum (OneCycleLR and CyclicLR cycle it)."""
+    model = nn.Linear(3, 2).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    made = exact_kfac(model, nn.MSELoss(), **plain(lr=1e-3, damping=1e6, adamw_lr=0.0))
+    backward(model, nn.MSELoss(), torch.ones(1, 3, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64))
+    for momentum in momenta:
+        made.param_groups[0]["momentum"] = momentum
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = parameters_of(model)
+        made.step()
+        for old, parameter in zip(before, model.parameters(), strict=True):
+            # The damping is all there is: the step is lr / damping times the average.
+            average = (old - parameter.detach()) * 1e6 / 1e-3
+            torch.testing.assert_close(average, torch.ones_like(average), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("lr", [0.1, 1.0])
+def test_the_relative_clip_bounds_each_layer_s_step(optimizer: Any, lr: float) -> None:
+    case, relative = BY_NAME["conv-2d"], 0.02
+    model, loss, x, y = case.make()
+    made = optimizer(model, loss, **plain(lr=lr, damping=1e-6, relative_clip=relative))
+    bounded = 0
+    for _ in range(2):
+        before = {p: p.detach().clone() for p in model.parameters()}
+        train_step(made, model, loss, x, y)
+        for layer in made._layers:
+            parts = list(layer.parameters.values())
+            moved = math.sqrt(sum(float((p.detach() - before[p]).square().sum()) for p in parts))
+            length = math.sqrt(sum(float(before[p].square().sum()) for p in parts))
+            assert moved <= relative * length * (1 + 1e-9)
+            bounded += moved >= relative * length * (1 - 1e-9)
+    assert bounded
 
 
 @pytest.mark.parametrize("raised", [1.0, 30.0])
