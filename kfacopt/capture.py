@@ -13,6 +13,7 @@ forward without a backward (a validation that forgot `no_grad`) leaves nothing b
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,17 @@ class _Hook:
         return _Hook, ()
 
 
+def _hook_type() -> type[_Hook]:
+    """Hooks that torch.compile does not look into; only where it was used, as it takes seconds to import."""
+    if "torch._dynamo" not in sys.modules:
+        return _Hook
+
+    class Uncompiled(_Hook):
+        __call__ = torch.compiler.disable(_Hook.__call__)
+
+    return Uncompiled
+
+
 class Capture:
     """Hooks on a model that deliver rows to a consumer.
 
@@ -102,10 +114,11 @@ class Capture:
         self._call: Call | None = None
         self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
+        hook = _hook_type()
         for module in model.modules():
             _drop_inert_hooks(module)
-            enter = module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True)
-            leave = module.register_forward_hook(_Hook(self._leave), with_kwargs=True, always_call=True)
+            enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
+            leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
 
     def close(self) -> None:
@@ -149,10 +162,11 @@ class Capture:
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or torch._C._current_graph_task_id() != -1:
             return
-        if module is self._root:  # a forward that was interrupted (KeyboardInterrupt) never left
-            self._depth = 0
+        if module is self._root and not _calls_itself(module):
+            self._depth = 0  # a forward that was interrupted (KeyboardInterrupt) never left
         if self._depth == 0:
-            self._root, self._sites, self._call, self._outputs = module, [], None, []
+            self._root, self._sites, self._call = module, [], None
+            self._outputs = [reference for reference in self._outputs if reference() is not None]
             if self.wants_replays and not self._idle:
                 self._call = Call(module, inputs, dict(kwargs), *_random_states(), _autocast_dtype())
         self._depth += 1
@@ -378,6 +392,15 @@ def _by_layer(gradients: Mapping[Site, Tensor]) -> dict[Layer, list[tuple[Site, 
     for site, gradient in gradients.items():
         result.setdefault(site.layer, []).append((site, gradient))
     return result
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether a call of `module` is under way further up the Python stack, besides the one that begins."""
+    calls, frame = 0, sys._getframe()
+    while frame is not None and calls < 2:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls == 2
 
 
 def _metadata(node: Node) -> dict[str, list[Forward]]:

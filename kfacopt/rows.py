@@ -35,7 +35,9 @@ def rows_of_layer(
     Raises:
         ValueError: If the calls had different numbers of data.
     """
-    if all_places and kfac_approx == KFACType.REDUCE and layer.handler.structure != "elementwise":
+    if layer.handler.structure == "elementwise":
+        kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
+    if all_places and kfac_approx == KFACType.REDUCE:
         return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND), reduce=True)
     handler, inputs, gradients = layer.handler, [], []
     for site, cotangents in reached:

@@ -368,14 +368,18 @@ class Watched(nn.Module):
         return logits, self.aux(logits)
 
 
+RULES = pytest.mark.parametrize("rule", [None, kfacopt.LevenbergMarquardt(every=1)], ids=["", "damping-rule"])
+
+
+@RULES
 @pytest.mark.parametrize("output", ["plain", "aux", "ambiguous"])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_forward_without_backward_keeps_no_graph(output: str, wanted: bool) -> None:
+def test_a_forward_without_backward_keeps_no_graph(output: str, wanted: bool, rule: Any) -> None:
     model = fresh(lambda: Watched(output))
     x, y = batch()
     x.requires_grad_()
     choose = (lambda out: out[0]) if output == "ambiguous" and wanted else None
-    optimizer = attached(model, prediction=choose)
+    optimizer = attached(model, prediction=choose, damping_rule=rule)
     gc.collect()
     Marked.alive.clear()
     for _ in range(3):
@@ -385,12 +389,13 @@ def test_a_forward_without_backward_keeps_no_graph(output: str, wanted: bool) ->
     del optimizer, y
 
 
+@RULES
 @pytest.mark.parametrize("output", ["plain", "aux"])
-def test_a_trained_step_keeps_no_graph(output: str) -> None:
+def test_a_trained_step_keeps_no_graph(output: str, rule: Any) -> None:
     model = fresh(lambda: Watched(output))
     x, y = batch()
     x.requires_grad_()
-    optimizer = attached(model, lr=0.1)
+    optimizer = attached(model, lr=0.1, damping_rule=rule)
     for _ in range(3):
         optimizer.zero_grad()
         result = model(x)
@@ -715,14 +720,14 @@ def test_a_step_that_reaches_only_uncovered_parameters() -> None:
     class Alternating(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.cell = nn.Linear(4, 3), nn.GRUCell(4, 3)
+            self.linear, self.cell = nn.Linear(4, 3), nn.Bilinear(4, 4, 3)
 
     model, (x, y) = fresh(Alternating), batch()
     optimizer = attached(model, lr=0.1, adamw_lr=0.1)
     before = parameters_of(model)
-    for part in (model.cell, model.linear):
+    for part, inputs in ((model.cell, (x, x)), (model.linear, (x,))):
         optimizer.zero_grad()
-        F.cross_entropy(part(x), y).backward()
+        F.cross_entropy(part(*inputs), y).backward()
         optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -23,28 +23,29 @@ def averaged(
     covered = {id(p) for layer in layers for p in layer.parameters.values()}
     result: dict[nn.Parameter, Tensor] = {}
     for group in groups:
-        by_age: dict[int, list[nn.Parameter]] = {}
+        momentum = float(group["momentum"])
+        by_weight: dict[float, list[nn.Parameter]] = {}
         for p in group["params"]:
             if p in gradients and id(p) in covered:
-                by_age.setdefault(_age(state[p], p), []).append(p)
-        for age, held in by_age.items():
+                by_weight.setdefault(_weight(state[p], p, momentum), []).append(p)
+        for weight, held in by_weight.items():
             means = rule.averaged_gradients(
                 [gradients[p] for p in held],
                 [state[p]["momentum_buffer"] for p in held],
-                momentum=float(group["momentum"]),
-                step=age,
+                momentum=momentum,
+                weight=weight,
             )
             result |= dict(zip(held, means, strict=True))
     return result
 
 
-def _age(state: dict[str, Any], parameter: nn.Parameter) -> int:
-    """How many gradients a parameter's momentum has seen; counts one more."""
+def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> float:
+    """Sum of the weights of the gradients in a parameter's running average; moves on by one gradient."""
     if "momentum_buffer" not in state:
-        state["momentum_buffer"], state["momentum_steps"] = torch.zeros_like(parameter), 0
-    age: int = state["momentum_steps"]
-    state["momentum_steps"] = age + 1
-    return age
+        state["momentum_buffer"], state["momentum_weight"] = torch.zeros_like(parameter), 0.0
+    weight: float = state["momentum_weight"]
+    state["momentum_weight"] = rule.next_weight(momentum, weight)
+    return weight
 
 
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:

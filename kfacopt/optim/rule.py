@@ -83,7 +83,7 @@ def relative_scales(
 
 
 def averaged_gradients(
-    gradients: Sequence[Tensor], buffers: Sequence[Tensor], *, momentum: float, step: int
+    gradients: Sequence[Tensor], buffers: Sequence[Tensor], *, momentum: float, weight: float
 ) -> list[Tensor]:
     """Nesterov momentum on the gradient, bias-corrected; the buffers are updated in place.
 
@@ -95,19 +95,28 @@ def averaged_gradients(
         gradients: This step's.
         buffers: Running averages, zero at first.
         momentum: Decay.
-        step: How many steps the buffers have seen, this one not included.
+        weight: Sum of the weights of the gradients in the buffers, this step's not included (`next_weight`).
 
-    >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.5, step=0)
+    >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.5, weight=0.0)
     [tensor([1.])]
     """
-    if not gradients or momentum == 0.0:
-        return list(gradients)
+    if not gradients:
+        return []
     torch._foreach_lerp_(list(buffers), list(gradients), 1.0 - momentum)
     result = list(torch._foreach_lerp(list(gradients), list(buffers), momentum))
-    correction = 1.0 - momentum ** (step + 2)
+    correction = next_weight(momentum, next_weight(momentum, weight))
     if correction < 1.0:
         torch._foreach_div_(result, correction)
     return result
+
+
+def next_weight(momentum: float, weight: float) -> float:
+    """Sum of the weights of the gradients in a running average after one more, whatever the momentum was before.
+
+    >>> next_weight(0.9, 0.0), next_weight(0.0, 0.5)
+    (0.09999999999999998, 1.0)
+    """
+    return momentum * weight + (1.0 - momentum)
 
 
 def descend(

@@ -45,6 +45,17 @@ def test_models(name: str) -> None:
         kfacopt.KFAC(build(), CE())
 
 
+def test_distributed_training_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for world, refused in ((1, False), (4, True)):
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda size=world: size)
+        if refused:
+            with pytest.raises((RuntimeError, ValueError, NotImplementedError), match="4"):
+                kfacopt.KFAC(mlp(), CE())
+        else:
+            kfacopt.KFAC(mlp(), CE()).close()
+
+
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "lr": ({"lr": -0.1}, "lr"),
     "lr-nan": ({"lr": float("nan")}, "lr"),
