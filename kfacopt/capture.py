@@ -168,7 +168,7 @@ class Capture:
             self._root, self._sites, self._call = module, [], None
             self._outputs = [reference for reference in self._outputs if reference() is not None]
             if self.wants_replays and not self._idle:
-                self._call = Call(module, inputs, dict(kwargs), *_random_states(), _autocast_dtype())
+                self._call = Call.now(module, inputs, kwargs)
         self._depth += 1
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -375,16 +375,6 @@ def _backward(
         allow_unused=True,
         is_grads_batched=batched,
     )
-
-
-def _random_states() -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None
-
-
-def _autocast_dtype() -> torch.dtype | None:
-    device = "cuda" if torch.cuda.is_available() and torch.is_autocast_enabled("cuda") else "cpu"
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _by_layer(gradients: Mapping[Site, Tensor]) -> dict[Layer, list[tuple[Site, Tensor]]]:

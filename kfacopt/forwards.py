@@ -37,6 +37,15 @@ class Call:
     device_random_state: Tensor | None
     autocast_dtype: torch.dtype | None
 
+    @classmethod
+    def now(cls, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call that begins now: with the present random states and autocast context."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = "cuda" if torch.cuda.is_available() and torch.is_autocast_enabled("cuda") else "cpu"
+        autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device_random_state = torch.cuda.get_rng_state() if cuda else None
+        return cls(module, inputs, dict(kwargs), torch.get_rng_state(), device_random_state, autocast_dtype)
+
     def autocast(self) -> torch.autocast:
         """The autocast context that the forward ran in."""
         device = "cpu" if self.device_random_state is None else "cuda"

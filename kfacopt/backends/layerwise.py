@@ -124,11 +124,6 @@ class LayerwiseBackend(CurvatureBackend):
             whole = sum(self._refresh_seconds.values())
             self._refresh_interval.observe("refresh", whole, step_seconds)
 
-    @property
-    def refresh_seconds(self) -> float:
-        """What the refreshes of the last step took."""
-        return self._last_refresh_seconds
-
     def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:
         ready = [(layer, s) for layer, s in settings.items() if self.blocks[layer.name].ready]
         conditions = [self.blocks[layer.name].condition(s.damping) for layer, s in ready]
