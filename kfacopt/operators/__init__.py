@@ -2,3 +2,10 @@
 
 from kfacopt.operators.base import IdentityLinearOperator as IdentityLinearOperator
 from kfacopt.operators.base import LinearOperator as LinearOperator
+from kfacopt.operators.empirical_risk import CurvatureLinearOperator as CurvatureLinearOperator
+from kfacopt.operators.fisher import EFLinearOperator as EFLinearOperator
+from kfacopt.operators.fisher import FisherMCLinearOperator as FisherMCLinearOperator
+from kfacopt.operators.ggn import GGNLinearOperator as GGNLinearOperator
+from kfacopt.operators.hessian import HessianLinearOperator as HessianLinearOperator
+from kfacopt.operators.jacobian import JacobianLinearOperator as JacobianLinearOperator
+from kfacopt.operators.jacobian import TransposedJacobianLinearOperator as TransposedJacobianLinearOperator
