@@ -52,9 +52,6 @@ class _JacobianBase(CurvatureLinearOperator):
     def _linearize(self, X: Any) -> Linearization:
         return Linearization(as_function(self._model_func, self._params, X), self._params)
 
-    def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError("a Jacobian is stacked over the mini-batches, not summed")
-
     def _mirror(self) -> dict[str, Any]:
         return {
             "model_func": self._model_func,
