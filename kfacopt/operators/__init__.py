@@ -2,3 +2,8 @@
 
 from kfacopt.operators.base import IdentityLinearOperator as IdentityLinearOperator
 from kfacopt.operators.base import LinearOperator as LinearOperator
+from kfacopt.operators.convergence import ConvergenceWarning as ConvergenceWarning
+from kfacopt.operators.inverse import CGInverseLinearOperator as CGInverseLinearOperator
+from kfacopt.operators.inverse import LSMRInverseLinearOperator as LSMRInverseLinearOperator
+from kfacopt.operators.inverse import NeumannInverseLinearOperator as NeumannInverseLinearOperator
+from kfacopt.operators.submatrix import SubmatrixLinearOperator as SubmatrixLinearOperator
