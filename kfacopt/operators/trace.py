@@ -70,7 +70,7 @@ def hutchpp_trace(
     """
     number = checked_budget(A, num_matvecs, divisor=3)
     sketch = A @ probes(number, A.shape[1], distribution, A, generator)
-    basis = torch.linalg.qr(sketch)[0]
+    basis: Tensor = torch.linalg.qr(sketch)[0]
     inside = (basis * (A @ basis)).sum()
     vectors = probes(number, A.shape[1], distribution, A, generator)
     vectors = vectors - basis @ (basis.T @ vectors)
