@@ -87,8 +87,9 @@ def xtrace(
     """XTrace (Epperly, Tropp & Webber 2024): Hutch++ that uses each vector both for the range and for the rest.
 
     For each of the `num_matvecs / 2` vectors, the range is that of A times the *other* vectors: exact there, with one
-    sample for the rest; the mean of these estimates is unbiased. It is exact where A's rank is below
-    `num_matvecs / 2`; curvlinops 3.0.1 then divides by zero.
+    sample for the rest; the mean of these estimates is unbiased. It is exact where A times the other vectors spans
+    A's range: for normal vectors where the rank is below `num_matvecs / 2`. (There curvlinops 3.0.1 inverts a factor
+    that is singular, and fails if rounding does not hide it.)
 
     Args:
         A: Square operator or matrix.
