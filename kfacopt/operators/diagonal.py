@@ -43,9 +43,9 @@ def hutchinson_diag(
 def xdiag(A: Matrix, num_matvecs: int, *, generator: torch.Generator | None = None) -> Tensor:
     """XDiag (Epperly, Tropp & Webber 2024): exact on the range of A times the other vectors, one sample for the rest.
 
-    Half the products are with A, half with its adjoint. Unbiased; exact where A times the other vectors spans A's range,
-    as a rule where its rank is below `num_matvecs / 2`. (There curvlinops 3.0.1 inverts a factor that is singular, and
-    fails if rounding does not hide it.)
+    Half the products are with A, half with its adjoint. Unbiased; exact where A times the other vectors spans A's
+    range, as a rule where its rank is below `num_matvecs / 2`. (There curvlinops 3.0.1 inverts a factor that is
+    singular, and fails if rounding does not hide it.)
 
     Args:
         A: Square operator or matrix; an operator must have an adjoint.
