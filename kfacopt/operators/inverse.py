@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.cg import conjugate_gradient
+from kfacopt.linalg.column_cg import conjugate_gradient_columns
 from kfacopt.linalg.lsmr import LSMRInfo, lsmr
 from kfacopt.operators.base import LinearOperator
 from kfacopt.operators.convergence import ConvergenceWarning
@@ -99,12 +99,12 @@ class _InverseLinearOperator(LinearOperator):
 
 
 class CGInverseLinearOperator(_InverseLinearOperator):
-    """The inverse of a symmetric positive definite operator by conjugate gradients, column by column.
+    """The inverse of a symmetric positive definite operator by conjugate gradients.
 
     The keywords are those of linear_operator's `linear_cg`, which curvlinops hands them to. Three things differ. A
-    column is done when *its own* residual is within the tolerance, not the mean over all columns, and not only after
-    11 iterations. `tolerance` has a default that means something (there it is 1: whatever 11 iterations gave). And the
-    residual that is judged is computed from the solution at the end, by one more product.
+    column is done, and costs no more products, when *its own* residual is within the tolerance; there it is the mean
+    over all columns, and 11 iterations at least. `tolerance` has a default that means something; there it is 1,
+    whatever 11 iterations gave. And the residual that is judged is computed from the solution, by one more product.
 
     Args:
         A: Symmetric positive definite.
@@ -166,41 +166,34 @@ class CGInverseLinearOperator(_InverseLinearOperator):
         return self._stats
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        number = M[0].shape[-1]
-        if number == 0:
-            self._stats = []
-            return [m.clone() for m in M]
-        guess = self._guess(self._initial_guess, number, "initial_guess")
-        found = [
-            conjugate_gradient(
-                lambda p: _one_column(self._A._matmat, p),
-                [m[..., k] for m in M],
-                x0=None if guess is None else [g[..., k] for g in guess],
-                preconditioner=None if self._preconditioner is None else self._precondition,
-                max_iterations=self._max_iter,
-                tolerance=max(self._tolerance, self._stop_updating_after),
-            )
-            for k in range(number)
-        ]
-        solution = [torch.stack(parts, dim=-1) for parts in zip(*(f.solution for f in found), strict=True)]
+        right = self._flat(M)
+        guess = self._guess(self._initial_guess, right.shape[1], "initial_guess")
+        found, columns = conjugate_gradient_columns(
+            lambda p: self._A @ p,
+            right,
+            x0=None if guess is None else self._flat(guess),
+            preconditioner=None if self._preconditioner is None else self._precondition,
+            max_iterations=self._max_iter,
+            tolerance=max(self._tolerance, self._stop_updating_after),
+        )
+        solution = self._listed(found)
         # The recurrence's residual drifts from the true one: a column that it called done may miss by its rounding.
         missing = [m - p for m, p in zip(M, self._A._matmat(solution), strict=True)]
         self._stats = [
             InverseStats(f.iterations, r, r <= self._tolerance * (2.0 if f.converged else 1.0), f.negative_curvature)
-            for f, r in zip(found, self._relative(missing, M), strict=True)
+            for f, r in zip(columns, self._relative(missing, M), strict=True)
         ]
         self._warn()
         return solution
 
-    def _precondition(self, residual: list[Tensor]) -> list[Tensor]:
-        if isinstance(self._preconditioner, LinearOperator):
-            return _one_column(self._preconditioner._matmat, residual)
+    def _precondition(self, residual: Tensor) -> Tensor:
         assert self._preconditioner is not None
-        flat = self._flat([r.unsqueeze(-1) for r in residual])
-        result = self._preconditioner(flat)
-        if result.shape != flat.shape:
-            raise ValueError(f"preconditioner turned shape {list(flat.shape)} into {list(result.shape)}")
-        return [x.squeeze(-1) for x in self._listed(result)]
+        if isinstance(self._preconditioner, LinearOperator):
+            return self._preconditioner @ residual
+        result = self._preconditioner(residual)
+        if result.shape != residual.shape:
+            raise ValueError(f"preconditioner turned shape {list(residual.shape)} into {list(result.shape)}")
+        return result
 
     def _warn(self) -> None:
         failed = [s for s in self._stats if not s.converged]
@@ -227,10 +220,6 @@ class CGInverseLinearOperator(_InverseLinearOperator):
             preconditioner=self._preconditioner,
             max_tridiag_iter=self._max_tridiag_iter,
         )
-
-
-def _one_column(matmat: Callable[[list[Tensor]], list[Tensor]], vector: list[Tensor]) -> list[Tensor]:
-    return [x.squeeze(-1) for x in matmat([v.unsqueeze(-1) for v in vector])]
 
 
 def _check_preconditioner(A: LinearOperator, preconditioner: LinearOperator) -> None:
