@@ -82,6 +82,17 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
         return torch.stack(parts).sum()
 
     @property
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, `[rows]`, ascending, so that any spectral function is a sum over them.
+
+        The logarithm of the determinant with a damping, say: `(operator.eigenvalues + damping).log().sum()`.
+        """
+        self.compute()
+        parts = [block.eigenvalues().flatten() for block in self.blocks.values()]
+        parts += [diagonal.flatten() for diagonal in self._diagonals]
+        return self._scale * torch.cat(parts).sort().values
+
+    @property
     def trace(self) -> Tensor:
         """Trace of the operator."""
         total = self._summed(lambda block: block.trace(), lambda diagonal: diagonal.sum())

@@ -87,3 +87,17 @@ def test_trace_diagonal_block_and_spectrum(setting: Any) -> None:
     torch.testing.assert_close(dense(sub), matrix[rows][:, rows], rtol=1e-9, atol=1e-12)
     grid, density = lanczos_approximate_spectrum(ggn, 40, num_repeats=3, margin=0.3, num_points=2000)
     assert float(torch.trapezoid(density, grid)) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("approximation", [EKFACLinearOperator, KFACLinearOperator])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("number", [4, 60])  # 4: A's rank is below its size
+def test_eigenvalues_of_kronecker_factored_operators(approximation: Any, reduction: str, number: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    data = [(randn(number, 8), torch.randint(0, 3, (number,)))]
+    operator = approximation(model, nn.CrossEntropyLoss(reduction=reduction), list(model.parameters()), data)
+    eigenvalues, truth = operator.eigenvalues, torch.linalg.eigvalsh(dense(operator))
+    torch.testing.assert_close(eigenvalues, truth, rtol=1e-9, atol=1e-12 * float(truth.max()))
+    torch.testing.assert_close(operator.trace, eigenvalues.sum())
+    torch.testing.assert_close(operator.frobenius_norm, eigenvalues.square().sum().sqrt())
