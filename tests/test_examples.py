@@ -149,3 +149,13 @@ def test_param_groups() -> None:
     assert last < first
     (damping,) = numbers(output, r"^ +damping +(\S+)$")
     assert damping > 0
+
+
+def test_hessian_spectrum() -> None:
+    rows = re.findall(r"^  (Hessian|GGN|EKFAC) +(.*)$", run("hessian_spectrum"), re.MULTILINE)
+    early = {name: [float(x) for x in row.split()[:4]] for name, row in rows[:3]}
+    low, high, trace, norm = zip(*(early[name] for name in ("Hessian", "GGN", "EKFAC")), strict=True)
+    assert low[0] < -0.01 < min(low[1:])
+    assert high[2] <= 1.01 * high[1]
+    assert trace[2] == pytest.approx(trace[1], rel=0.05)  # one is an estimate
+    assert norm[2] < 1.05 * norm[1]
