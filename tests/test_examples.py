@@ -159,3 +159,15 @@ def test_hessian_spectrum() -> None:
     assert high[2] <= 1.01 * high[1]
     assert trace[2] == pytest.approx(trace[1], rel=0.05)  # one is an estimate
     assert norm[2] < 1.05 * norm[1]
+
+
+def test_influence() -> None:
+    output = run("influence")
+    rows = re.findall(r"^(held-out influence|self-influence|loss|random) +(.*)$", output, re.MULTILINE)
+    found = {name: [float(x.rstrip("%")) for x in row.split()] for name, row in rows}
+    (without,) = numbers(output, r"^\(nothing\) +(\S+)")
+    for name in ("held-out influence", "self-influence"):
+        area, precision, loss, _ = found[name]
+        assert area > found["random"][0] + 0.2
+        assert precision > found["random"][1] + 20.0
+        assert loss < without
