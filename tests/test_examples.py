@@ -171,3 +171,9 @@ def test_influence() -> None:
         assert area > found["random"][0] + 0.2
         assert precision > found["random"][1] + 20.0
         assert loss < without
+
+
+def test_laplace() -> None:
+    rows = re.findall(r"^(trained|Laplace) +(\S+) +(\S+)%", run("laplace"), re.MULTILINE)
+    (trained, _), (laplace, _) = ([float(x) for x in row[1:]] for row in rows)
+    assert laplace < 0.95 * trained
