@@ -241,10 +241,16 @@ class SumLinearOperator(_Derived):
     """`A + B`.
 
     Raises:
+        TypeError: If one is no operator.
         ValueError: If shapes, devices or dtypes of the two differ.
     """
 
     def __init__(self, A: LinearOperator, B: LinearOperator) -> None:
+        if not isinstance(B, LinearOperator):
+            raise TypeError(
+                f"cannot add {type(B).__name__} to {type(A).__name__}; for a damping, add "
+                "damping * IdentityLinearOperator.like(operator)"
+            )
         if (A._in_shape, A._out_shape) != (B._in_shape, B._out_shape):
             raise ValueError(
                 f"cannot add operators of different shapes: {A._out_shape} x {A._in_shape} and "

@@ -59,7 +59,13 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
             M: Tensors `[*parameter, K]`.
             by_block: `(block, matrices [K *k o i])` to matrices of the same shape.
             by_diagonal: `(diagonal, columns)` of uncovered parameters, `[*parameter 1]` and `[*parameter K]`.
+
+        Raises:
+            ValueError: If the columns have another dtype than the operator.
         """
+        odd = {m.dtype for m in M} - {self.dtype}
+        if odd:
+            raise ValueError(f"{type(self).__name__} is of {self.dtype}, but is applied to {odd.pop()}: convert one")
         result = list(M)
         for layer in self._layers:
             where = {role: self._position[id(p)] for role, p in layer.parameters.items()}

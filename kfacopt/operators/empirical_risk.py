@@ -39,7 +39,9 @@ class CurvatureLinearOperator(LinearOperator):
         batch_size_fn: Tells the batch size of an `X` that is no tensor.
 
     Raises:
-        ValueError: If blocks are not supported or do not add up, if `X` is a mapping and `batch_size_fn` is None, if
+        TypeError: If data can be iterated over only once, as a generator can.
+        ValueError: If blocks are not supported or do not add up, if data have no mini-batches or others than pairs
+            (some of this shows only when the data are run through), if `X` is a mapping and `batch_size_fn` is None, if
             `loss_func` has no reduction that is understood, or if a parameter is not the model's.
         RuntimeError: If model or data are not deterministic.
     """
@@ -62,7 +64,7 @@ class CurvatureLinearOperator(LinearOperator):
         self._model_func, self._loss_func = model_func, loss_func
         self._params = list(params)
         self._block_sizes = self._checked_blocks(block_sizes)
-        self._data, self._progressbar = data, progressbar
+        self._data, self._progressbar = repeatable(data), progressbar
         self._batch_size_fn = batch_size_fn
         self._num_data = num_data
         if loss_func is not None:
@@ -135,10 +137,15 @@ class CurvatureLinearOperator(LinearOperator):
         batches: Batches = self._data if data is None else data
         if self._progressbar:
             batches = _with_progressbar(batches, f"{type(self).__name__}.{desc} (on {self.device})")
-        for X, y in batches:
+        empty = True
+        for batch in batches:
+            X, y = _pair(batch)
+            empty = False
             if isinstance(X, MutableMapping) and self._batch_size_fn is None:
                 raise ValueError("data has mappings for inputs: batch_size_fn must tell the size of such a batch")
             yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+        if empty:
+            raise ValueError("data has no mini-batches: an average over no data is not defined")
 
     # -- the loss and its gradient, and whether they come out the same twice ----------------------------------------
 
@@ -211,6 +218,29 @@ class CurvatureLinearOperator(LinearOperator):
                 f"block_sizes={block_sizes} must be positive and add up to the number of params, {len(self._params)}"
             )
         return block_sizes
+
+
+def repeatable(data: Batches) -> Batches:
+    """The data.
+
+    Raises:
+        TypeError: If they can be iterated over only once: a second product would see nothing.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"data is a {type(data).__name__}, which is used up when it has been run through: pass a list of "
+            "mini-batches or a DataLoader"
+        )
+    return data
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    if isinstance(batch, Tensor) or not isinstance(batch, Sequence) or len(batch) != 2:
+        what = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+        what += f" of length {len(batch)}" if isinstance(batch, Sequence) else ""
+        raise ValueError(f"data must be mini-batches (X, y), got {what}; one mini-batch alone is data=[(X, y)]")
+    X, y = batch
+    return X, y
 
 
 def _check_reduction(loss_func: Any) -> None:

@@ -50,7 +50,8 @@ class KFACInverseLinearOperator(LinearOperator):
         retry_double_precision: Whether a Cholesky decomposition that fails is tried again in float64.
 
     Raises:
-        ValueError: If `A` is no Kronecker-factored operator, or the damping options exclude each other.
+        ValueError: If `A` is no Kronecker-factored operator, the damping is negative, or its options exclude each
+            other.
         RuntimeError: (when applied) If a factor is singular even with the damping; the layer is named.
 
     >>> model, loss = torch.nn.Linear(3, 2).double(), torch.nn.MSELoss()
@@ -83,7 +84,7 @@ class KFACInverseLinearOperator(LinearOperator):
         if isinstance(A, EKFACLinearOperator) and not use_exact_damping:
             raise ValueError("EKFAC's corrected eigenvalues are no product of factors: pass use_exact_damping=True")
         super().__init__(A._out_shape, A._in_shape)
-        self._A, self._damping = A, damping
+        self._A, self._damping = A, _checked_damping(damping)
         self._heuristic, self._min_damping = use_heuristic_damping, min_damping
         self._exact, self._cache, self._retry = use_exact_damping, cache, retry_double_precision
         self._cached: dict[str, _Inverses | EigenBlock] = {}
@@ -103,7 +104,7 @@ class KFACInverseLinearOperator(LinearOperator):
         names = {id(block): name for name, block in A.blocks.items()}
         if isinstance(self._damping, tuple) and not all(isinstance(b, FactoredBlock) for b in A.blocks.values()):
             raise ValueError(f"damping={self._damping}: diagonal blocks have no two factors, pass one number")
-        single = self._damping if isinstance(self._damping, float | int) else 0.0
+        single = 0.0 if isinstance(self._damping, tuple) else self._damping
 
         def solve(block: Block, matrix: Tensor) -> Tensor:
             name = names[id(block)]
@@ -207,8 +208,7 @@ class KFACInverseLinearOperator(LinearOperator):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; the inverses are computed again when they are needed."""
         self._A.load_state_dict(state_dict["A"])
-        damping = state_dict["damping"]
-        self._damping = tuple(damping) if isinstance(damping, list | tuple) else damping
+        self._damping = _checked_damping(state_dict["damping"])
         self._heuristic, self._min_damping = state_dict["use_heuristic_damping"], state_dict["min_damping"]
         self._exact, self._cache = state_dict["use_exact_damping"], state_dict["cache"]
         self._retry = state_dict["retry_double_precision"]
@@ -221,6 +221,19 @@ class KFACInverseLinearOperator(LinearOperator):
         inverse = cls(A, **options)
         inverse.load_state_dict(state_dict)
         return inverse
+
+
+def _checked_damping(damping: Any) -> Damping:
+    """As plain numbers, whatever kind they were of.
+
+    Raises:
+        ValueError: If it is negative, not a number, or more than two.
+    """
+    several = isinstance(damping, tuple | list)
+    numbers = [float(d) for d in damping] if several else [float(damping)]
+    if not all(d >= 0.0 for d in numbers) or len(numbers) != (2 if several else 1):
+        raise ValueError(f"damping must be a number of at least zero, or one for A and one for G, got {damping}")
+    return (numbers[0], numbers[1]) if several else numbers[0]
 
 
 def _positive(values: Tensor, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, KFACType
 from kfacopt.operators import state
 from kfacopt.operators.block_diagonal import BlockDiagonalLinearOperator
-from kfacopt.operators.empirical_risk import Batches
+from kfacopt.operators.empirical_risk import Batches, repeatable
 from kfacopt.operators.products import parameter_names
 from kfacopt.operators.sweep import Chunk, Sweep
 from kfacopt.operators.uncovered import DiagonalOfUncovered
@@ -259,7 +259,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         """
         if self._computed:
             self._require_unchanged()
-        self._data, self._num_data = _Chained(self._data, data), None
+        self._data, self._num_data = _Chained(self._data, repeatable(data)), None
         if self._computed:
             self._more(data)
 
