@@ -345,7 +345,7 @@ def _site(
     if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
         return None
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-    return Site(number, layer, module, detached, kwargs, output.grad_fn, output.output_nr)
+    return Site(number, layer, module, detached, kwargs, output.grad_fn, output.output_nr, output.shape)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -121,9 +120,9 @@ class CurvatureLinearOperator(LinearOperator):
 
     # -- products --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
         """The mini-batch's matrix, of the loss as its reduction has it, times K columns."""
+        raise NotImplementedError(f"{type(self).__name__} must define _matmat_batch or _matmat")
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
         total = [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]

@@ -63,9 +63,6 @@ class _JacobianBase(CurvatureLinearOperator):
         if data != self._predictions_shape()[0][0]:
             raise ValueError(f"num_data={self._num_data}, but the mini-batches have {data} data together")
 
-    def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError("a Jacobian is stacked over the mini-batches, not summed")
-
     def _mirror(self) -> dict[str, Any]:
         return {
             "model_func": self._model_func,
