@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.capture import unnoticed
+from kfacopt.estimator import find_prediction
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 """Parameter values to a tensor."""
@@ -126,7 +127,7 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
         X: The model's input.
 
     Raises:
-        TypeError: If the model is no module, or returns something else than a tensor.
+        TypeError: If the model is no module, or its output does not say which tensor is the prediction.
         ValueError: If a tensor of `params` is no parameter of the module.
     """
     names, module = parameter_names(model, params), cast(nn.Module, model)
@@ -135,12 +136,13 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
         buffers = {name: b.clone() for name, b in module.named_buffers()}
         with unnoticed():
             result = functional_call(module, buffers | dict(zip(names, values, strict=True)), (X,))
-        if not isinstance(result, Tensor):
+        try:
+            return find_prediction(result)
+        except ValueError as error:
             raise TypeError(
                 f"model_func ({type(module).__name__}) returned a {type(result).__name__}, not a tensor: wrap it in a "
                 "module whose forward returns the prediction alone"
-            )
-        return result
+            ) from error
 
     return function
 
