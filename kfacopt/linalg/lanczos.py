@@ -98,8 +98,8 @@ def lanczos(multiply: Product, start: Tensor, num_steps: int, reorthogonalize: b
         v_before, v = v, w / length
         if kept:
             kept.append(v)
-    parts = [torch.tensor(x, dtype=start.dtype, device=start.device) for x in (diagonal, beside)]
-    return Tridiagonal(*parts, basis=torch.stack(kept, dim=1) if kept else None)
+    basis = torch.stack(kept, dim=1) if kept else None
+    return Tridiagonal(start.new_tensor(diagonal), start.new_tensor(beside), basis)
 
 
 @torch.no_grad()
