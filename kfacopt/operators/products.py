@@ -52,7 +52,7 @@ class Linearization:
         if not self._output.requires_grad:
             return [torch.zeros_like(p) for p in self._at]
         found = torch.autograd.grad(self._output, self._at, cotangent, retain_graph=True, allow_unused=True)
-        return _filled(found, self._at)
+        return _filled(found, self._at, [cotangent, *self._at])
 
     def jvp(self, tangent: Sequence[Tensor]) -> Tensor:
         """`J tangent`: a tensor shaped as the value from a list shaped as the parameters."""
@@ -106,7 +106,7 @@ def hessian_products(function: Function, params: Sequence[Tensor]) -> Callable[[
             products = torch.autograd.grad(
                 gradients, at, [vector[i] for i in places], retain_graph=True, allow_unused=True
             )
-        return _filled(products, at)
+        return _filled(products, at, [*vector, *at])
 
     return multiply
 
@@ -115,6 +115,19 @@ def loss_hessian_product(loss: Callable[[Tensor], Tensor], prediction: Tensor) -
     """Products with the Hessian of a loss with respect to the prediction, tensors shaped as the prediction."""
     multiply = hessian_products(lambda values: loss(values[0]), [prediction])
     return lambda vector: multiply([vector])[0]
+
+
+def by_columns(multiply: Callable[[Sequence[Tensor]], Sequence[Tensor]], matrix: Sequence[Tensor]) -> list[Tensor]:
+    """A product with vectors for every column of a matrix; tensors have the columns along their last axis.
+
+    >>> by_columns(lambda vector: [2 * vector[0]], [torch.eye(2)])
+    [tensor([[2., 0.],
+            [0., 2.]])]
+    """
+    products = [multiply(column) for column in zip(*(m.unbind(-1) for m in matrix), strict=True)]
+    if len(products) == 1:  # spares a copy
+        return [part.unsqueeze(-1) for part in products[0]]
+    return [torch.stack(parts, dim=-1) for parts in zip(*products, strict=True)]
 
 
 def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -> Function:
@@ -196,10 +209,22 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    # nn.Embedding(sparse=True) has sparse gradients.
-    dense = (g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
-    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(dense, like, strict=True)]
+def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients as tensors of their own: autograd may return one twice, expanded, sparse, or the very one given."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in given}
+    result = []
+    for gradient, parameter in zip(found, like, strict=True):
+        if gradient is None:
+            result.append(torch.zeros_like(parameter))
+            continue
+        if gradient.layout != torch.strided:  # nn.Embedding(sparse=True)
+            gradient = gradient.to_dense()
+        storage = gradient.untyped_storage()
+        whole = storage.nbytes() == gradient.numel() * gradient.element_size() and gradient.is_contiguous()
+        own = whole and storage.data_ptr() not in held
+        held.add(storage.data_ptr())
+        result.append(gradient.detach() if own else gradient.detach().clone(memory_format=torch.contiguous_format))
+    return result
 
 
 @contextmanager
