@@ -15,7 +15,8 @@ from kfacopt.operators.products import Linearization, as_function, by_columns, l
 class GaussNewtonLinearOperator(CurvatureLinearOperator):
     """`Jᵀ B J` over a data set; a subclass says what B is. Arguments are those of `CurvatureLinearOperator`.
 
-    A product costs about 2.3 gradients of time, whatever the number of parameters; K columns share the forward.
+    A product costs about 2 gradients of time and of memory, whatever the number of parameters; K columns share the
+    forward.
     """
 
     SELF_ADJOINT = True

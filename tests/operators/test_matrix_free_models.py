@@ -15,6 +15,7 @@ from kfacopt.operators import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
+from kfacopt.operators.zeros import SkippedZeroProducts
 from tests.cases import BY_NAME, OPTIMIZERS, Frozen, mlp, parameters_of, still, train_step
 from tests.operators.harness import ALL, CLOSE, KINDS, LOSS_KINDS, WITH_LOSS, build, ones, problem
 from tests.reference import whole_ggn, whole_hessian
@@ -203,3 +204,26 @@ def test_a_hessian_that_is_the_identity_does_not_write_to_its_vector() -> None:
     before = vector[0].clone()
     torch.testing.assert_close(operator @ vector, [3 * before], **CLOSE)
     assert torch.equal(vector[0], before)
+
+
+def test_zero_products_are_skipped_and_no_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shapes in (((2, 3), (3, 4)), ((5, 2, 3), (5, 3, 4))):
+        a, b = (torch.randn(*shape, generator=generator) for shape in shapes)
+        with SkippedZeroProducts():
+            assert torch.equal(a @ b, torch.matmul(a, b))
+            for product in ((0 * a) @ b, a @ (0 * b)):
+                assert product.shape == (a @ b).shape
+                assert not product.any()
+    for convolution in (
+        nn.Conv1d(4, 6, 3, groups=2, stride=2),
+        nn.ConvTranspose1d(4, 6, 3),
+        nn.Conv1d(4, 6, 3, bias=False),
+    ):
+        x = torch.randn(2, 4, 9, requires_grad=True)
+        output, inputs = convolution(x), [x, *convolution.parameters()]
+        for cotangent in (torch.zeros_like(output), torch.ones_like(output)):
+            expected = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+            with SkippedZeroProducts():
+                found = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
