@@ -167,9 +167,10 @@ def dense_rows(model: nn.Module, layer: Layer, x: Any, approx: str) -> DenseRows
     perturbed = _jacobian_of_outputs(model, layer, x, [out for _, _, out in calls])
     modules = [module for module, _, _ in calls]
     outputs = torch.cat([_places(m, j, 1) for m, j in zip(modules, perturbed, strict=True)], dim=2)
-    # A row of zeros is an embedding's padding: torch gives its weight no gradient.
-    outputs = outputs * (inputs != 0).any(-1, keepdim=True)
-    if approx == "reduce" and not isinstance(layer.modules[0], nn.Embedding):
+    if isinstance(layer.modules[0], nn.Embedding):
+        # A row of zeros is padding: torch gives the weight no gradient there.
+        outputs = outputs * (inputs != 0).any(-1, keepdim=True)
+    elif approx == "reduce":
         return DenseRows(inputs.mean(1, keepdim=True), outputs.sum(2, keepdim=True))
     return DenseRows(inputs, outputs)
 

@@ -84,7 +84,8 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
     @property
     def trace(self) -> Tensor:
         """Trace of the operator."""
-        return self._scale * self._summed(lambda block: block.trace(), lambda diagonal: diagonal.sum())
+        total = self._summed(lambda block: block.trace(), lambda diagonal: diagonal.sum())
+        return self._scale * total
 
     @property
     def logdet(self) -> Tensor:

@@ -15,7 +15,8 @@ class HessianLinearOperator(CurvatureLinearOperator):
     """The Hessian `∇²L(θ)` of the empirical risk, or its diagonal blocks.
 
     A product costs about 2.5 gradients of time and of memory, whatever the number of parameters; K columns share the
-    first backward. Arguments are those of `CurvatureLinearOperator`; `loss_func` may be any that can be differentiated twice.
+    first backward. Arguments are those of `CurvatureLinearOperator`; `loss_func` may be any that can be
+    differentiated twice.
 
     >>> import torch
     >>> model, loss = torch.nn.Linear(2, 1, bias=False).double(), torch.nn.MSELoss(reduction="sum")

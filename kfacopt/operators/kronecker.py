@@ -222,8 +222,10 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             block.accumulate()
             if isinstance(block, FactoredBlock) and not block.estimated:
                 self._fill_with_zeros(layer, block)
-            elif isinstance(block, DiagonalBlock) and block.diagonal.value is None:
-                block.diagonal.value = torch.zeros_like(layer.pack(_values(layer)))
+            elif isinstance(block, DiagonalBlock):
+                if block.diagonal.value is None:
+                    block.diagonal.value = torch.zeros_like(layer.pack(_values(layer)))
+                block.refresh(0.0)
             if isinstance(block, FactoredBlock) and self._forward_only and block.gradient_factor.value is not None:
                 value = block.gradient_factor.value
                 block.gradient_factor.value = torch.eye(value.shape[-1]).to(value).expand_as(value).clone()
@@ -284,6 +286,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             raise ValueError("cannot merge operators of models whose parameters differ in value")
         self._data, self._num_data = _Chained(self._data, other._data), None
         self._merge(other)
+        self._finish()
         for mine, others in zip(self._diagonal.averages, other._diagonal.averages, strict=True):
             mine.merge(others)
         self._terms += other._terms

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.capture import unnoticed
+from kfacopt.estimator import find_prediction
 from kfacopt.operators.zeros import SkippedZeroProducts
 
 Function = Callable[[Sequence[Tensor]], Tensor]
@@ -143,7 +144,7 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
         X: The model's input.
 
     Raises:
-        TypeError: If the model is no module, or returns something else than a tensor.
+        TypeError: If the model is no module, or its output does not say which tensor is the prediction.
         ValueError: If a tensor of `params` is no parameter of the module.
     """
     names, module = parameter_names(model, params), cast(nn.Module, model)
@@ -152,12 +153,13 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
         buffers = {name: b.clone() for name, b in module.named_buffers()}
         with unnoticed():
             result = functional_call(module, buffers | dict(zip(names, values, strict=True)), (X,))
-        if not isinstance(result, Tensor):
+        try:
+            return find_prediction(result)
+        except ValueError as error:
             raise TypeError(
                 f"model_func ({type(module).__name__}) returned a {type(result).__name__}, not a tensor: wrap it in a "
                 "module whose forward returns the prediction alone"
-            )
-        return result
+            ) from error
 
     return function
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_treated_is_refused_by_name(kind: Any) -> None:
             (ValueError, "generator, which can be iterated over only once", {"data": (batch for batch in data)}),
             (ValueError, "data is empty", {"data": []}),
             (TypeError, "must be a torch.nn.Module", {"model": lambda x: x, "params": params}),
-            (TypeError, "returned a dict, not a tensor", {"model": ReturnsMapping(model), "params": params}),
+            (TypeError, "returned a dict, not a tensor", {"model": ReturnsMapping(model, "mean"), "params": params}),
             (
                 ValueError,
                 r"'0' \(Embedding\) has max_norm=1.0",
@@ -205,12 +205,22 @@ def test_what_cannot_be_treated_is_refused_by_name(kind: Any) -> None:
 class ReturnsMapping(nn.Module):
     """As some language models do."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, name: str) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.name = inner, name
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.inner(x)}
+        hidden = self.inner(x)
+        return {"hidden": hidden, self.name: 1.0 * hidden}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_with_logits_are_understood(kind: Any) -> None:
+    model, loss, data = problem()
+    plain = build(kind, model, loss, data)
+    wrapped = ReturnsMapping(model, "logits")
+    other = build(kind, wrapped, loss, data)
+    torch.testing.assert_close(other @ ones(other), plain @ ones(plain), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", LOSS_KINDS)
