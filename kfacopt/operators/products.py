@@ -129,10 +129,12 @@ def by_columns(multiply: Callable[[Sequence[Tensor]], Sequence[Tensor]], matrix:
     [tensor([[2., 0.],
             [0., 2.]])]
     """
-    products = [multiply(column) for column in zip(*(m.unbind(-1) for m in matrix), strict=True)]
+    # Every column for itself: as columns lie in memory, neither reading nor writing one alone is fast.
+    columns = [m.movedim(-1, 0).contiguous() for m in matrix]
+    products = [multiply(column) for column in zip(*columns, strict=True)]
     if len(products) == 1:  # spares a copy
         return [part.unsqueeze(-1) for part in products[0]]
-    return [torch.stack(parts, dim=-1) for parts in zip(*products, strict=True)]
+    return [torch.stack(parts).movedim(0, -1) for parts in zip(*products, strict=True)]
 
 
 def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -> Function:
