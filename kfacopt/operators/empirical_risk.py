@@ -31,6 +31,17 @@ _CHANGED = (
 )
 
 
+class Chained:
+    """Several data sets one after the other, again and again."""
+
+    def __init__(self, *parts: Batches) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for part in self._parts:
+            yield from part
+
+
 class CurvatureLinearOperator(LinearOperator):
     """A matrix of the empirical risk `L(θ) = loss_func(model_func(all X), all y)` over a data set.
 
