@@ -11,6 +11,11 @@ from kfacopt.operators.ekfac import EKFACLinearOperator as EKFACLinearOperator
 from kfacopt.operators.empirical_risk import CurvatureLinearOperator as CurvatureLinearOperator
 from kfacopt.operators.fisher import EFLinearOperator as EFLinearOperator
 from kfacopt.operators.fisher import FisherMCLinearOperator as FisherMCLinearOperator
+from kfacopt.operators.functional import extract_averaged_patches as extract_averaged_patches
+from kfacopt.operators.functional import extract_averaged_patches_per_group as extract_averaged_patches_per_group
+from kfacopt.operators.functional import extract_patches as extract_patches
+from kfacopt.operators.functional import extract_patches_per_group as extract_patches_per_group
+from kfacopt.operators.functional import loss_hessian_matrix_sqrt as loss_hessian_matrix_sqrt
 from kfacopt.operators.ggn import GGNLinearOperator as GGNLinearOperator
 from kfacopt.operators.hessian import HessianLinearOperator as HessianLinearOperator
 from kfacopt.operators.inverse import CGInverseLinearOperator as CGInverseLinearOperator

@@ -96,6 +96,8 @@ class LinearOperator(ABC):
         if isinstance(X, LinearOperator):
             return ProductLinearOperator(self, X)
         columns, form = self._columns(X)
+        if columns and columns[0].shape[-1] == 0:
+            return self._as_given([columns[0].new_zeros(*s, 0) for s in self._out_shape], form)
         result = self._matmat(columns)
         return self._as_given(result, form)
 

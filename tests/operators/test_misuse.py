@@ -30,23 +30,23 @@ def batch(number: int = 8) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("check", [True, False])
 def test_data_that_cannot_be_data(operator: Any, check: bool, setting: Setting) -> None:
-    cases: list[tuple[type[Exception], str, Any]] = [
-        (TypeError, "generator.*used up", (pair for pair in [batch()])),
-        (TypeError, "list_iterator.*used up", iter([batch()])),
-        (ValueError, "no mini-batches", []),
-        (ValueError, r"a tensor of shape \[8, 4\].*data=\[\(X, y\)\]", batch()),
-        (ValueError, r"a tensor of shape \[2, 4\]", batch(2)),  # which would unpack
-        (ValueError, "a tuple of length 1", [batch()[:1]]),
+    cases: list[tuple[str, Any]] = [
+        ("generator.*only once", (pair for pair in [batch()])),
+        ("list_iterator.*only once", iter([batch()])),
+        ("data is empty", []),
+        (r"a tensor of shape \[8, 4\].*data=\[\(X, y\)\]", batch()),
+        (r"a tensor of shape \[2, 4\]", batch(2)),  # which would unpack
+        ("a tuple of length 1", [batch()[:1]]),
     ]
-    for error, message, data in cases:
-        with pytest.raises(error, match=message):
+    for message, data in cases:
+        with pytest.raises(ValueError, match=message):
             operator(*setting, data, check_deterministic=check) @ torch.ones(23)
 
 
 def test_more_data_that_cannot_be_data(setting: Setting) -> None:
     operator = KFACLinearOperator(*setting, [batch()])
     trace = operator.trace
-    with pytest.raises(TypeError, match="used up"):
+    with pytest.raises(ValueError, match="only once"):
         operator.update(iter([batch()]))
     assert torch.equal(operator.trace, trace)
 
