@@ -2,3 +2,7 @@
 
 from kfacopt.operators.base import IdentityLinearOperator as IdentityLinearOperator
 from kfacopt.operators.base import LinearOperator as LinearOperator
+from kfacopt.operators.chain import ChainGGN as ChainGGN
+from kfacopt.operators.chain import ChainHessian as ChainHessian
+from kfacopt.operators.chain import ChainStats as ChainStats
+from kfacopt.operators.chain_parse import Residual as Residual

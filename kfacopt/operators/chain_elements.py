@@ -110,13 +110,13 @@ class Affine(Element):
         return weight + ([rows[-1]] if self._bias_moves else [])
 
     def _push(self, y: Tensor) -> Tensor:
-        return (self._weight @ y.view(self._n, self._i, -1)).flatten(0, 1)
+        return (self._weight @ y.reshape(self._n, self._i, -1)).flatten(0, 1)
 
     def _pull(self, g: Tensor) -> Tensor:
         return (self._weight.mT @ g.reshape(self._n, self._o, -1)).flatten(0, 1)
 
     def steer(self, x: Tensor) -> Tensor:
-        return (self._inputs @ x.view(-1, self._o * x.shape[-1])).view(self.rows_out, -1)
+        return (self._inputs @ x.reshape(-1, self._o * x.shape[-1])).view(self.rows_out, -1)
 
     def sense(self, g: Tensor) -> Tensor:
         return (self._inputs.mT @ g.reshape(self._n, -1)).view(self.controls, -1)
@@ -137,7 +137,7 @@ class Affine(Element):
     def mix(self, y: Tensor) -> Tensor | None:
         if self._cotangent is None:
             return None
-        mixed = torch.einsum("nim,no->iom", y.view(self._n, self._i, -1), self._cotangent)
+        mixed = torch.einsum("nim,no->iom", y.reshape(self._n, self._i, -1), self._cotangent)
         if self._bias_moves:
             mixed = torch.cat([mixed, mixed.new_zeros(1, *mixed.shape[1:])])
         return mixed.reshape(self.controls, -1)
@@ -145,7 +145,7 @@ class Affine(Element):
     def mix_transposed(self, x: Tensor) -> Tensor | None:
         if self._cotangent is None:
             return None
-        weight = x.view(-1, self._o, x.shape[-1])[: self._i]
+        weight = x.reshape(-1, self._o, x.shape[-1])[: self._i]
         return torch.einsum("iom,no->nim", weight, self._cotangent).reshape(self.rows_in, -1)
 
     def add_mixed(self, coupling: Tensor) -> None:
@@ -220,10 +220,13 @@ class PerDatum(Element):
     """Any layer that treats each datum alone and is affine in its parameters: convolutions, normalisations, pooling.
 
     Its derivatives are formed densely for each datum by autograd: `[n out in]`, `[n out p]`, `[n p in]`, `[n in in]`.
+
+    Raises:
+        ValueError: If an input's axes do not tell which are the data.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._module = module
+    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype) -> None:
+        self._name, self._module = name, module
         named = {name: p.detach() for name, p in module.named_parameters()}
         self._moving = {n: named[n].to(dtype) for n, p in module.named_parameters() if p.requires_grad}
         self._still = {n: p.to(dtype) for n, p in named.items() if n not in self._moving}
@@ -238,6 +241,12 @@ class PerDatum(Element):
         return out.squeeze(0)
 
     def forward(self, z: Tensor, kept: list[Tensor]) -> Tensor:
+        axes = _axes_of_a_batch(self._module)
+        if axes is not None and z.ndim not in axes:
+            raise ValueError(
+                f"the layer {self._name!r} ({type(self._module).__name__}) gets {list(z.shape)}: its first axis must "
+                f"be the data, with {' or '.join(map(str, axes))} axes in all"
+            )
         self._z, self._n = z, z.shape[0]
         out: Tensor = functional_call(self._module, self._moving | self._still, (z,))
         self.rows_in, self.rows_out = z.numel(), out.numel()
@@ -364,3 +373,15 @@ class Merge(Join, Element):
     def backward(self, cotangent: Tensor, kept: list[Tensor]) -> Tensor:
         kept.append(cotangent)
         return cotangent
+
+
+def _axes_of_a_batch(module: nn.Module) -> tuple[int, ...] | None:
+    """How many axes an input has whose first axis is the data; None: any number."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        assert isinstance(weight, Tensor)
+        return (weight.ndim,)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        normalized = len(module.normalized_shape)
+        return tuple(range(normalized + 1, normalized + 6))
+    return None
