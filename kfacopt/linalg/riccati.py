@@ -214,7 +214,7 @@ class RiccatiFactorization:
     def solve(self, right: Sequence[Tensor]) -> list[Tensor]:
         """`(H + damping I)⁻¹ b` for b of each stage with controls, `[p m]`."""
         given = iter(reversed(right))
-        pending: list[Tensor | None] = []
+        pending: list[tuple[Tensor, Tensor | None] | None] = []  # what b leaves to controls that reach, and do not
         q: Tensor | None = None  # the linear part of the value function; None: zero
         pairs = list(zip(self._stages, self._eliminations, strict=True))
         for position, (stage, elimination) in reversed(list(enumerate(pairs))):
@@ -222,41 +222,40 @@ class RiccatiFactorization:
                 pending.append(None)
                 q = None if q is None else stage.pull(q)
                 continue
-            r = next(given)
+            b = next(given)
+            seen = stage.reduce(b)
+            hidden = None if stage.reduced == stage.controls else b - stage.expand(seen)
             if q is not None:
-                r = r - stage.sense(q[: stage.rows_out])
-            pending.append(r)
+                seen = seen - stage.project(q[: stage.rows_out])
+            pending.append((seen, hidden))
             if position:
-                q = self._linear_part(stage, elimination, q, r)
+                back = elimination.adjoint(seen)
+                if hidden is not None:
+                    back = _plus_on_top(back, stage.mix_transposed(hidden / self._damping))
+                q = back if q is None else stage.pull(q) + back
         result: list[Tensor] = []
         y: Tensor | None = None
-        for (stage, elimination), r in zip(pairs, reversed(pending), strict=True):
+        for (stage, elimination), rest in zip(pairs, reversed(pending), strict=True):
             moved = None if y is None else stage.push(y)
             if elimination is not None:
-                assert r is not None
-                x = self._recover(stage, elimination, r, y)
+                assert rest is not None
+                x = self._recover(stage, elimination, *rest, y)
                 result.append(x)
                 moved = _plus_on_top(moved, stage.steer(x))
             y = moved
         return result
 
-    def _linear_part(self, stage: Stage, elimination: Elimination, q: Tensor | None, r: Tensor) -> Tensor:
-        reduced = stage.reduce(r)
-        back = elimination.adjoint(reduced)
-        if stage.reduced < stage.controls:
-            back = _plus_on_top(back, stage.mix_transposed((r - stage.expand(reduced)) / self._damping))
-        return back if q is None else stage.pull(q) + back
-
-    def _recover(self, stage: Stage, elimination: Elimination, r: Tensor, y: Tensor | None) -> Tensor:
-        reduced = stage.reduce(r)
-        x = elimination.recover(reduced, y)
-        if stage.reduced == stage.controls:
-            return stage.expand(x)
+    def _recover(
+        self, stage: Stage, elimination: Elimination, seen: Tensor, hidden: Tensor | None, y: Tensor | None
+    ) -> Tensor:
+        """Controls of a stage, of those that reach the state and of those that do not."""
+        x = stage.expand(elimination.recover(seen, y))
+        if hidden is None:
+            return x
         mixed = None if y is None else stage.mix(y[: stage.rows_in])
         if mixed is not None:
-            r = r - mixed
-            reduced = stage.reduce(r)
-        return stage.expand(x - reduced / self._damping) + r / self._damping
+            hidden = hidden - (mixed - stage.expand(stage.reduce(mixed)))
+        return x + hidden / self._damping
 
 
 def _backward(stage: Stage, value: Tensor, damping: float, first: bool) -> tuple[Elimination | None, Tensor | None]:

@@ -110,10 +110,10 @@ class Affine(Element):
         return weight + ([rows[-1]] if self._bias_moves else [])
 
     def _push(self, y: Tensor) -> Tensor:
-        return (self._weight @ y.reshape(self._n, self._i, -1)).flatten(0, 1)
+        return _rows_times(y, self._n, self._weight.mT)
 
     def _pull(self, g: Tensor) -> Tensor:
-        return (self._weight.mT @ g.reshape(self._n, self._o, -1)).flatten(0, 1)
+        return _rows_times(g, self._n, self._weight)
 
     def steer(self, x: Tensor) -> Tensor:
         return (self._inputs @ x.reshape(-1, self._o * x.shape[-1])).view(self.rows_out, -1)
@@ -137,16 +137,17 @@ class Affine(Element):
     def mix(self, y: Tensor) -> Tensor | None:
         if self._cotangent is None:
             return None
-        mixed = torch.einsum("nim,no->iom", y.reshape(self._n, self._i, -1), self._cotangent)
+        columns = y.shape[-1]
+        mixed = (y.reshape(self._n, -1).mT @ self._cotangent).view(self._i, columns, self._o).mT
         if self._bias_moves:
-            mixed = torch.cat([mixed, mixed.new_zeros(1, *mixed.shape[1:])])
-        return mixed.reshape(self.controls, -1)
+            mixed = torch.cat([mixed, mixed.new_zeros(1, self._o, columns)])
+        return mixed.reshape(self.controls, columns)
 
     def mix_transposed(self, x: Tensor) -> Tensor | None:
         if self._cotangent is None:
             return None
-        weight = x.reshape(-1, self._o, x.shape[-1])[: self._i]
-        return torch.einsum("iom,no->nim", weight, self._cotangent).reshape(self.rows_in, -1)
+        weight = x.view(-1, self._o, x.shape[-1])[: self._i]
+        return (self._cotangent @ weight.movedim(0, 1).reshape(self._o, -1)).view(self.rows_in, -1)
 
     def add_mixed(self, coupling: Tensor) -> None:
         if self._cotangent is None:
@@ -373,6 +374,14 @@ class Merge(Join, Element):
     def backward(self, cotangent: Tensor, kept: list[Tensor]) -> Tensor:
         kept.append(cotangent)
         return cotangent
+
+
+def _rows_times(y: Tensor, rows: int, matrix: Tensor) -> Tensor:
+    """Every row of `[(n i) m]` times `[i o]`: `[(n o) m]`."""
+    columns = y.shape[-1]
+    if columns == 1:  # one product; a batched one would take several times as long for small rows
+        return (y.reshape(rows, -1) @ matrix).view(-1, 1)
+    return (matrix.mT @ y.reshape(rows, -1, columns)).flatten(0, 1)
 
 
 def _axes_of_a_batch(module: nn.Module) -> tuple[int, ...] | None:
