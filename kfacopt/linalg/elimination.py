@@ -37,14 +37,14 @@ class Elimination(ABC):
 
 
 def eliminate(matrix: Tensor, coupling: Tensor | None = None) -> Elimination:
-    """Factor a symmetric block: by Cholesky if it is positive definite, else by LU and, for its inertia, LDLᵀ.
+    """Factor a symmetric block: by Cholesky if it is positive definite, else by LDLᵀ, or LU where it is small.
 
-    Cholesky is tried first because it costs a third: LAPACK's solve with LDLᵀ runs at a sixth of the speed of its
-    solve with LU.
+    LAPACK's own solve with LDLᵀ runs at a sixth of the speed of its solve with LU; with L as a plain triangular matrix
+    it takes two thirds of the time, but unpacking that costs a Python loop over the rows.
 
     Args:
         matrix: T, symmetric, `[k k]`.
-        coupling: F `[k a]`; `None` if nothing else is coupled to it.
+        coupling: F `[k a]`; `None` if nothing else is coupled to it. It may be overwritten.
 
     Raises:
         LinAlgError: If T is singular or has entries that are not finite.
@@ -56,7 +56,15 @@ def eliminate(matrix: Tensor, coupling: Tensor | None = None) -> Elimination:
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0 and bool(lower.diagonal().sum().isfinite()):
         return _Definite(lower, coupling)
-    return _Indefinite(matrix, coupling)
+    compact, pivots, _ = torch.linalg.ldl_factor_ex(matrix)
+    if bool(compact.diagonal().sum().isfinite()):
+        kind = _Indefinite if matrix.shape[0] >= _LARGE else _SmallIndefinite
+        return kind(matrix, compact, pivots, coupling)
+    raise _cannot_eliminate(matrix)
+
+
+_LARGE = 256
+"""Rows from which on LDLᵀ with an unpacked factor is faster than LU."""
 
 
 def inertia_of_pivots(compact: Tensor, pivots: Tensor) -> int:
@@ -69,8 +77,29 @@ def inertia_of_pivots(compact: Tensor, pivots: Tensor) -> int:
     1
     """
     single = pivots > 0
-    pairs = int((~single).sum()) // 2
-    return pairs + int((compact.diagonal()[single] < 0).sum())
+    return int(((compact.diagonal() < 0) & single).sum()) + int((~single).sum()) // 2
+
+
+def _cannot_eliminate(matrix: Tensor) -> RuntimeError:
+    finite = bool(matrix.isfinite().all())
+    return LinAlgError(
+        f"a block of {matrix.shape[0]} unknowns cannot be eliminated: it "
+        + ("is singular at this damping; change the damping a little" if finite else "has entries that are not finite")
+    )
+
+
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ right` where that is symmetric: of large ones only the lower panels are computed, and mirrored."""
+    size = left.shape[1]
+    if size < _LARGE:
+        return left.mT @ right
+    result = left.new_empty(size, size)
+    panel = -(-size // 6)
+    for start in range(0, size, panel):
+        end = min(start + panel, size)
+        torch.mm(left[:, start:end].mT, right[:, :end], out=result[start:end, :end])
+        result[:start, start:end] = result[start:end, :start].mT
+    return result
 
 
 class _Definite(Elimination):
@@ -78,16 +107,13 @@ class _Definite(Elimination):
 
     def __init__(self, lower: Tensor, coupling: Tensor | None) -> None:
         self.size, self.negative = lower.shape[0], 0
+        self.logabsdet = 2.0 * float(lower.diagonal().log().sum())
         self._lower = lower
         self._half = None if coupling is None else torch.linalg.solve_triangular(lower, coupling, upper=False)
 
-    @property
-    def logabsdet(self) -> float:  # type: ignore[override]
-        return 2.0 * float(self._lower.diagonal().log().sum())
-
     def schur(self) -> Tensor:
         assert self._half is not None
-        return self._half.mT @ self._half
+        return _symmetric_product(self._half, self._half)
 
     def adjoint(self, r: Tensor) -> Tensor:
         assert self._half is not None
@@ -101,30 +127,73 @@ class _Definite(Elimination):
 
 
 class _Indefinite(Elimination):
+    """`T = Pᵀ L D Lᵀ P`, D of blocks of one and two rows; kept are L, D and `L⁻¹ P F`."""
+
+    def __init__(self, matrix: Tensor, compact: Tensor, pivots: Tensor, coupling: Tensor | None) -> None:
+        self.size, self.negative = compact.shape[0], inertia_of_pivots(compact, pivots)
+        self._diagonal = compact.diagonal().clone().unsqueeze(-1)
+        self._order, self._lower, self._pairs, self._beside = _unpack(compact, pivots)
+        following = self._pairs + 1
+        first, second = self._diagonal[self._pairs], self._diagonal[following]
+        self._determinants = first * second - self._beside.square()
+        single = torch.ones_like(self._diagonal, dtype=torch.bool)
+        single[self._pairs] = single[following] = False
+        sizes = torch.cat([self._diagonal[single], self._determinants.view(-1)]).abs()
+        if not bool((sizes > 0.0).all()):
+            raise _cannot_eliminate(matrix)
+        self.logabsdet = float(sizes.log().sum())
+        self._half = None if coupling is None else self._forward(coupling)
+
+    def _forward(self, r: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self._lower, r[self._order], upper=False, unitriangular=True)
+
+    def _divide(self, half: Tensor) -> Tensor:
+        """`D⁻¹ half`."""
+        result = half / self._diagonal
+        upper, lower = half[self._pairs], half[self._pairs + 1]
+        first, second = self._diagonal[self._pairs], self._diagonal[self._pairs + 1]
+        result[self._pairs] = (second * upper - self._beside * lower) / self._determinants
+        result[self._pairs + 1] = (first * lower - self._beside * upper) / self._determinants
+        return result
+
+    def schur(self) -> Tensor:
+        assert self._half is not None
+        return _symmetric_product(self._half, self._divide(self._half))
+
+    def adjoint(self, r: Tensor) -> Tensor:
+        assert self._half is not None
+        return self._half.mT @ self._divide(self._forward(r))
+
+    def recover(self, r: Tensor, y: Tensor | None) -> Tensor:
+        half = self._forward(r)
+        if y is not None and self._half is not None:
+            half = half - self._half @ y
+        x = torch.empty_like(half)
+        x[self._order] = torch.linalg.solve_triangular(
+            self._lower.mT, self._divide(half), upper=True, unitriangular=True
+        )
+        return x
+
+
+class _SmallIndefinite(Elimination):
     """`P T = L U`; kept are the factors and the gain `T⁻¹ F`."""
 
-    def __init__(self, matrix: Tensor, coupling: Tensor | None) -> None:
-        self._factors, self._pivots, info = torch.linalg.lu_factor_ex(matrix)
-        if int(info) != 0 or not bool(self._factors.diagonal().sum().isfinite()):
-            finite = bool(matrix.isfinite().all())
-            raise LinAlgError(
-                f"a block of {matrix.shape[0]} unknowns cannot be eliminated: it is "
-                + ("singular at this damping, change the damping a little" if finite else "not finite")
-            )
-        self.size = matrix.shape[0]
-        self.negative = inertia_of_pivots(*torch.linalg.ldl_factor(matrix))
+    def __init__(self, matrix: Tensor, compact: Tensor, pivots: Tensor, coupling: Tensor | None) -> None:
+        self._factors, self._swaps, info = torch.linalg.lu_factor_ex(matrix)
+        if int(info) != 0:
+            raise _cannot_eliminate(matrix)
+        self.size, self.negative = matrix.shape[0], inertia_of_pivots(compact, pivots)
         self.logabsdet = float(self._factors.diagonal().abs().log().sum())
-        self._coupling = coupling
-        self._gain = None if coupling is None else self._solve(coupling)
+        self._coupling, self._gain = coupling, None if coupling is None else self._solve(coupling)
 
     def _solve(self, r: Tensor) -> Tensor:
-        result: Tensor = torch.linalg.lu_solve(self._factors, self._pivots, r)
+        result: Tensor = torch.linalg.lu_solve(self._factors, self._swaps, r)
         return result
 
     def schur(self) -> Tensor:
         assert self._coupling is not None
         assert self._gain is not None
-        product = self._coupling.mT @ self._gain
+        product = _symmetric_product(self._coupling, self._gain)
         self._coupling = None  # the gain is all that is needed from here on
         return product.add(product.mT).mul_(0.5)
 
@@ -135,3 +204,28 @@ class _Indefinite(Elimination):
     def recover(self, r: Tensor, y: Tensor | None) -> Tensor:
         x = self._solve(r)
         return x if y is None or self._gain is None else x - self._gain @ y
+
+
+def _unpack(compact: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LAPACK's compact LDLᵀ as an order of rows, unit lower L, first rows of the blocks of two, their off-diagonals.
+
+    `sytrf` leaves each row swap undone in the columns before it; here they are done (as `syconv` does).
+    """
+    size, swaps = compact.shape[0], pivots.tolist()
+    lower, order, pairs, row = compact.clone(), list(range(compact.shape[0])), [], 0
+    while row < size:
+        width = 1 if swaps[row] > 0 else 2
+        moved, other = row + width - 1, abs(swaps[row]) - 1
+        if width == 2:
+            pairs.append(row)
+        if moved != other:
+            order[moved], order[other] = order[other], order[moved]
+            before = lower[:, :row]
+            kept = before[moved].clone()
+            before[moved] = before[other]
+            before[other] = kept
+        row += width
+    first = torch.tensor(pairs, dtype=torch.long, device=compact.device)
+    beside = compact[first + 1, first].unsqueeze(-1)
+    lower[first + 1, first] = 0.0
+    return torch.tensor(order, device=compact.device), lower, first, beside
