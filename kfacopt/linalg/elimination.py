@@ -102,6 +102,13 @@ def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
+def _triangular(lower: Tensor, r: Tensor, transposed: bool = False, unit: bool = False) -> Tensor:
+    """`L⁻¹ r` or `L⁻ᵀ r`."""
+    factor = lower.mT if transposed else lower
+    result: Tensor = torch.linalg.solve_triangular(factor, r, upper=transposed, unitriangular=unit)
+    return result
+
+
 class _Definite(Elimination):
     """`T = L Lᵀ`; kept are L and `L⁻¹ F`."""
 
@@ -109,7 +116,7 @@ class _Definite(Elimination):
         self.size, self.negative = lower.shape[0], 0
         self.logabsdet = 2.0 * float(lower.diagonal().log().sum())
         self._lower = lower
-        self._half = None if coupling is None else torch.linalg.solve_triangular(lower, coupling, upper=False)
+        self._half = None if coupling is None else _triangular(lower, coupling)
 
     def schur(self) -> Tensor:
         assert self._half is not None
@@ -117,13 +124,13 @@ class _Definite(Elimination):
 
     def adjoint(self, r: Tensor) -> Tensor:
         assert self._half is not None
-        return self._half.mT @ torch.linalg.solve_triangular(self._lower, r, upper=False)
+        return self._half.mT @ _triangular(self._lower, r)
 
     def recover(self, r: Tensor, y: Tensor | None) -> Tensor:
-        half = torch.linalg.solve_triangular(self._lower, r, upper=False)
+        half = _triangular(self._lower, r)
         if y is not None and self._half is not None:
             half = half - self._half @ y
-        return torch.linalg.solve_triangular(self._lower.mT, half, upper=True)
+        return _triangular(self._lower, half, transposed=True)
 
 
 class _Indefinite(Elimination):
@@ -145,7 +152,7 @@ class _Indefinite(Elimination):
         self._half = None if coupling is None else self._forward(coupling)
 
     def _forward(self, r: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self._lower, r[self._order], upper=False, unitriangular=True)
+        return _triangular(self._lower, r[self._order], unit=True)
 
     def _divide(self, half: Tensor) -> Tensor:
         """`D⁻¹ half`."""
@@ -169,9 +176,7 @@ class _Indefinite(Elimination):
         if y is not None and self._half is not None:
             half = half - self._half @ y
         x = torch.empty_like(half)
-        x[self._order] = torch.linalg.solve_triangular(
-            self._lower.mT, self._divide(half), upper=True, unitriangular=True
-        )
+        x[self._order] = _triangular(self._lower, self._divide(half), transposed=True, unit=True)
         return x
 
 

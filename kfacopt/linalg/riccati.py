@@ -1,10 +1,10 @@
 """The Hessian of a composition of stages, and its damped inverse by a Riccati recursion over the stages.
 
 For `z_l = f_l(z_{l-1}, θ_l)` and a loss of the last state, `(H + damping I) x = b` is the optimality system of a
-linear-quadratic control problem (Rahimi 2026, arXiv 2601.06096; Dunn & Bertsekas 1989): states `y_l = A y_{l-1} + B x`,
-controls x, stage costs `½ yᵀ Q y + xᵀ C y + ½ damping |x|²` with Q and C the second derivatives of the stage weighted by
-the gradient at its output, terminal cost ½ yᵀ V y with V the loss's Hessian. Backward, each stage's controls are
-eliminated from the value function:
+linear-quadratic control problem (Rahimi 2026, arXiv 2601.06096; Dunn & Bertsekas 1989): states `y_l = A y_{l-1} + B x`
+with controls x, stage costs `½ yᵀ Q y + xᵀ C y + ½ damping |x|²` with Q and C the second derivatives of the stage
+weighted by the gradient at its output, terminal cost `½ yᵀ V y` with V the loss's Hessian. Backward, each stage's
+controls are eliminated from the value function:
 
     T = damping I + Bᵀ V B        F = Bᵀ V A + C        V ← Aᵀ V A + Q - Fᵀ T⁻¹ F
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class Stage(ABC):
 
     def add_curvature(self, value: Tensor, damping: float) -> None:
         """Add to V in place `Q - Cᵀ (I - P Pᵀ) C / damping`: the second part is of the controls that reach no state."""
+        return  # zero, unless a stage says otherwise
 
     def steer(self, x: Tensor) -> Tensor:
         """`B x`."""
@@ -99,6 +100,7 @@ class Stage(ABC):
 
     def add_mixed(self, coupling: Tensor) -> None:
         """Add `Pᵀ C` in place to F `[k rows_in]`."""
+        return  # zero, unless a stage says otherwise
 
 
 class Fork(Stage):
@@ -280,11 +282,10 @@ def _backward(stage: Stage, value: Tensor, damping: float, first: bool) -> tuple
     return elimination, value
 
 
-def _on_top(function: object, rows: int, matrix: Tensor) -> Tensor:
-    assert callable(function)
+def _on_top(function: Callable[[Tensor], Tensor], rows: int, matrix: Tensor) -> Tensor:
+    """The function of the first rows; further rows pass."""
     if matrix.shape[0] == rows:
-        result: Tensor = function(matrix)
-        return result
+        return function(matrix)
     return torch.cat([function(matrix[:rows]), matrix[rows:]])
 
 
@@ -303,6 +304,5 @@ def _plus_on_top(matrix: Tensor | None, addend: Tensor | None) -> Tensor:
 
 
 def _blocks_times(blocks: Tensor, y: Tensor) -> Tensor:
-    return (blocks @ y.unflatten(0, blocks.shape[:2])).flatten(0, 1)
-
-
+    product: Tensor = blocks @ y.unflatten(0, blocks.shape[:2])
+    return product.flatten(0, 1)

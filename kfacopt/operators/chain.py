@@ -27,14 +27,14 @@ class ChainStats(NamedTuple):
 
 
 class ChainHessian(LinearOperator):
-    r"""The Hessian of the loss of an `nn.Sequential` on one batch, with its exact damped inverse, inertia and determinant.
+    r"""The Hessian of an `nn.Sequential`'s loss on one batch, with its exact damped inverse, inertia and determinant.
 
     `(H + damping I) x = b` is the optimality system of a linear-quadratic control problem whose states are the layers'
     outputs; each layer's parameters are eliminated in turn (`linalg.riccati`; Rahimi 2026, arXiv 2601.06096). With
     a = batch · width, one symmetric solve a layer of at most a × a: time O(depth · a³), memory O(depth · a²); neither
     grows with the number of parameters. Meant for deep, narrow chains and small batches.
 
-    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, `PReLU`, pooling,
+    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, pooling,
     `Flatten`, nested `nn.Sequential`, and `kfacopt.operators.Residual` for `z + f(z)`. Convolutions and normalisations
     form dense derivatives of each datum: they are meant to be small. Derivatives are computed once; every product and
     solve uses them, so later changes of the model's parameters are not seen.
@@ -95,7 +95,7 @@ class ChainHessian(LinearOperator):
     @torch.no_grad()
     def _linearise(self, model: nn.Module, loss: AtOutput, X: Tensor, dtype: torch.dtype, tolerance: float) -> None:
         elements = elements_of(model, dtype)
-        z = X.detach().to(dtype) if X.is_floating_point() else X
+        z = X.detach().to(dtype, copy=True) if X.is_floating_point() else X.clone()
         kept: list[Tensor] = []
         for element in elements:
             z = element.forward(z, kept)

@@ -63,7 +63,9 @@ class ModuleLoss:
             f = prediction.detach().requires_grad_()
             value = loss_func(f, y)
             if not bool(value.isfinite()):
-                raise ValueError(f"the loss is {float(value)} on this batch (diverged, or every row is ignored)")
+                raise ValueError(
+                    f"the loss is {float(value.detach())} on this batch (diverged, or every row is ignored)"
+                )
             (gradient,) = torch.autograd.grad(value, f, create_graph=True)
             flat = gradient.reshape(f.shape[0], -1)
             rows = []

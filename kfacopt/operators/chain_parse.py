@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kfacopt.operators.chain_elements import Affine, Element, Merge, PerDatum, Pointwise, Reshape, Split
+from kfacopt.operators.chain_elements import Affine, Element, Merge, Pointwise, Reshape, Split
+from kfacopt.operators.chain_per_datum import PerDatum
 
 
 class Residual(nn.Sequential):
@@ -20,7 +21,10 @@ class Residual(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """`z + f(z)`."""
-        return input + super().forward(input)
+        z = input
+        for layer in self:
+            z = layer(z)
+        return input + z
 
 
 # Twice differentiable almost everywhere, elementwise, without parameters.
@@ -29,7 +33,6 @@ _POINTWISE: tuple[type[nn.Module], ...] = (
     nn.ELU,
     nn.GELU,
     nn.Hardshrink,
-    nn.Hardsigmoid,
     nn.Hardswish,
     nn.Hardtanh,
     nn.LeakyReLU,
@@ -65,7 +68,6 @@ _PER_DATUM: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.MaxPool1d,
     nn.MaxPool2d,
-    nn.PReLU,
     nn.RMSNorm,
 )
 _BATCH_NORM: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -135,10 +137,10 @@ def _element(name: str, module: nn.Module, dtype: torch.dtype) -> Element:
         return Split()
     if kind is _Exit:
         return Merge(name)
-    if kind is nn.Linear:
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
         return Affine(module, dtype)
     if kind in _POINTWISE:
-        return Pointwise(module)
+        return Pointwise(module.forward)  # not its call: a hook would run
     if kind in _PER_DATUM:
         return PerDatum(name, module, dtype)
     if kind in _BATCH_NORM and not module.training and module.running_mean is not None:
@@ -146,7 +148,7 @@ def _element(name: str, module: nn.Module, dtype: torch.dtype) -> Element:
     if kind in _ARRANGING:
         return Reshape(module)
     if kind in _DROPOUT:
-        if module.training and module.p > 0.0:
+        if module.training and getattr(module, "p", 1.0) > 0.0:
             raise ValueError(
                 f"the layer {name!r} ({kind.__name__}) drops at random, so the Hessian is another at every call: put "
                 f"the model in evaluation mode, or set p=0"
