@@ -1,0 +1,117 @@
+"""From exact curvature and a radius to a step: the strategies of `TrustRegionNewton`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfacopt.linalg.lanczos import KrylovSpace, lanczos
+from kfacopt.linalg.secular import trust_region_step
+from kfacopt.operators.chain import ChainHessian
+
+
+class Proposal(NamedTuple):
+    """A step `[p]`, the shift of the curvature that made it, and what it took (factorisations or products)."""
+
+    step: Tensor
+    shift: float
+    cost: int
+
+
+class TrustRegionStrategy(ABC):
+    """How a step within a radius is made of a gradient and the Hessian."""
+
+    @abstractmethod
+    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+        """A step no longer than about `radius`.
+
+        Args:
+            hessian: Of the loss, at the present parameters.
+            gradient: `[p]`, float64, not zero.
+            radius: Of the trust region.
+            shift: That of the last step, a guess.
+        """
+
+
+@dataclass(frozen=True)
+class ExactTrustRegion(TrustRegionStrategy):
+    """The minimiser of the quadratic model with the exact Hessian within the radius (Moré & Sorensen 1983).
+
+    Safe where the Hessian is indefinite: the shift is raised until the inertia says that `H + shift I` is positive
+    definite, and negative curvature is followed to the boundary.
+
+    Args:
+        tolerance: Relative error of the step's length, and share of the model's decrease, that are left on the table
+            to save factorisations.
+        smallest_shift: The least that is added to H; it bounds the step where H is singular.
+
+    >>> ExactTrustRegion()
+    ExactTrustRegion(tolerance=0.2, smallest_shift=1e-07)
+    """
+
+    tolerance: float = 0.2
+    smallest_shift: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.tolerance < 1.0:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
+        if not self.smallest_shift > 0.0:
+            raise ValueError(f"smallest_shift must be positive, got {self.smallest_shift}")
+
+    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+        """See `TrustRegionStrategy.propose`; `cost` counts factorisations."""
+        found = trust_region_step(
+            hessian, gradient, radius, shift=shift, smallest_shift=self.smallest_shift, tolerance=self.tolerance
+        )
+        return Proposal(found.step, found.shift, found.factorizations)
+
+
+@dataclass(frozen=True)
+class SaddleFree(TrustRegionStrategy):
+    """`-(|H| + shift I)⁻¹ g` in a Krylov space (Dauphin et al. 2014): saddle points repel, nothing is factored.
+
+    Lanczos started at the gradient finds the k dominant directions that the gradient sees; |H| takes the absolute
+    values of their curvatures. The shift is the least with which the step is within the radius.
+
+    Args:
+        rank: k, products with the Hessian a step.
+
+    >>> SaddleFree(rank=20)
+    SaddleFree(rank=20)
+    """
+
+    rank: int = 40
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+        """See `TrustRegionStrategy.propose`; `cost` counts products."""
+        space = lanczos(hessian.__matmul__, gradient, self.rank)
+        step, shift = _absolute_step(space, gradient, radius)
+        return Proposal(step, shift, space.basis.shape[1])
+
+
+def _absolute_step(space: KrylovSpace, gradient: Tensor, radius: float) -> tuple[Tensor, float]:
+    values, vectors = torch.linalg.eigh(space.image)
+    curvatures = values.abs()
+    parts = float(gradient.norm()) * vectors[0]
+    floor = 1e-7 * float(curvatures.max()) + 1e-12
+
+    def length(shift: float) -> float:
+        return float((parts / (curvatures + shift)).norm())
+
+    shift = floor
+    if length(floor) > radius:
+        low, high = math.log(floor), math.log(float(gradient.norm()) / radius + floor)
+        for _ in range(60):  # |d| falls with the shift: bisection on its logarithm
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if length(math.exp(middle)) > radius else (low, middle)
+        shift = math.exp(high)
+    return -(space.basis @ (vectors @ (parts / (curvatures + shift)))), shift
