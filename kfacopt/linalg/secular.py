@@ -77,7 +77,7 @@ def trust_region_step(
         if abs(length - radius) <= tolerance * radius or (length < radius and shift <= smallest_shift):
             return TrustRegionStep(step, shift, count, hard_case=False)
         both = system.solve(torch.stack([step, lowest / lowest.norm()], dim=1), shift)
-        wanted = shift + (length / radius - 1.0) * length**2 / float(step @ both[:, 0])
+        wanted = shift + (length / radius - 1.0) / max(float(step @ both[:, 0]) / length**2, 1e-30)
         if length > radius:
             low, shift = shift, min(max(wanted, 1.01 * shift), _between(shift, high))
             continue
@@ -100,7 +100,7 @@ class _Onward(NamedTuple):
 
 
 def _to_boundary(step: Tensor, before: Tensor, after: Tensor, radius: float) -> _Onward:
-    """Go on along an inverse iterate `after = (H + λI)⁻¹ before` to the boundary; what that costs in `τ² uᵀ(H + λI)u`."""
+    """Go on along an inverse iterate `after = (H + λI)⁻¹ before` to the boundary; the cost is `τ² uᵀ(H + λI)u`."""
     length = after.norm()
     direction = after / length
     curvature = float(direction @ before / length)

@@ -101,6 +101,7 @@ class ChainHessian(LinearOperator):
             z = element.forward(z, kept)
         _check_forward(model, X, z)
         gradient, hessian = loss(z)
+        self._output_gradient = gradient
         for element in reversed(elements):
             gradient = element.backward(gradient, kept)
         self._select_curvature(elements)
@@ -184,6 +185,14 @@ class ChainHessian(LinearOperator):
     def logdet(self, damping: float) -> float:
         """`log |det(H + damping I)|`; the determinant's sign is that of `(-1) ** inertia(damping)`."""
         return self._factorize(damping).logabsdet()
+
+    def output_decrement(self) -> float:
+        """`½ uᵀ S⁺ u`: what Newton's method on the predictions alone would gain, u and S the loss's derivatives there.
+
+        A measure of how much of the loss is left that needs no value of it: MSELoss's own, and near cross-entropy's.
+        """
+        u = self._output_gradient.reshape(*self._terminal.shape[:2], 1)
+        return 0.5 * float((u * (torch.linalg.pinv(self._terminal, hermitian=True, rtol=1e-9) @ u)).sum())
 
     def _factorize(self, damping: float) -> RiccatiFactorization:
         if self._factored is None or self._factored[0] != damping:

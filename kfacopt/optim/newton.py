@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +19,43 @@ from kfacopt.operators.chain_loss import TermsLoss
 from kfacopt.operators.chain_parse import elements_of
 from kfacopt.optim import rule
 from kfacopt.optim.checks import check_model
-from kfacopt.optim.subproblem import ExactTrustRegion, TrustRegionStrategy
+from kfacopt.optim.subproblem import Curvatures, ExactTrustRegion, GaussNewton, TrustRegionStrategy
+
+DEFAULT_STRATEGIES = (GaussNewton(), ExactTrustRegion())
+"""Gauss-Newton leads; where it stalls, the exact Hessian shows the way."""
 
 
 class TrustRegionNewton(torch.optim.Optimizer):
-    r"""Newton's method with the exact, indefinite Hessian of an `nn.Sequential`, made safe by a trust region.
+    r"""Newton's method for an `nn.Sequential`, with exact curvature made safe by a trust region.
 
-    With `g` and `H` the gradient and the Hessian of the batch's loss:
+    With `g` the gradient of the batch's loss and `C` its Gauss-Newton matrix, or its exact and indefinite Hessian:
 
     .. code-block:: text
 
-        d ← argmin gᵀd + ½ dᵀHd,  |d| ≤ radius            or another strategy
-        ρ ← (L(θ + d) - L(θ)) / (gᵀd + ½ dᵀHd)            on the same batch
+        d ← argmin gᵀd + ½ dᵀCd,  |d| ≤ radius
+        ρ ← (L(θ + d) - L(θ)) / (gᵀd + ½ dᵀCd)            on the same batch
         ρ < ¼: radius ← |d| / 4;   ρ > ¾ and |d| ≈ radius: radius ← 2 radius
-        θ ← θ + d  if ρ > 0 and the loss fell; else θ stays, bit for bit, and d is sought again in the smaller region
+        θ ← θ + d  if the loss fell; else θ stays, bit for bit, and d is sought again in the smaller region
+
+    The strategies are tried in turn: the next one where the one before was rejected at every attempt, or lowered the
+    loss by less than `progress` of what the predictions leave to gain. By default Gauss-Newton leads, and where it
+    stalls (near a saddle point it sees no way down) the exact Hessian's negative curvature is followed. Alone, the
+    exact Hessian is slower, and with ReLU runs into kinks that its second derivatives do not see; the plain damped
+    inverse `(H + damping I)⁻¹ g` is attracted by saddle points and is none of the strategies.
 
     For deep, narrow chains and small, fixed batches (see `ChainHessian` for what they cost and which layers fit). The
     loop is torch's: the batch and its targets are read from the forward and the backward before `step()`, and one more
-    forward judges the step. There is no learning rate: the radius is the length of the step.
+    forward judges each step. There is no learning rate: the radius is the length of the step.
 
     Args:
         model: The chain, all of whose trainable parameters are trained.
         loss_func: The loss, as torch's module or a `kfacopt.Likelihood`; it is not called. A `MSELoss` must not be
             rescaled in the loop: its gradient does not tell by how much.
-        strategy: How the step is made: `ExactTrustRegion()` (default) or `SaddleFree(rank=...)`.
+        strategies: `GaussNewton()`, `ExactTrustRegion()`, `SaddleFree(rank=...)` or your own; one or several.
         radius: First radius, a length in the space of all parameters.
         largest_radius: Bound on it.
-        attempts: Steps that are tried in smaller and smaller regions before a step gives up and changes nothing.
+        attempts: Steps that each strategy tries in smaller and smaller regions.
+        progress: See above; 0 goes on to the next strategy only after a rejection.
 
     Raises:
         TypeError, ValueError: A model that is no chain, a loss or an option that cannot be handled, by name.
@@ -62,28 +72,39 @@ class TrustRegionNewton(torch.optim.Optimizer):
         self,
         model: nn.Module,
         loss_func: nn.Module | Likelihood,
-        strategy: TrustRegionStrategy | None = None,
+        strategies: TrustRegionStrategy | Sequence[TrustRegionStrategy] = DEFAULT_STRATEGIES,
         *,
         radius: float = 1.0,
         largest_radius: float = 1e3,
         attempts: int = 6,
+        progress: float = 1e-3,
     ) -> None:
         check_model(model)
         elements_of(model, torch.float64)
-        if strategy is not None and not isinstance(strategy, TrustRegionStrategy):
+        strategies = (strategies,) if isinstance(strategies, TrustRegionStrategy) else tuple(strategies)
+        if not strategies or not all(isinstance(strategy, TrustRegionStrategy) for strategy in strategies):
             raise TypeError(
-                f"strategy must be a TrustRegionStrategy such as ExactTrustRegion() or SaddleFree(), got {strategy!r}"
+                f"strategies must be one or several TrustRegionStrategy objects such as GaussNewton() or "
+                f"ExactTrustRegion(), got {strategies!r}"
             )
         if not 0.0 < radius <= largest_radius < math.inf:
             raise ValueError(f"0 < radius <= largest_radius must hold, got {radius} and {largest_radius}")
         if attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {attempts}")
+        if not 0.0 <= progress < 1.0:
+            raise ValueError(f"progress must lie in [0, 1), got {progress}")
         self.model = model
-        self.strategy = ExactTrustRegion() if strategy is None else strategy
+        self.strategies = strategies
         self._estimator = FisherEstimator(loss_func)
         self._capture: Capture | None = None
         self._report: dict[str, float] = {"skipped_steps": 0.0}
-        defaults = {"radius": radius, "largest_radius": largest_radius, "attempts": attempts, "shift": 1e-3}
+        defaults = {
+            "radius": [radius] * len(strategies),
+            "shift": [1e-3] * len(strategies),
+            "largest_radius": largest_radius,
+            "attempts": attempts,
+            "progress": progress,
+        }
         super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
         self._attach()
 
@@ -106,7 +127,11 @@ class TrustRegionNewton(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def health(self) -> dict[str, float]:
-        """Of the last step: `rho`, `radius`, `shift`, `accepted`, `attempts`, `cost`, `skipped_steps`."""
+        """Numbers worth logging.
+
+        Of the last step `accepted`, `attempts` and their `cost` (factorisations or products); of its last attempt
+        `rho`, `radius`, `shift` and the place of its `strategy`; `skipped_steps` in all, as gradients were not finite.
+        """
         return dict(self._report)
 
     def close(self) -> None:
@@ -161,42 +186,64 @@ class TrustRegionNewton(torch.optim.Optimizer):
 
     def _take_step(self, replay: Replay, gradient: Tensor) -> None:
         group = self.param_groups[0]
+        self._report |= {"accepted": 0.0, "attempts": 0.0, "cost": 0.0, "rho": math.nan}
         if not bool(gradient.any()):
-            self._report |= {"accepted": 0.0, "attempts": 0.0, "rho": math.nan, "cost": 0.0}
             return
         scale = _scale_of_terms(replay, self._estimator.likelihood)
         at_output = TermsLoss(self._estimator.likelihood, replay.terms, replay.gradient, scale)
-        hessian = ChainHessian.at_output(self.model, at_output, replay.call.inputs[0], tolerance=1e-3)
-        _check_gradient(hessian, gradient)
-        per_mean = 1.0 / (scale * float(replay.terms.count))
+
+        def make(kind: type[ChainHessian]) -> ChainHessian:
+            return kind.at_output(self.model, at_output, replay.call.inputs[0], tolerance=1e-3)
+
+        curvatures, best = Curvatures(make), _Trial(0.0, None)
         before = [p.clone() for p in group["params"]]
-        cost = 0
-        for attempt in range(1, int(group["attempts"]) + 1):
-            radius = float(group["radius"])
-            proposal = self.strategy.propose(hessian, gradient, radius, float(group["shift"]))
-            step, cost = proposal.step, cost + proposal.cost
-            promised = per_mean * float(step @ (gradient + 0.5 * (hessian @ step)))
+        per_mean = 1.0 / (scale * float(replay.terms.count))  # the loop's loss may be a sum, or rescaled
+        for place, strategy in enumerate(self.strategies):
+            curvature = strategy.curvature(curvatures)
+            if place == 0:
+                _check_gradient(curvature, gradient)
+            trial = self._search(place, curvature, gradient, replay, before, per_mean)
+            best = min(best, trial, key=lambda one: one.change)
+            wanted = float(group["progress"]) * per_mean * curvature.output_decrement()
+            if best.step is not None and -best.change >= wanted:
+                break
+        if best.step is not None:
+            self._write(before, best.step)
+            self._report["accepted"] = 1.0
+
+    def _search(
+        self,
+        place: int,
+        curvature: ChainHessian,
+        gradient: Tensor,
+        replay: Replay,
+        before: list[Tensor],
+        per_mean: float,
+    ) -> _Trial:
+        """The first step of a strategy that lowers the loss, in smaller and smaller regions; nothing stays written."""
+        group, found = self.param_groups[0], _Trial(0.0, None)
+        radii, shifts = list(group["radius"]), list(group["shift"])
+        for _ in range(int(group["attempts"])):
+            radius = radii[place]
+            step, shifts[place], cost = self.strategies[place].propose(curvature, gradient, radius, shifts[place])
+            promised = per_mean * float(step @ (gradient + 0.5 * (curvature @ step)))
             self._write(before, step)
             change = self._loss_change(replay)
-            rho = change / promised if promised < 0.0 else math.nan
-            accepted = rho > 1e-4 and change < 0.0
-            group["shift"], length = proposal.shift, float(step.norm())
-            if not rho >= 0.25:
-                group["radius"] = 0.25 * min(length, radius)
-            elif rho > 0.75 and length > 0.7 * radius:
-                group["radius"] = min(2.0 * radius, float(group["largest_radius"]))
-            if accepted:
-                break
             for p, old in zip(group["params"], before, strict=True):
                 p.copy_(old)
-        self._report |= {
-            "rho": rho,
-            "radius": float(group["radius"]),
-            "shift": float(group["shift"]),
-            "accepted": float(accepted),
-            "attempts": float(attempt),
-            "cost": float(cost),
-        }
+            rho, length = change / promised if promised < 0.0 else math.nan, float(step.norm())
+            if not rho >= 0.25:
+                radii[place] = max(0.25 * min(length, radius), _SMALLEST_RADIUS)
+            elif rho > 0.75 and length > 0.7 * radius:
+                radii[place] = min(2.0 * radius, float(group["largest_radius"]))
+            self._report["attempts"] += 1.0
+            self._report["cost"] += float(cost)
+            if change < 0.0:
+                found = _Trial(change, step)
+                break
+        self._report |= {"rho": rho, "radius": radii[place], "shift": shifts[place], "strategy": float(place)}
+        group["radius"], group["shift"] = radii, shifts
+        return found
 
     def _write(self, before: list[Tensor], step: Tensor) -> None:
         parameters = self.param_groups[0]["params"]
@@ -214,7 +261,7 @@ class TrustRegionNewton(torch.optim.Optimizer):
         return change.loss_change
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "strategy", "_estimator", "_report")
+        own = ("model", "strategies", "_estimator", "_report")
         state: dict[str, Any] = super().__getstate__()
         return state | {name: self.__dict__[name] for name in own}
 
@@ -223,6 +270,17 @@ class TrustRegionNewton(torch.optim.Optimizer):
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
             self._capture = None
             self._attach()
+
+
+class _Trial(NamedTuple):
+    """A step and the change of the mean loss that it made; None: none that lowers it."""
+
+    change: float
+    step: Tensor | None
+
+
+_SMALLEST_RADIUS = 1e-10
+"""Where the trust region stops shrinking: below, rounding decides what a step does."""
 
 
 def _only(replays: list[Replay], model: nn.Module) -> Replay:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from kfacopt.linalg.lanczos import KrylovSpace, lanczos
 from kfacopt.linalg.secular import trust_region_step
-from kfacopt.operators.chain import ChainHessian
+from kfacopt.operators.chain import ChainGGN, ChainHessian
 
 
 class Proposal(NamedTuple):
@@ -23,15 +25,40 @@ class Proposal(NamedTuple):
     cost: int
 
 
+class Curvatures:
+    """The curvatures of the loss at the present parameters, each made when first asked for.
+
+    Args:
+        make: Makes the operator of a class.
+    """
+
+    def __init__(self, make: Callable[[type[ChainHessian]], ChainHessian]) -> None:
+        self._make = make
+
+    @cached_property
+    def hessian(self) -> ChainHessian:
+        """The exact Hessian."""
+        return self._make(ChainHessian)
+
+    @cached_property
+    def gauss_newton(self) -> ChainHessian:
+        """The generalised Gauss-Newton matrix."""
+        return self._make(ChainGGN)
+
+
 class TrustRegionStrategy(ABC):
-    """How a step within a radius is made of a gradient and the Hessian."""
+    """How a step within a radius is made of a gradient and a curvature."""
+
+    def curvature(self, curvatures: Curvatures) -> ChainHessian:
+        """The curvature of the strategy's quadratic model: the exact Hessian."""
+        return curvatures.hessian
 
     @abstractmethod
-    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+    def propose(self, curvature: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
         """A step no longer than about `radius`.
 
         Args:
-            hessian: Of the loss, at the present parameters.
+            curvature: As chosen by `curvature`.
             gradient: `[p]`, float64, not zero.
             radius: Of the trust region.
             shift: That of the last step, a guess.
@@ -63,12 +90,24 @@ class ExactTrustRegion(TrustRegionStrategy):
         if not self.smallest_shift > 0.0:
             raise ValueError(f"smallest_shift must be positive, got {self.smallest_shift}")
 
-    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+    def propose(self, curvature: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
         """See `TrustRegionStrategy.propose`; `cost` counts factorisations."""
         found = trust_region_step(
-            hessian, gradient, radius, shift=shift, smallest_shift=self.smallest_shift, tolerance=self.tolerance
+            curvature, gradient, radius, shift=shift, smallest_shift=self.smallest_shift, tolerance=self.tolerance
         )
         return Proposal(found.step, found.shift, found.factorizations)
+
+
+class GaussNewton(ExactTrustRegion):
+    """The minimiser of the Gauss-Newton model within the radius (Levenberg-Marquardt): no negative curvature.
+
+    >>> GaussNewton(tolerance=0.1)
+    GaussNewton(tolerance=0.1, smallest_shift=1e-07)
+    """
+
+    def curvature(self, curvatures: Curvatures) -> ChainHessian:
+        """The Gauss-Newton matrix."""
+        return curvatures.gauss_newton
 
 
 @dataclass(frozen=True)
@@ -91,9 +130,9 @@ class SaddleFree(TrustRegionStrategy):
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
-    def propose(self, hessian: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
+    def propose(self, curvature: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
         """See `TrustRegionStrategy.propose`; `cost` counts products."""
-        space = lanczos(hessian.__matmul__, gradient, self.rank)
+        space = lanczos(curvature.__matmul__, gradient, self.rank)
         step, shift = _absolute_step(space, gradient, radius)
         return Proposal(step, shift, space.basis.shape[1])
 
