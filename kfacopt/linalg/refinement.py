@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_NEGLIGIBLE = 1e-13
+"""Relative size of a correction that is not made."""
+
 Map = Callable[[Tensor], Tensor]
 """A linear map of columns `[p m]`."""
 
@@ -44,18 +47,22 @@ def refine(multiply: Map, precondition: Map, right: Tensor, *, tolerance: float,
     solution = precondition(right)
     residual = right - multiply(solution)
     size, steps = residual.norm(dim=0) / scale, 0
-    floor = 2.0 * torch.finfo(right.dtype).eps
+    floor, moved = 2.0 * torch.finfo(right.dtype).eps, 1.0
     size = size.nan_to_num(nan=torch.inf)
     while steps < max_steps and bool((size > floor).any()):
-        corrected = solution + precondition(residual)
+        correction = precondition(residual)
+        corrected = solution + correction
         left = right - multiply(corrected)
         now = (left.norm(dim=0) / scale).nan_to_num(nan=torch.inf)
         better, steps = now < size, steps + 1
         halved = bool((now < 0.5 * size)[size > floor].any())
         solution, residual = torch.where(better, corrected, solution), torch.where(better, left, residual)
         size = torch.where(better, now, size)
-        if not halved:
+        # Corrections shrink geometrically: the next would be about moves² / moved, and is not worth its product.
+        moves = float((correction.norm(dim=0) / solution.norm(dim=0)).max())
+        if not halved or (moves**2 < _NEGLIGIBLE * moved and bool((size <= tolerance).all())):
             break
+        moved = moves
     for column in (size > tolerance).nonzero().flatten().tolist():
         chosen = slice(column, column + 1)
         found, reached, more = _gmres(

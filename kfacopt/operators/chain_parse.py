@@ -96,7 +96,9 @@ def elements_of(model: nn.Module, dtype: torch.dtype) -> list[Element]:
     owners: dict[int, str] = {}
     elements: list[Element] = []
     for name, module in _flattened(model, ""):
-        for role, parameter in module.named_parameters():
+        for role, parameter in module._parameters.items():  # of a leaf; named_parameters takes ten times as long
+            if parameter is None:
+                continue
             path = f"{name}.{role}" if name else role
             if id(parameter) in owners:
                 raise ValueError(
