@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.lanczos import KrylovSpace, lanczos
+from kfacopt.linalg.krylov import KrylovSpace, krylov_space
 from kfacopt.linalg.secular import trust_region_step
 from kfacopt.operators.chain import ChainGGN, ChainHessian
 
@@ -132,7 +132,7 @@ class SaddleFree(TrustRegionStrategy):
 
     def propose(self, curvature: ChainHessian, gradient: Tensor, radius: float, shift: float) -> Proposal:
         """See `TrustRegionStrategy.propose`; `cost` counts products."""
-        space = lanczos(curvature.__matmul__, gradient, self.rank)
+        space = krylov_space(curvature.__matmul__, gradient, self.rank)
         step, shift = _absolute_step(space, gradient, radius)
         return Proposal(step, shift, space.basis.shape[1])
 

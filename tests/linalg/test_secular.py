@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfacopt.linalg.lanczos import lanczos
+from kfacopt.linalg.krylov import krylov_space
 from kfacopt.linalg.secular import trust_region_step
 
 
@@ -122,17 +122,17 @@ def test_a_radius_that_is_none_is_refused(radius: float) -> None:
 
 
 @given(size=st.integers(1, 12), rank=st.integers(1, 15), seed=st.integers(0, 1000))
-def test_lanczos_basis_and_image(size: int, rank: int, seed: int) -> None:
+def test_krylov_basis_and_image(size: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(size, size, generator=generator, dtype=torch.float64)
     matrix = matrix + matrix.mT
-    space = lanczos(matrix.__matmul__, torch.randn(size, generator=generator, dtype=torch.float64), rank)
+    space = krylov_space(matrix.__matmul__, torch.randn(size, generator=generator, dtype=torch.float64), rank)
     width = space.basis.shape[1]
     assert width == min(size, rank)
     torch.testing.assert_close(space.basis.mT @ space.basis, torch.eye(width, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(space.image, space.basis.mT @ matrix @ space.basis, rtol=0, atol=1e-11)
 
 
-def test_lanczos_stops_where_the_space_is_exhausted() -> None:
-    space = lanczos(lambda v: torch.diag(torch.tensor([1.0, 1.0, 2.0])) @ v, torch.ones(3), rank=3)
+def test_krylov_stops_where_the_space_is_exhausted() -> None:
+    space = krylov_space(lambda v: torch.diag(torch.tensor([1.0, 1.0, 2.0])) @ v, torch.ones(3), rank=3)
     assert space.basis.shape == (3, 2)

@@ -1,4 +1,4 @@
-"""Lanczos: the tridiagonal image of a symmetric operator in a Krylov space."""
+"""A Krylov space of a symmetric operator with its basis, by Lanczos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class KrylovSpace(NamedTuple):
     image: Tensor
 
 
-def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> KrylovSpace:
+def krylov_space(multiply: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> KrylovSpace:
     """An orthonormal basis of the span of `start, A start, ..., A^(k-1) start`, fully reorthogonalised.
 
     Args:
@@ -24,7 +24,7 @@ def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, rank: int) -> K
         start: First direction `[p]`, not zero.
         rank: k, at most; less where the space is exhausted before.
 
-    >>> space = lanczos(lambda v: torch.tensor([1.0, 2.0, 3.0]) * v, torch.ones(3), rank=3)
+    >>> space = krylov_space(lambda v: torch.tensor([1.0, 2.0, 3.0]) * v, torch.ones(3), rank=3)
     >>> [round(x, 4) for x in torch.linalg.eigvalsh(space.image).tolist()]
     [1.0, 2.0, 3.0]
     """
