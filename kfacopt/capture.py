@@ -291,6 +291,16 @@ class Capture:
         return result
 
 
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Within this context no optimizer's capture takes note of a forward: it is another's (an operator's)."""
+    token = _in_curvature_pass.set(True)
+    try:
+        yield
+    finally:
+        _in_curvature_pass.reset(token)
+
+
 class Recorder:
     """Keeps the calls of layers while a model runs within this context; no optimizer's capture takes note of it.
 
@@ -335,7 +345,7 @@ def _site(
     if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
         return None
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-    return Site(number, layer, module, detached, kwargs, output.grad_fn, output.output_nr)
+    return Site(number, layer, module, detached, kwargs, output.grad_fn, output.output_nr, output.shape)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

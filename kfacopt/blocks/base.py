@@ -12,6 +12,9 @@ from torch import Tensor
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 
+ELEMENTS_AT_ONCE = 2**24
+"""How many elements a temporary may have where memory would grow with data times parameters."""
+
 
 class Block(ABC):
     """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
@@ -80,6 +83,19 @@ class Block(ABC):
         for average in self.averages().values():
             average.fold(decay)
 
+    def accumulate(self) -> None:
+        """Average what `update` added into the plain averages over all data."""
+        for average in self.averages().values():
+            average.accumulate()
+
+    def merge(self, other: Block) -> None:
+        """Average another block's statistics in: those of the same layer over other data.
+
+        Both must have been accumulated, not folded.
+        """
+        for mine, others in zip(self.averages().values(), other.averages().values(), strict=True):
+            mine.merge(others)
+
     def discard(self) -> None:
         """Forget what `update` added since the last fold."""
         for average in self.averages().values():
@@ -145,11 +161,14 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
 
     Kronecker factor G; the same references as `input_covariance`.
     """
+    if gradients.stride(-1) != 1 and gradients.shape[-2] >= gradients.shape[-1] > 1:
+        # A convolution's rows, [n o s] in memory: a small product for each datum needs no copy of them.
+        return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
     return flat.mT @ flat
 
 
-def chunks_of_data(data: int, elements_per_datum: int, budget: int = 2**24) -> Iterator[slice]:
+def chunks_of_data(data: int, elements_per_datum: int, budget: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:
     """Slices of the data axis that keep a temporary of `elements_per_datum` per datum within `budget` elements."""
     size = max(1, budget // max(1, elements_per_datum))
     for start in range(0, data, size):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,28 +11,41 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods.divisor import mean_divisor
 from kfacopt.operators.base import LinearOperator, Shapes
-from kfacopt.operators.products import Linearization, as_function
+from kfacopt.operators.products import (
+    Linearization,
+    as_function,
+    buffers_kept,
+    check_leaves_parameters,
+    parameter_names,
+)
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Mini-batches `(X, y)`; X is a tensor, or anything the model takes where `batch_size_fn` tells its size."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_CHANGED = (
+    "not deterministic: {} came out differently the second time. Put the model into eval mode (dropout), turn off "
+    "shuffling, drop_last and augmentation of the data, or pass check_deterministic=False if you know that it does "
+    "not matter"
+)
+
 
 class CurvatureLinearOperator(LinearOperator):
     """A matrix of the empirical risk `L(θ) = loss_func(model_func(all X), all y)` over a data set.
 
     The loss is that of all data as though they were one batch: with `reduction="mean"` a mini-batch counts by what its
-    mean divides by (class weights and ignored targets included), with `"sum"` mini-batches add up. How the data are cut
-    into mini-batches makes no difference, unless the model itself mixes data (batch normalisation).
+    mean divides by (class weights and ignored targets included; by its data where the loss is none of torch's), with
+    `"sum"` mini-batches add up. How the data are cut into mini-batches makes no difference, unless the model itself
+    mixes data (batch normalisation).
 
     Args:
         model_func: The model; parameters, gradients and buffers are left as they are.
         loss_func: `loss_func(prediction, y)`, a scalar; it has an attribute `reduction`, `"mean"` or `"sum"`. None
             where the matrix does not depend on a loss.
         params: Parameters of the model: the space that the operator acts on.
-        data: Mini-batches `(X, y)` that can be iterated over again and again. `X` may be a mapping, which the model
-            moves to its device itself.
+        data: Mini-batches `(X, y)` that can be iterated over again and again, at least one. `X` may be a mapping,
+            which the model moves to its device itself.
         progressbar: Show one (tqdm) while data are run through.
         check_deterministic: Compare two sweeps over the data, and two products, and refuse what differs.
         num_data: Number of data; None: counted when it is needed.
@@ -41,7 +54,9 @@ class CurvatureLinearOperator(LinearOperator):
 
     Raises:
         ValueError: If blocks are not supported or do not add up, if `X` is a mapping and `batch_size_fn` is None, if
-            `loss_func` has no reduction that is understood, or if a parameter is not the model's.
+            `loss_func` has no reduction that is understood, if a parameter is not the model's or is given twice, or if
+            data are empty or can be iterated over only once.
+        TypeError: If the model is no module, or does not return a tensor.
         RuntimeError: If model or data are not deterministic.
     """
 
@@ -70,6 +85,13 @@ class CurvatureLinearOperator(LinearOperator):
             _check_reduction(loss_func)
         if not self._params:
             raise ValueError("params is empty: an operator needs parameters to act on")
+        parameter_names(model_func, self._params)
+        check_leaves_parameters(model_func)
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"data is a {type(data).__name__}, which can be iterated over only once, but every product does: pass "
+                "a list or a DataLoader"
+            )
         super().__init__(self._get_in_shape(), self._get_out_shape())
         if check_deterministic:
             self._check_deterministic()
@@ -98,9 +120,9 @@ class CurvatureLinearOperator(LinearOperator):
 
     # -- products --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
         """The mini-batch's matrix, of the loss as its reduction has it, times K columns."""
+        raise NotImplementedError(f"{type(self).__name__} must define _matmat_batch or _matmat")
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
         total = [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]
@@ -136,10 +158,15 @@ class CurvatureLinearOperator(LinearOperator):
         batches: Batches = self._data if data is None else data
         if self._progressbar:
             batches = _with_progressbar(batches, f"{type(self).__name__}.{desc} (on {self.device})")
+        empty = True
         for X, y in batches:
+            empty = False
             if isinstance(X, MutableMapping) and self._batch_size_fn is None:
                 raise ValueError("data has mappings for inputs: batch_size_fn must tell the size of such a batch")
-            yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+            with buffers_kept(self._model_func):
+                yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+        if empty:
+            raise ValueError("data is empty: there is no mini-batch to take a derivative on")
 
     # -- the loss and its gradient, and whether they come out the same twice ----------------------------------------
 
@@ -181,9 +208,10 @@ class CurvatureLinearOperator(LinearOperator):
     def _check_deterministic(self) -> None:
         """Two sweeps and two products must agree; where the order of the data matters, batch by batch."""
         totals: list[list[Tensor]] = [[], []]  # of the two sweeps
-        for number, (first, second) in enumerate(
-            zip(self._loop_over_data("check"), self._loop_over_data("check"), strict=True)
-        ):
+        sweeps = zip_longest(self._loop_over_data("check"), self._loop_over_data("check"))
+        for number, (first, second) in enumerate(sweeps):
+            if first is None or second is None:
+                raise RuntimeError(_CHANGED.format("the number of mini-batches"))
             if self.FIXED_DATA_ORDER:
                 _require_same(f"the inputs of batch {number}", _tensors(first[0]), _tensors(second[0]))
                 _require_same(f"the targets of batch {number}", [first[1]], [second[1]])
@@ -241,11 +269,7 @@ def _require_same(what: str, first: list[Tensor], second: list[Tensor]) -> None:
         for a, b in zip(first, second, strict=True)
     )
     if not same:
-        raise RuntimeError(
-            f"not deterministic: {what} came out differently the second time. Put the model into eval mode (dropout), "
-            "turn off shuffling, drop_last and augmentation of the data, or pass check_deterministic=False if you "
-            "know that it does not matter"
-        )
+        raise RuntimeError(_CHANGED.format(what))
 
 
 def _with_progressbar(batches: Batches, desc: str) -> Batches:

@@ -50,10 +50,18 @@ class _JacobianBase(CurvatureLinearOperator):
         return [self._shape_of_predictions]
 
     def _linearize(self, X: Any) -> Linearization:
-        return Linearization(as_function(self._model_func, self._params, X), self._params)
+        model = Linearization(as_function(self._model_func, self._params, X), self._params)
+        shape, expected = list(model.value.shape), [self._batch_size(X), *self._predictions_shape()[0][1:]]
+        if shape != expected:
+            raise ValueError(
+                f"the prediction for a mini-batch has shape {shape}, not {expected}: predictions are stacked along "
+                "their first axis, which must be the data, and the others must agree"
+            )
+        return model
 
-    def _matmat_batch(self, X: Any, y: Tensor, M: list[Tensor]) -> list[Tensor]:
-        raise NotImplementedError("a Jacobian is stacked over the mini-batches, not summed")
+    def _require_whole(self, data: int) -> None:
+        if data != self._predictions_shape()[0][0]:
+            raise ValueError(f"num_data={self._num_data}, but the mini-batches have {data} data together")
 
     def _mirror(self) -> dict[str, Any]:
         return {
@@ -91,6 +99,7 @@ class JacobianLinearOperator(_JacobianBase):
             model = self._linearize(X)
             columns = [model.jvp(column) for column in zip(*(m.unbind(-1) for m in M), strict=True)]
             parts.append(torch.stack(columns, dim=-1))
+        self._require_whole(sum(len(part) for part in parts))
         return [torch.cat(parts)]
 
     def _adjoint(self) -> LinearOperator:
@@ -122,6 +131,7 @@ class TransposedJacobianLinearOperator(_JacobianBase):
                 for sum_, part in zip(total, model.vjp(column), strict=True):
                     sum_[..., k].add_(part)
             start = end
+        self._require_whole(start)
         return total
 
     def _adjoint(self) -> LinearOperator:

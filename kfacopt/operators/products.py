@@ -8,7 +8,7 @@ backward, and a Hessian product is faster (2.58 against 3.63).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfacopt.capture import unnoticed
+from kfacopt.estimator import find_prediction
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 """Parameter values to a tensor."""
@@ -119,35 +122,47 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
     """A model's output on one batch as a function of some of its parameters; buffers are left as they are.
 
     Args:
-        model: A module, or another callable that reads `params` themselves (then they must require gradients and are
-            what is differentiated).
+        model: A module.
         params: Parameters of the module.
         X: The model's input.
 
     Raises:
+        TypeError: If the model is no module, or its output does not say which tensor is the prediction.
         ValueError: If a tensor of `params` is no parameter of the module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model_func must be a torch.nn.Module, got {type(model).__name__}: wrap the function in one")
-    names = parameter_names(model, params)
-    module = model
+    names, module = parameter_names(model, params), cast(nn.Module, model)
 
     def function(values: Sequence[Tensor]) -> Tensor:
         buffers = {name: b.clone() for name, b in module.named_buffers()}
-        result: Tensor = functional_call(module, buffers | dict(zip(names, values, strict=True)), (X,))
-        return result
+        with unnoticed():
+            result = functional_call(module, buffers | dict(zip(names, values, strict=True)), (X,))
+        try:
+            return find_prediction(result)
+        except ValueError as error:
+            raise TypeError(
+                f"model_func ({type(module).__name__}) returned a {type(result).__name__}, not a tensor: wrap it in a "
+                "module whose forward returns the prediction alone"
+            ) from error
 
     return function
 
 
-def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
+def parameter_names(model: Callable[[Any], Any], params: Sequence[Tensor]) -> list[str]:
     """The name under which the module holds each parameter.
 
     Raises:
-        ValueError: If it does not hold one of them.
+        TypeError: If the model is no module.
+        ValueError: If it does not hold one of them, or if one is given twice.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model_func must be a torch.nn.Module, got {type(model).__name__}: wrap the function in one")
+    names, first = {id(p): name for name, p in model.named_parameters()}, dict[int, int]()
     for number, parameter in enumerate(params):
+        if first.setdefault(id(parameter), number) != number:
+            raise ValueError(
+                f"params[{number}] of shape {list(parameter.shape)} is given twice: pass every parameter once, a tied "
+                "one too"
+            )
         if id(parameter) not in names:
             raise ValueError(
                 f"params[{number}] of shape {list(parameter.shape)} is no parameter of model_func "
@@ -156,8 +171,37 @@ def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
     return [names[id(p)] for p in params]
 
 
+def check_leaves_parameters(model: nn.Module) -> None:
+    """Refuse a model whose forward writes to its parameters.
+
+    Raises:
+        ValueError: If it has an embedding with `max_norm`; the module is named.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"module '{name}' ({type(module).__name__}) has max_norm={module.max_norm}, with which every forward "
+                "rescales its weight: no derivative is taken there; set max_norm to None"
+            )
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers that change within this context get their values back: activation checkpointing runs the model again."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):  # batch normalisation does not count up the buffers' versions
+                    buffer.copy_(value)
+
+
 def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(found, like, strict=True)]
+    # nn.Embedding(sparse=True) has sparse gradients.
+    dense = (g if g is None or g.layout == torch.strided else g.to_dense() for g in found)
+    return [torch.zeros_like(p) if g is None else g.detach() for g, p in zip(dense, like, strict=True)]
 
 
 @contextmanager

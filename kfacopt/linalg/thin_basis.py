@@ -1,0 +1,65 @@
+"""Eigenvectors of a covariance that has fewer rows than dimensions, without forming it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfacopt.linalg.symmetric import eigh
+
+_POLISHING_STEPS = 6
+
+
+class ThinBasis(NamedTuple):
+    """The range of `rowsᵀ rows / count`, as far as it is more than rounding.
+
+    Attributes:
+        values: Eigenvalues, ascending, `[r]`.
+        vectors: Eigenvectors in columns, `[d r]`; all other eigenvalues are zero.
+        coordinates: `rows @ vectors`, `[n r]`.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    coordinates: Tensor
+
+
+def thin_basis(rows: Tensor, count: float) -> ThinBasis:
+    """Eigendecompose `rowsᵀ rows / count` by way of `rows rowsᵀ`, for rows `[n d]` with n < d.
+
+    An eigh of n instead of d, and the rows' coordinates come for free. Two vectors with eigenvalues λ, μ are orthogonal
+    up to rounding times (largest eigenvalue) / √(λμ): no matter for products with the matrix, where they count by their
+    eigenvalues; for its inverse, `orthonormal` brings orthogonality back.
+
+    Raises:
+        LinAlgError: If the rows are not finite.
+
+    >>> basis = thin_basis(torch.tensor([[3.0, 4.0, 0.0]]), 1.0)
+    >>> basis.values, basis.vectors.shape
+    (tensor([25.]), torch.Size([3, 1]))
+    """
+    values, left, _ = eigh(rows @ rows.mT / count)
+    kept = values > rows.shape[0] * torch.finfo(rows.dtype).eps * values[-1]
+    values, left = values[kept], left[:, kept]
+    norms = (values * count).sqrt()
+    return ThinBasis(values, rows.mT @ (left / norms), left * norms)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """The nearest orthonormal columns to nearly orthonormal ones `[d r]`, by Newton-Schulz steps.
+
+    The limit is the polar factor (Higham 2008, Functions of Matrices, section 8.3).
+
+    >>> orthonormal(torch.tensor([[1.01], [0.0]])).round(decimals=6).tolist()
+    [[1.0], [0.0]]
+    """
+    identity = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+    tolerance = 8 * torch.finfo(vectors.dtype).eps * vectors.shape[-1] ** 0.5
+    for _ in range(_POLISHING_STEPS):
+        gram = vectors.mT @ vectors
+        if bool((gram - identity).norm() <= tolerance):
+            break
+        vectors = vectors @ (1.5 * identity - 0.5 * gram)
+    return vectors
