@@ -16,6 +16,7 @@ from kfacopt.operators.base import LinearOperator
 from kfacopt.operators.chain_elements import Element, Merge, Split
 from kfacopt.operators.chain_loss import AtOutput, ModuleLoss
 from kfacopt.operators.chain_parse import elements_of
+from kfacopt.operators.convergence import ConvergenceWarning
 
 
 class ChainStats(NamedTuple):
@@ -154,7 +155,7 @@ class ChainHessian(LinearOperator):
             LinAlgError: If `H + damping I` is singular, or something is not finite.
 
         Warns:
-            UserWarning: If the relative residual stays above `tolerance`.
+            ConvergenceWarning: If the relative residual stays above `tolerance`.
         """
         columns, form = self._columns(v)
         factored = self._factorize(damping)
@@ -173,6 +174,7 @@ class ChainHessian(LinearOperator):
             warnings.warn(
                 f"{type(self).__name__}.solve reached a relative residual of {residual:.1e} at damping={damping:g}, "
                 f"above tolerance={self._tolerance:g}: the system is too badly conditioned for {self._dtype}",
+                ConvergenceWarning,
                 stacklevel=2,
             )
         parts = self._from_controls(solution.split(sizes))
