@@ -2,8 +2,9 @@
 
 1. `(H + 0.1 I)⁻¹ g` of chains of up to a thousand layers: time and residual against depth, as a picture (needs
    matplotlib; without it only the table).
-2. 64 layers of width 10 learn a fixed batch of digits: TrustRegionNewton beside AdamW and SGD with momentum, each with
-   the better of two learning rates, for the same time.
+2. 64 layers of width 8, 62 of them residual, learn a fixed batch of digits: TrustRegionNewton beside AdamW and SGD with
+   momentum, each with the best of three learning rates. Newton takes about a dozen steps, and no rate; but one of its
+   steps costs as much as hundreds of theirs, so that where first-order steps make their way they arrive earlier.
 """
 
 import os
@@ -16,27 +17,33 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from kfacopt.operators import ChainHessian
+from kfacopt.operators import ChainHessian, Residual
 from kfacopt.optim import TrustRegionNewton
 
 SHORT = bool(os.environ.get("KFACOPT_SHORT"))
 DEPTHS = (4, 16, 64) if SHORT else (4, 16, 64, 256, 1000)
-SECONDS = 6.0 if SHORT else 60.0
-GOAL = 1e-3
+GOAL, LONGEST = (1e-2, 300) if SHORT else (1e-3, 3000)
 
 
-def chain(width: int, depth: int, *ends: nn.Module) -> nn.Sequential:
-    """Layers of one width, orthogonal weights, tanh between; `ends` are the first and the last layer."""
+def chain(width: int, depth: int) -> nn.Sequential:
+    """Layers of one width, orthogonal weights, tanh between."""
     torch.manual_seed(0)
-    layers: list[nn.Module] = [*ends[:1], nn.Tanh()] if ends else []
-    for _ in range(depth - len(ends)):
-        layers += [nn.Linear(width, width), nn.Tanh()]
-    model = nn.Sequential(*layers, *ends[1:]).double()
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, gain=1.2)
-            nn.init.zeros_(layer.bias)
-    return model
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(width, width)
+        nn.init.orthogonal_(linear.weight, gain=1.2)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers).double()
+
+
+def classifier(width: int = 8, depth: int = 64) -> nn.Sequential:
+    """Residual blocks `z + tanh(W z + b)` between two linear layers."""
+    torch.manual_seed(0)
+    blocks = [Residual(nn.Linear(width, width), nn.Tanh()) for _ in range(depth - 2)]
+    for block in blocks:
+        block.get_parameter("0.weight").data.mul_(0.3)
+    return nn.Sequential(nn.Linear(64, width), *blocks, nn.Linear(width, 10)).double()
 
 
 def against_depth() -> list[tuple[int, float, float]]:
@@ -70,25 +77,25 @@ def draw(rows: list[tuple[int, float, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def train(make: Callable[[nn.Module], torch.optim.Optimizer], X: Tensor, y: Tensor) -> tuple[float, int]:
-    """The loss on the batch when the time is over or the goal is reached, and the steps taken."""
-    model, criterion = chain(10, 64, nn.Linear(64, 10), nn.Linear(10, 10)), nn.CrossEntropyLoss()
-    optimizer, begin, steps, least = make(model), time.perf_counter(), 0, float("inf")
-    while time.perf_counter() - begin < SECONDS and least >= GOAL:
+def train(make: Callable[[nn.Module], torch.optim.Optimizer], X: Tensor, y: Tensor) -> tuple[int, float, list[float]]:
+    """Steps and seconds until the loss is below the goal, and all losses."""
+    model, criterion = classifier(), nn.CrossEntropyLoss()
+    optimizer, begin, losses = make(model), time.perf_counter(), [float("inf")]
+    while losses[-1] >= GOAL and len(losses) <= LONGEST:
         optimizer.zero_grad()
         loss = criterion(model(X), y)
         loss.backward()
         optimizer.step()
-        least, steps = min(least, loss.item()), steps + 1
-    return least, steps
+        losses.append(loss.item())
+    return len(losses) - 1, time.perf_counter() - begin, losses[1:]
 
 
 def rivals() -> dict[str, list[Callable[[nn.Module], torch.optim.Optimizer]]]:
     """Optimizers, each with the learning rates it may choose from."""
     return {
         "TrustRegionNewton": [lambda m: TrustRegionNewton(m, nn.CrossEntropyLoss())],
-        "AdamW": [partial(adamw, lr=1e-3), partial(adamw, lr=1e-2)],
-        "SGD": [partial(sgd, lr=1e-2), partial(sgd, lr=1e-1)],
+        "AdamW": [partial(adamw, lr=lr) for lr in (1e-3, 1e-2, 3e-2)],
+        "SGD": [partial(sgd, lr=lr) for lr in (1e-2, 3e-2, 1e-1)],
     }
 
 
@@ -108,14 +115,14 @@ if __name__ == "__main__":
     print("layers  seconds  residual")
     for depth, seconds, residual in rows:
         print(f"{depth:6d}  {seconds:7.3f}  {residual:8.0e}")
-    picture = Path(__file__).with_name("deep_chain.png")
     if not SHORT:
+        picture = Path(__file__).with_name("deep_chain.png")
         draw(rows, picture)
         print(f"drawn in {picture.name}")
 
     data = load_digits()
-    X, y = torch.tensor(data.data[:32], dtype=torch.float64) / 16, torch.tensor(data.target[:32])
-    print(f"64 layers of width 10, 32 digits, {SECONDS:.0f} s each")
+    X, y = torch.tensor(data.data[:16], dtype=torch.float64) / 16, torch.tensor(data.target[:16])
+    print(f"64 layers, 16 digits: steps and seconds to a loss of {GOAL:g}, and the loss after ten steps")
     for name, makers in rivals().items():
-        loss, steps = min(train(make, X, y) for make in makers)
-        print(f"{name:18} loss {loss:.5f} after {steps} steps")
+        steps, seconds, losses = min((train(make, X, y) for make in makers), key=lambda run: run[0])
+        print(f"{name:18} {steps:5d} steps  {seconds:6.1f} s  {losses[:10][-1]:.5f}")

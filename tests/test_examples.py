@@ -149,3 +149,13 @@ def test_param_groups() -> None:
     assert last < first
     (damping,) = numbers(output, r"^ +damping +(\S+)$")
     assert damping > 0
+
+
+def test_deep_chain() -> None:
+    output = run("deep_chain")
+    depths = numbers(output, r"^ +(\d+) +\d\S+ +\S+$")
+    residuals = numbers(output, r"^ +\d+ +\d\S+ +(\S+)$")
+    assert depths == [4, 16, 64]
+    assert max(residuals) < 1e-10
+    newton, adamw, sgd = numbers(output, r"^(?:TrustRegionNewton|AdamW|SGD) +(\d+) steps")
+    assert newton < min(adamw, sgd)
