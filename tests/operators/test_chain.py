@@ -280,6 +280,14 @@ def test_float32_models_are_computed_in_float64() -> None:
     assert H.stats.residual < 1e-12
 
 
+def test_float32_throughout_for_those_who_want_it() -> None:
+    model, loss, x, y = BY_NAME["residual-nested"].make()
+    exact = ChainHessian(model, loss, x, y)
+    H = ChainHessian(model.float(), loss.float(), x.float(), y, dtype=torch.float32, tolerance=1e-4)
+    b = torch.randn(H.shape[0])
+    assert_near(H.solve(b, 0.1).double(), exact.solve(b.double(), 0.1), 1e-4)
+
+
 def test_later_changes_of_the_parameters_are_not_seen() -> None:
     model, loss, x, y = BY_NAME["deep"].make()
     H = ChainHessian(model, loss, x, y)

@@ -186,6 +186,20 @@ def test_negative_curvature_leaves_a_saddle_point() -> None:
     assert losses[-1] < 1e-3
 
 
+@pytest.mark.parametrize("radius", [1e6, 0.3])
+def test_saddle_free_takes_absolute_curvatures(radius: float) -> None:
+    """In the whole space: `-(|H| + shift I)⁻¹ g` with the dense |H|, cut to the radius by the shift."""
+    model, loss = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double(), nn.CrossEntropyLoss()
+    hessian = ChainHessian(model, loss, torch.randn(8, 3).double(), torch.arange(8) % 2)
+    unit = torch.eye(20, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(hessian @ unit)
+    gradient = torch.cat([g.flatten() for g in hessian.gradient])
+    proposal = SaddleFree(rank=20).propose(hessian, gradient, radius, 1.0)
+    want = -(vectors @ ((vectors.mT @ gradient) / (values.abs() + proposal.shift)))
+    torch.testing.assert_close(proposal.step, want, rtol=1e-4, atol=1e-7)
+    assert float(proposal.step.norm()) == pytest.approx(radius) if radius < 1 else proposal.shift < 1e-6
+
+
 def test_a_closure_serves_as_well() -> None:
     (one, two), (x, y) = (deep(), deep()), batch()
     two.load_state_dict(one.state_dict())
