@@ -165,6 +165,10 @@ def multiply(stages: Sequence[Stage], terminal: Tensor, controls: Sequence[Tenso
     return result[::-1]
 
 
+class NotPositiveDefiniteError(ArithmeticError):
+    """A factorisation was to be made only of a positive definite matrix, and this one is not."""
+
+
 class RiccatiFactorization:
     """`H + damping I` factored: one symmetric elimination a stage.
 
@@ -175,13 +179,17 @@ class RiccatiFactorization:
         stages: As for `multiply`.
         terminal: As for `multiply`.
         damping: Not zero; negative shifts are allowed (the inertia then counts the eigenvalues below `-damping`).
+        only_if_positive: Give up at the first negative eigenvalue, which is often in the last stage, the first to go.
 
     Raises:
+        NotPositiveDefiniteError: If there is one and `only_if_positive`.
         ValueError: If the damping is zero or not finite.
         LinAlgError: If a block of the elimination is singular, or the derivatives are not finite.
     """
 
-    def __init__(self, stages: Sequence[Stage], terminal: Tensor, damping: float) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], terminal: Tensor, damping: float, *, only_if_positive: bool = False
+    ) -> None:
         if damping == 0.0 or not math.isfinite(damping):
             raise ValueError(
                 f"damping must be a number other than 0, got {damping}: parameter directions that reach no prediction "
@@ -193,6 +201,8 @@ class RiccatiFactorization:
         for position in reversed(range(len(stages))):
             assert value is not None
             elimination, value = _backward(stages[position], value, damping, first=position == 0)
+            if only_if_positive and elimination is not None and elimination.negative:
+                raise NotPositiveDefiniteError(f"H + {damping:g} I has negative eigenvalues")
             self._eliminations.append(elimination)
         self._eliminations.reverse()
 

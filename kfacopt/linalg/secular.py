@@ -14,8 +14,8 @@ from kfacopt.linalg.symmetric import LinAlgError
 class Shifted(Protocol):
     """A symmetric H that can be factored with a shift: `kfacopt.operators.ChainHessian`, or a dense matrix."""
 
-    def inertia(self, damping: float) -> int:
-        """How many eigenvalues of `H + damping I` are negative."""
+    def positive_definite(self, damping: float) -> bool:
+        """Whether `H + damping I` is, by its inertia."""
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """`(H + damping I)⁻¹ v` for `[p]` or `[p m]`."""
@@ -112,7 +112,7 @@ def _to_boundary(step: Tensor, before: Tensor, after: Tensor, radius: float) -> 
 
 def _is_positive(system: Shifted, shift: float) -> bool:
     try:
-        return system.inertia(shift) == 0
+        return system.positive_definite(shift)
     except LinAlgError:  # exactly singular: the shift is that of an eigenvalue, and so too small
         return False
 

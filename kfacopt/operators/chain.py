@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kfacopt.linalg.refinement import refine
-from kfacopt.linalg.riccati import RiccatiFactorization, multiply
+from kfacopt.linalg.riccati import NotPositiveDefiniteError, RiccatiFactorization, multiply
 from kfacopt.operators.base import LinearOperator
 from kfacopt.operators.chain_elements import Element, Merge, Split
 from kfacopt.operators.chain_loss import AtOutput, ModuleLoss
@@ -183,6 +183,18 @@ class ChainHessian(LinearOperator):
     def inertia(self, damping: float) -> int:
         """How many eigenvalues of `H + damping I` are negative, exactly; damping is any number but 0."""
         return self._factorize(damping).negative()
+
+    def positive_definite(self, damping: float) -> bool:
+        """Whether `H + damping I` is positive definite; where it is not, cheaper than `inertia`."""
+        if self._factored is not None and self._factored[0] == damping:
+            return self._factored[1].negative() == 0
+        self._factored = None
+        try:
+            factored = RiccatiFactorization(self._stages, self._terminal, damping, only_if_positive=True)
+        except NotPositiveDefiniteError:
+            return False
+        self._factored = (damping, factored)
+        return factored.negative() == 0
 
     def logdet(self, damping: float) -> float:
         """`log |det(H + damping I)|`; the determinant's sign is that of `(-1) ** inertia(damping)`."""

@@ -227,10 +227,12 @@ class TrustRegionNewton(torch.optim.Optimizer):
             radius = radii[place]
             step, shifts[place], cost = self.strategies[place].propose(curvature, gradient, radius, shifts[place])
             promised = per_mean * float(step @ (gradient + 0.5 * (curvature @ step)))
-            self._write(before, step)
-            change = self._loss_change(replay)
-            for p, old in zip(group["params"], before, strict=True):
-                p.copy_(old)
+            try:
+                self._write(before, step)
+                change = self._loss_change(replay)
+            finally:
+                for p, old in zip(group["params"], before, strict=True):
+                    p.copy_(old)
             rho, length = change / promised if promised < 0.0 else math.nan, float(step.norm())
             if not rho >= 0.25:
                 radii[place] = max(0.25 * min(length, radius), _SMALLEST_RADIUS)

@@ -227,6 +227,7 @@ def test_product_solve_inertia_and_determinant(chain: Chain, operator: type[Chai
         assert curvature.stats.residual <= 1e-8
         eigenvalues = torch.linalg.eigvalsh(dense) + damping
         assert curvature.inertia(damping) == int((eigenvalues < 0).sum())
+        assert curvature.positive_definite(2.0 * damping) == bool((eigenvalues + damping > 0).all())
         # The recursion's values grow with 1 / damping, so eigenvalues as small as the damping keep that many digits.
         logdet = float(eigenvalues.abs().log().sum())
         assert curvature.logdet(damping) == pytest.approx(logdet, abs=1e-9 + 1e-15 / damping**2)
