@@ -20,16 +20,19 @@ Order = Callable[[Tensor], Tensor]
 
 
 class Tridiagonal(NamedTuple):
-    """`Vᵀ A V` of an orthonormal Krylov basis V: its diagonal `[m]` and off-diagonal `[m - 1]`."""
+    """`Vᵀ A V` of an orthonormal Krylov basis V: its diagonal `[m]`, off-diagonal `[m - 1]`, and V `[D m]` if kept."""
 
     diagonal: Tensor
     off_diagonal: Tensor
+    basis: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """`Vᵀ A V`, `[m m]`."""
+        return self.diagonal.diag() + self.off_diagonal.diag(1) + self.off_diagonal.diag(-1)
 
     def quadrature(self) -> Quadrature:
         """Gauss quadrature: its k-th moments are `vᵀ Aᵏ v`, v being the normalised start, for k < 2 m."""
-        diagonal, beside = self.diagonal.double().cpu(), self.off_diagonal.double().cpu()
-        matrix = diagonal.diag() + beside.diag(1) + beside.diag(-1)
-        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = torch.linalg.eigh(self.dense().double().cpu())
         like = self.diagonal
         return Quadrature(values.to(like), vectors[0].square().to(like))
 
@@ -61,7 +64,7 @@ def lanczos(multiply: Product, start: Tensor, num_steps: int, reorthogonalize: b
         multiply: `v -> A v`.
         start: `[D]`, not zero.
         num_steps: Products; fewer are made where the Krylov space ends before.
-        reorthogonalize: Keep all vectors, `[D num_steps]`, and make each new one orthogonal to them, twice.
+        reorthogonalize: Keep all vectors, make each new one orthogonal to them, twice, and return them as `basis`.
 
     Raises:
         ValueError: If the start is zero, `num_steps` not positive, or the matrix not symmetric.
@@ -95,7 +98,8 @@ def lanczos(multiply: Product, start: Tensor, num_steps: int, reorthogonalize: b
         v_before, v = v, w / length
         if kept:
             kept.append(v)
-    return Tridiagonal(*(torch.tensor(x, dtype=start.dtype, device=start.device) for x in (diagonal, beside)))
+    basis = torch.stack(kept, dim=1) if kept else None
+    return Tridiagonal(start.new_tensor(diagonal), start.new_tensor(beside), basis)
 
 
 @torch.no_grad()

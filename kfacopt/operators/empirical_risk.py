@@ -31,6 +31,17 @@ _CHANGED = (
 )
 
 
+class Chained:
+    """Several data sets one after the other, again and again."""
+
+    def __init__(self, *parts: Batches) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for part in self._parts:
+            yield from part
+
+
 class CurvatureLinearOperator(LinearOperator):
     """A matrix of the empirical risk `L(θ) = loss_func(model_func(all X), all y)` over a data set.
 
@@ -125,16 +136,21 @@ class CurvatureLinearOperator(LinearOperator):
         raise NotImplementedError(f"{type(self).__name__} must define _matmat_batch or _matmat")
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        total = [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]
+        total: list[Tensor] = []
         whole = 0.0
         for X, y in self._loop_over_data("_matmat"):
             weight = self._weight(X, y)
             if weight == 0.0:
                 continue  # every target is ignored: the mean over nothing is not a number
             whole += weight
-            for sum_, part in zip(total, self._matmat_batch(X, y, M), strict=True):
-                sum_.add_(part, alpha=weight)
-        return [t.div_(whole) for t in total] if self._averages() and whole else total
+            parts = self._matmat_batch(X, y, M)
+            if not total:
+                total = parts
+                continue
+            for sum_, part in zip(total, parts, strict=True):
+                # The mean so far moves towards the batch's by the batch's share.
+                sum_.lerp_(part, weight / whole) if self._averages() else sum_.add_(part)
+        return total or [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]
 
     def _averages(self) -> bool:
         return self._loss_func is not None and getattr(self._loss_func, "reduction", None) == "mean"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.operators.base import LinearOperator, Shapes
 from kfacopt.operators.empirical_risk import Batches, CurvatureLinearOperator
-from kfacopt.operators.products import Linearization, as_function
+from kfacopt.operators.products import Linearization, as_function, by_columns
 
 
 class _JacobianBase(CurvatureLinearOperator):
@@ -97,8 +97,7 @@ class JacobianLinearOperator(_JacobianBase):
         parts = []
         for X, _ in self._loop_over_data("_matmat"):
             model = self._linearize(X)
-            columns = [model.jvp(column) for column in zip(*(m.unbind(-1) for m in M), strict=True)]
-            parts.append(torch.stack(columns, dim=-1))
+            parts += by_columns(lambda column, m=model: [m.jvp(column)], M)  # type: ignore[misc]
         self._require_whole(sum(len(part) for part in parts))
         return [torch.cat(parts)]
 

@@ -15,6 +15,7 @@ from kfacopt.operators import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
+from kfacopt.operators.zeros import SkippedZeroProducts
 from tests.cases import BY_NAME, OPTIMIZERS, Frozen, mlp, parameters_of, still, train_step
 from tests.operators.harness import ALL, CLOSE, KINDS, LOSS_KINDS, WITH_LOSS, build, ones, problem
 from tests.reference import whole_ggn, whole_hessian
@@ -159,3 +160,70 @@ def test_targets_all_ignored_in_one_batch_do_not_count() -> None:
     for kind in WITH_LOSS:
         alone, both = build(kind, model, loss, [(x, y)]), build(kind, model, loss, [(x, y), (other, ignored)])
         torch.testing.assert_close(both @ ones(both), alone @ ones(alone), **CLOSE)
+
+
+class Sums(nn.Module):
+    """Parameters whose gradients autograd returns as one tensor, expanded, or as it was given them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.shift = (nn.Parameter(torch.randn(*shape)) for shape in ((3, 2), (3, 2), (2,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first + self.second + self.shift.sum() * x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_tensors_of_their_own(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = Sums().double()
+    data = [(torch.ones(3, 1, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)) for _ in range(3)]
+    operator = build(kind, model, nn.MSELoss(reduction="sum"), data)
+    kept = [p.detach().clone() for p in model.parameters()]
+    vector = [torch.randn(*s, dtype=torch.float64) for s in operator._in_shape]
+    given, flat = [v.clone() for v in vector], torch.cat([v.flatten() for v in vector])
+    for product in (operator @ vector, operator @ [v[..., None] for v in vector]):
+        torch.testing.assert_close(torch.cat([p.flatten() for p in product]), operator @ flat, **CLOSE)
+        for part in product:
+            part.fill_(7.0)
+        assert all(torch.equal(a, b) for a, b in zip(vector, given, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+
+
+def test_a_hessian_that_is_the_identity_does_not_write_to_its_vector() -> None:
+    class Quadratic(nn.Module):
+        reduction = "sum"
+
+        def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+            return 0.5 * prediction.square().sum()
+
+    model = Sums().double()
+    data = [(torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 2))] * 3
+    operator = HessianLinearOperator(model, Quadratic(), [model.first], data)
+    vector = [torch.randn(3, 2, dtype=torch.float64)]
+    before = vector[0].clone()
+    torch.testing.assert_close(operator @ vector, [3 * before], **CLOSE)
+    assert torch.equal(vector[0], before)
+
+
+def test_zero_products_are_skipped_and_no_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shapes in (((2, 3), (3, 4)), ((5, 2, 3), (5, 3, 4))):
+        a, b = (torch.randn(*shape, generator=generator) for shape in shapes)
+        with SkippedZeroProducts():
+            assert torch.equal(a @ b, torch.matmul(a, b))
+            for product in ((0 * a) @ b, a @ (0 * b)):
+                assert product.shape == (a @ b).shape
+                assert not product.any()
+    for convolution in (
+        nn.Conv1d(4, 6, 3, groups=2, stride=2),
+        nn.ConvTranspose1d(4, 6, 3),
+        nn.Conv1d(4, 6, 3, bias=False),
+    ):
+        x = torch.randn(2, 4, 9, requires_grad=True)
+        output, inputs = convolution(x), [x, *convolution.parameters()]
+        for cotangent in (torch.zeros_like(output), torch.ones_like(output)):
+            expected = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+            with SkippedZeroProducts():
+                found = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+            assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
