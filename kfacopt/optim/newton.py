@@ -77,7 +77,7 @@ class TrustRegionNewton(torch.optim.Optimizer):
         radius: float = 1.0,
         largest_radius: float = 1e3,
         attempts: int = 6,
-        progress: float = 0.03,
+        progress: float = 0.01,
     ) -> None:
         check_model(model)
         elements_of(model, torch.float64)
