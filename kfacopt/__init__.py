@@ -27,6 +27,11 @@ from kfacopt.likelihoods import KFACType as KFACType
 from kfacopt.likelihoods import Likelihood as Likelihood
 from kfacopt.optim import EKFAC as EKFAC
 from kfacopt.optim import KFAC as KFAC
+from kfacopt.optim import ExactTrustRegion as ExactTrustRegion
+from kfacopt.optim import GaussNewton as GaussNewton
+from kfacopt.optim import SaddleFree as SaddleFree
 from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer
+from kfacopt.optim import TrustRegionNewton as TrustRegionNewton
+from kfacopt.optim import TrustRegionStrategy as TrustRegionStrategy
 
 __version__ = "0.1.0"

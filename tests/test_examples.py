@@ -177,3 +177,13 @@ def test_laplace() -> None:
     rows = re.findall(r"^(trained|Laplace) +(\S+) +(\S+)%", run("laplace"), re.MULTILINE)
     (trained, _), (laplace, _) = ([float(x) for x in row[1:]] for row in rows)
     assert laplace < 0.95 * trained
+
+
+def test_deep_chain() -> None:
+    output = run("deep_chain")
+    depths = numbers(output, r"^ +(\d+) +\d\S+ +\S+$")
+    residuals = numbers(output, r"^ +\d+ +\d\S+ +(\S+)$")
+    assert depths == [4, 16, 64]
+    assert max(residuals) < 1e-10
+    newton, adamw, sgd = numbers(output, r"^(?:TrustRegionNewton|AdamW|SGD) +(\d+) steps")
+    assert newton < min(adamw, sgd)

@@ -4,6 +4,10 @@ from kfacopt.operators.base import IdentityLinearOperator as IdentityLinearOpera
 from kfacopt.operators.base import LinearOperator as LinearOperator
 from kfacopt.operators.boundaries import approximate_boundaries as approximate_boundaries
 from kfacopt.operators.boundaries import approximate_boundaries_abs as approximate_boundaries_abs
+from kfacopt.operators.chain import ChainGGN as ChainGGN
+from kfacopt.operators.chain import ChainHessian as ChainHessian
+from kfacopt.operators.chain import ChainStats as ChainStats
+from kfacopt.operators.chain_parse import Residual as Residual
 from kfacopt.operators.convergence import ConvergenceWarning as ConvergenceWarning
 from kfacopt.operators.diagonal import hutchinson_diag as hutchinson_diag
 from kfacopt.operators.diagonal import xdiag as xdiag

@@ -3,3 +3,8 @@
 from kfacopt.optim.base import SecondOrderOptimizer as SecondOrderOptimizer
 from kfacopt.optim.ekfac import EKFAC as EKFAC
 from kfacopt.optim.kfac import KFAC as KFAC
+from kfacopt.optim.newton import TrustRegionNewton as TrustRegionNewton
+from kfacopt.optim.subproblem import ExactTrustRegion as ExactTrustRegion
+from kfacopt.optim.subproblem import GaussNewton as GaussNewton
+from kfacopt.optim.subproblem import SaddleFree as SaddleFree
+from kfacopt.optim.subproblem import TrustRegionStrategy as TrustRegionStrategy
