@@ -1,0 +1,132 @@
+"""The exact damped Gauss-Newton step, solved in sample space (or in parameter space where that is smaller)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.backends.samples import SampleSpace
+from kfacopt.backends.solver import Problem, Solved, Solver
+from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.symmetric import damped_solve
+from kfacopt.metric import Curvature
+
+
+class Gram(Solver):
+    """Solves with the kernel of all loss terms: exact, at the price of a matrix as large as the batch.
+
+    With `J̃ = Sᵀ J` the whitened Jacobian, `J̃ᵀ J̃` the curvature of the mean loss and the gradient `g = J̃ᵀ r + e`
+    (`e` is what the loss has besides its terms, weight decay for instance, and mostly zero):
+
+    .. code-block:: text
+
+        x = J̃ᵀ (J̃ J̃ᵀ + damping I)⁻¹ r + (e - J̃ᵀ (J̃ J̃ᵀ + damping I)⁻¹ J̃ e) / damping
+
+    Where there are fewer parameters than samples, `(J̃ᵀ J̃ + damping I)⁻¹ g` is the same at less cost.
+
+    Args:
+        momentum: Of the solution, in the directions that the batch says nothing of (SPRING, Goldshlager et al. 2024):
+            `x_t` is the least squares solution nearest to `momentum · x_{t-1}`; 0: to zero.
+        max_bytes: Bound on memory for kernel, rows and factorisation together.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MemoryError: In a step whose kernel alone does not fit.
+    """
+
+    def __init__(self, momentum: float = 0.0, max_bytes: int = 2**31) -> None:
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        self.momentum, self.max_bytes = momentum, max_bytes
+        self._last: list[Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"Gram(momentum={self.momentum}, max_bytes={self.max_bytes})"
+
+    def check(self, curvature: Curvature) -> None:
+        if curvature is Curvature.HESSIAN:
+            raise ValueError(
+                "curvature='hessian' is no sum of squares, so that it has no sample space: use solver=kfacopt.CG() or "
+                "another curvature"
+            )
+
+    def solve(self, problem: Problem) -> Solved:
+        space = SampleSpace(problem.metric, self.max_bytes // 2)
+        self._require_memory(space)
+        space.prepare()
+        right, last = problem.gradient, self._remembered(problem)
+        if last is not None:
+            moved = space.transposed(space.jacobian(last))
+            right = list(torch._foreach_add(right, moved, alpha=-self.momentum))
+        in_parameters = space.dimension < space.size
+        if in_parameters:
+            direction, retries = self._in_parameter_space(space, right, problem.damping)
+        else:
+            direction, retries = self._in_sample_space(space, problem, last)
+        if last is not None:
+            torch._foreach_add_(direction, last, alpha=self.momentum)
+        if self.momentum > 0.0:
+            self._last = [x.clone() for x in direction]
+        stats = {"samples": float(space.size), "parameter_space": float(in_parameters), "fallbacks": float(retries)}
+        return Solved(direction, stats)
+
+    def _in_parameter_space(self, space: SampleSpace, right: list[Tensor], damping: float) -> tuple[list[Tensor], int]:
+        rows = space.rows()
+        flat = torch.cat([x.flatten() for x in right]).to(rows.dtype)
+        value, retries = damped_solve(rows.T @ rows, damping, flat)
+        return _shaped(value, right), retries
+
+    def _in_sample_space(
+        self, space: SampleSpace, problem: Problem, last: list[Tensor] | None
+    ) -> tuple[list[Tensor], int]:
+        gradient, residual = problem.gradient, space.residual()
+        rest = list(torch._foreach_sub(gradient, space.transposed(residual)))
+        # A loss scale (GradScaler) or a clipped norm is a factor of the whole gradient; the rest is no rounding error.
+        eps = torch.finfo(space.dtype).eps
+        has_rest = inner_product(rest, rest) > (1e3 * eps) ** 2 * inner_product(gradient, gradient)
+        columns = residual if last is None else residual - self.momentum * space.jacobian(last)
+        if has_rest:
+            columns = torch.stack([columns, space.jacobian(rest)], dim=1)
+        value, retries = damped_solve(space.kernel(), problem.damping, columns)
+        if not has_rest:
+            return space.transposed(value), retries
+        direction = space.transposed(value[:, 0])
+        outside = torch._foreach_sub(rest, space.transposed(value[:, 1]))
+        torch._foreach_add_(direction, outside, alpha=1.0 / problem.damping)
+        return direction, retries
+
+    def _require_memory(self, space: SampleSpace) -> None:
+        bytes_each = torch.finfo(space.dtype).bits // 8
+        if space.dimension < space.size:
+            needed = bytes_each * space.dimension * (space.size + 3 * space.dimension)
+            what = f"the Jacobian of {space.size} samples with respect to {space.dimension} parameters"
+        else:
+            needed = bytes_each * 3 * space.size**2
+            what = f"the kernel of {space.size} samples and its factorisation"
+        if needed > self.max_bytes:
+            raise MemoryError(
+                f"{what} need {needed:,} bytes, more than max_bytes={self.max_bytes:,}: take a smaller batch, "
+                f"curvature='mc' (one sample a loss term), solver=kfacopt.CG(), or raise Gram(max_bytes=...)"
+            )
+
+    def _remembered(self, problem: Problem) -> list[Tensor] | None:
+        last = self._last
+        if self.momentum == 0.0 or last is None:
+            return None
+        return last if [t.shape for t in last] == [t.shape for t in problem.gradient] else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": None if self._last is None else list(self._last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._last = None if state["last"] is None else [x.clone() for x in state["last"]]
+
+
+def _shaped(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([x.numel() for x in like])
+    return [part.view_as(x).to(x.dtype) for part, x in zip(parts, like, strict=True)]

@@ -1,0 +1,61 @@
+"""The seam between a natural gradient step and how its linear system is solved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kfacopt.linearization import Linearization
+from kfacopt.metric import Curvature, Metric
+
+
+@dataclass(eq=False)
+class Problem:
+    """`(C + damping I) x = gradient` at one step.
+
+    Attributes:
+        metric: Products with `C`.
+        gradient: Of the mean loss, shaped as the parameters; not to be written to.
+        damping: Positive.
+    """
+
+    metric: Metric
+    gradient: list[Tensor]
+    damping: float
+
+    @property
+    def linearization(self) -> Linearization:
+        """The step's forwards."""
+        return self.metric.linearization
+
+
+@dataclass(eq=False)
+class Solved:
+    """`x`, further candidates for it (the best first ones to try last), and numbers worth logging."""
+
+    direction: list[Tensor]
+    stats: dict[str, float] = field(default_factory=dict)
+    earlier: list[list[Tensor]] = field(default_factory=list)
+    damping: float | None = None
+
+
+class Solver(ABC):
+    """Solves a step's linear system; it may remember earlier solutions."""
+
+    def check(self, curvature: Curvature) -> None:  # noqa: B027 - most solvers do with any
+        """Refuse a curvature that it cannot do, with a ValueError."""
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Solved:
+        """The natural gradient."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over a state."""
