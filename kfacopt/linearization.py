@@ -8,11 +8,9 @@ differentiable. The graphs are kept from product to product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +19,7 @@ from kfacopt.estimator import TermsEstimator
 from kfacopt.forwards import Call, Replay
 from kfacopt.likelihoods import Gaussian, Likelihood, LossTerms
 from kfacopt.linalg.cg import inner_product
+from kfacopt.products import ProductRecorder
 
 Tensors = Sequence[Tensor]
 
@@ -67,6 +66,7 @@ class Linearization:
         replays: The forwards, with the user's gradient at each prediction.
         estimator: Of the loss terms.
         gradient_scale: Brings the user's gradient to that of the mean loss.
+        recorder: Records the forwards' products with weights.
 
     Raises:
         RuntimeError: If a forward run again gives another prediction than the one that the loss saw.
@@ -78,20 +78,16 @@ class Linearization:
         replays: Sequence[Replay],
         estimator: TermsEstimator,
         gradient_scale: float,
+        recorder: ProductRecorder | None = None,
     ) -> None:
         self.parameters = list(parameters)
-        self.estimator = estimator
+        self.estimator, self.recorder = estimator, recorder
         self._replays, self._scale = list(replays), gradient_scale
-        self.factor = 1.0
-        self.pieces = self.replayed()
-        cotangents = [p.terms.restore(p.gradient[None])[0] for p in self.pieces]
-        self._cotangents = [c.detach().requires_grad_() for c in cotangents]
-        found = self._backward(self._cotangents, create_graph=True)
-        self._used = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
-        self._gradients = [g for g in found if g is not None and g.requires_grad]
-        self.loss_gradient = [
-            torch.zeros_like(p) if g is None else g.detach() for p, g in zip(self.parameters, found, strict=True)
-        ]
+        self.pieces = self._run_again()
+        self._cotangents: list[Tensor] = []
+        self._used: list[int] = []
+        self._gradients: list[Tensor] = []
+        self.loss_gradient = self.transposed([piece.gradient for piece in self.pieces])
 
     def match(self, gradient: Tensors) -> None:
         """Bring the gradients at the predictions to the scale of the parameters' gradient.
@@ -102,24 +98,20 @@ class Linearization:
         length = inner_product(self.loss_gradient, self.loss_gradient)
         factor = inner_product(gradient, self.loss_gradient) / length if length > 0.0 else 1.0
         if abs(factor - 1.0) > 1e-2 and factor > 0.0:
-            self.factor = factor
             for piece in self.pieces:
                 piece.gradient = factor * piece.gradient
             self.loss_gradient = list(torch._foreach_mul(self.loss_gradient, factor))
 
-    def replayed(self, around: Callable[[], Any] | None = None) -> list[Piece]:
-        """Every forward run again, with a graph; `around` makes a context to run them in."""
+    def _run_again(self) -> list[Piece]:
         counts: dict[str, float] = {}
         for replay in self._replays:
             counts[replay.name] = counts.get(replay.name, 0.0) + float(replay.terms.count)
         pieces = []
         for call, members in _by_call(self._replays):
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                if around is None:
-                    output = call.run()
-                else:
-                    with around():
-                        output = call.run()
+            recording = nullcontext() if self.recorder is None else self.recorder.recording()
+            # The fused attention kernels have no second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), recording:
+                output = call.run()
             predictions = self.estimator.predictions(output)
             for replay in members:
                 _require_same(replay, predictions[replay.name])
@@ -162,11 +154,12 @@ class Linearization:
         found = self._second(vectors, self.parameters)
         head, tail = found[: len(self.pieces)], found[len(self.pieces) :]
         rows = [self._rows_or_zero(piece, g) for piece, g in zip(self.pieces, head, strict=True)]
-        bent = [torch.zeros_like(p) if g is None else g * self.factor for p, g in zip(self.parameters, tail, strict=True)]
+        bent = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, tail, strict=True)]
         return rows, bent
 
     def jacobian_columns(self, index: int, columns: slice) -> list[Tensor]:
         """Columns `[k m c]` of the Jacobian with respect to one parameter, for each piece."""
+        self._differentiate_backward()
         parameter = self.parameters[index]
         chosen = range(*columns.indices(parameter.numel()))
         if index not in self._used:
@@ -184,7 +177,19 @@ class Linearization:
                 rows.append(self._rows_or_zero(piece, g))
         return [torch.stack(rows) for rows in result]
 
+    def _differentiate_backward(self) -> None:
+        """Make the graph of the gradient as a function of its cotangents, once."""
+        if self._cotangents:
+            return
+        restored = [p.terms.restore(p.gradient[None])[0] for p in self.pieces]
+        self._cotangents = [c.detach().requires_grad_() for c in restored]
+        with torch.enable_grad():
+            found = self._backward(self._cotangents, create_graph=True)
+        self._used = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
+        self._gradients = [g for g in found if g is not None and g.requires_grad]
+
     def _second(self, vectors: Tensors, more: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        self._differentiate_backward()
         chosen = [vectors[i] for i in self._used]
         inputs = [*self._cotangents, *more]
         if not chosen:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfacopt.backends.samples import SampleSpace
 from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.linalg.cg import inner_product
-from kfacopt.linalg.symmetric import damped_solve
+from kfacopt.linalg.least_squares import damped_least_squares, damped_solve
 from kfacopt.metric import Curvature
 
 
@@ -37,6 +37,8 @@ class Gram(Solver):
         MemoryError: In a step whose kernel alone does not fit.
     """
 
+    records = True
+
     def __init__(self, momentum: float = 0.0, max_bytes: int = 2**31) -> None:
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
@@ -59,15 +61,16 @@ class Gram(Solver):
         space = SampleSpace(problem.metric, self.max_bytes // 2)
         self._require_memory(space)
         space.prepare()
-        right, last = problem.gradient, self._remembered(problem)
+        residual, last = space.residual(), self._remembered(problem)
+        rest = list(torch._foreach_sub(problem.gradient, space.transposed(residual)))
+        # Besides rounding: what the loss has besides its terms.
+        threshold = (1e3 * torch.finfo(space.dtype).eps) ** 2
+        has_rest = inner_product(rest, rest) > threshold * inner_product(problem.gradient, problem.gradient)
         if last is not None:
-            moved = space.transposed(space.jacobian(last))
-            right = list(torch._foreach_add(right, moved, alpha=-self.momentum))
+            residual = residual - self.momentum * space.jacobian(last)
         in_parameters = space.dimension < space.size
-        if in_parameters:
-            direction, retries = self._in_parameter_space(space, right, problem.damping)
-        else:
-            direction, retries = self._in_sample_space(space, problem, last)
+        solve = self._in_parameter_space if in_parameters else self._in_sample_space
+        direction, retries = solve(space, residual, rest if has_rest else None, problem.damping)
         if last is not None:
             torch._foreach_add_(direction, last, alpha=self.momentum)
         if self.momentum > 0.0:
@@ -75,35 +78,34 @@ class Gram(Solver):
         stats = {"samples": float(space.size), "parameter_space": float(in_parameters), "fallbacks": float(retries)}
         return Solved(direction, stats)
 
-    def _in_parameter_space(self, space: SampleSpace, right: list[Tensor], damping: float) -> tuple[list[Tensor], int]:
-        rows = space.rows()
-        flat = torch.cat([x.flatten() for x in right]).to(rows.dtype)
-        value, retries = damped_solve(rows.T @ rows, damping, flat)
-        return _shaped(value, right), retries
-
-    def _in_sample_space(
-        self, space: SampleSpace, problem: Problem, last: list[Tensor] | None
+    @staticmethod
+    def _in_parameter_space(
+        space: SampleSpace, residual: Tensor, rest: list[Tensor] | None, damping: float
     ) -> tuple[list[Tensor], int]:
-        gradient, residual = problem.gradient, space.residual()
-        rest = list(torch._foreach_sub(gradient, space.transposed(residual)))
-        # A loss scale (GradScaler) or a clipped norm is a factor of the whole gradient; the rest is no rounding error.
-        eps = torch.finfo(space.dtype).eps
-        has_rest = inner_product(rest, rest) > (1e3 * eps) ** 2 * inner_product(gradient, gradient)
-        columns = residual if last is None else residual - self.momentum * space.jacobian(last)
-        if has_rest:
-            columns = torch.stack([columns, space.jacobian(rest)], dim=1)
-        value, retries = damped_solve(space.kernel(), problem.damping, columns)
-        if not has_rest:
+        parameters = space.linearization.parameters
+        outside = None if rest is None else torch.cat([x.flatten() for x in rest]).to(space.dtype)
+        flat = damped_least_squares(space.rows(), damping, residual, outside)
+        parts = flat.split([p.numel() for p in parameters])
+        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)], 0
+
+    @staticmethod
+    def _in_sample_space(
+        space: SampleSpace, residual: Tensor, rest: list[Tensor] | None, damping: float
+    ) -> tuple[list[Tensor], int]:
+        if rest is None:
+            value, retries = damped_solve(space.kernel(), damping, residual)
             return space.transposed(value), retries
+        columns = torch.stack([residual, space.jacobian(rest)], dim=1)
+        value, retries = damped_solve(space.kernel(), damping, columns)
         direction = space.transposed(value[:, 0])
         outside = torch._foreach_sub(rest, space.transposed(value[:, 1]))
-        torch._foreach_add_(direction, outside, alpha=1.0 / problem.damping)
+        torch._foreach_add_(direction, outside, alpha=1.0 / damping)
         return direction, retries
 
     def _require_memory(self, space: SampleSpace) -> None:
         bytes_each = torch.finfo(space.dtype).bits // 8
         if space.dimension < space.size:
-            needed = bytes_each * space.dimension * (space.size + 3 * space.dimension)
+            needed = bytes_each * space.dimension * 3 * (space.size + space.dimension)
             what = f"the Jacobian of {space.size} samples with respect to {space.dimension} parameters"
         else:
             needed = bytes_each * 3 * space.size**2
@@ -125,8 +127,3 @@ class Gram(Solver):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = None if state["last"] is None else [x.clone() for x in state["last"]]
-
-
-def _shaped(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = flat.split([x.numel() for x in like])
-    return [part.view_as(x).to(x.dtype) for part, x in zip(parts, like, strict=True)]

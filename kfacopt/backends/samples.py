@@ -136,8 +136,6 @@ class SampleSpace:
 
     def prepare(self) -> None:
         """Find the parameters whose rows recorded products give, and check that they do."""
-        self._recorder = ProductRecorder()
-        self._pieces = self.linearization.replayed(self._recorder.recording)
         parameters = self.linearization.parameters
         exact, needed = self._check()
         self._others = [i for i in range(len(parameters)) if i not in exact]
@@ -149,6 +147,11 @@ class SampleSpace:
             self._groups[-1].append(i)
             held += needed[i]
 
+    def _recorder(self) -> ProductRecorder:
+        recorder = self.linearization.recorder
+        assert recorder is not None
+        return recorder
+
     def _check(self) -> tuple[set[int], list[float]]:
         """Which parameters' recorded rows are right, and the bytes of all rows of each.
 
@@ -158,7 +161,7 @@ class SampleSpace:
         """
         parameters, generator = self.linearization.parameters, torch.Generator().manual_seed(0)
         exact, needed = set(range(len(parameters))), [0.0] * len(parameters)
-        for index, piece in enumerate(self._pieces):
+        for index, piece in enumerate(self.linearization.pieces):
             v = self._columns[index]
             passes = v.shape[0] * v.shape[1]
             data = v.shape[2]
@@ -168,9 +171,9 @@ class SampleSpace:
             wanted = torch.autograd.grad(
                 piece.prediction, parameters, cotangent, retain_graph=True, allow_unused=True
             )
-            self._recorder.backward([piece.prediction], parameters, [cotangent])
+            self._recorder().backward([piece.prediction], parameters, [cotangent])
             for i, (parameter, gradient) in enumerate(zip(parameters, wanted, strict=True)):
-                sides = self._recorder.take(parameter)
+                sides = self._recorder().take(parameter)
                 if gradient is None:
                     continue
                 if not sides or not _agree(sides, gradient, alive):
@@ -182,7 +185,7 @@ class SampleSpace:
         """For each group of parameters, for each of them, its rows in every piece."""
         for group in self._groups:
             chosen = [self.linearization.parameters[i] for i in group]
-            per_piece = [self._record(index, piece, chosen) for index, piece in enumerate(self._pieces)]
+            per_piece = [self._record(index, piece, chosen) for index, piece in enumerate(self.linearization.pieces)]
             yield [[blocks[i] for blocks in per_piece] for i in range(len(group))]
 
     def _record(self, index: int, piece: Piece, chosen: Sequence[Tensor]) -> list[RecordedBlock]:
@@ -192,11 +195,11 @@ class SampleSpace:
             for t in range(v.shape[1]):
                 cotangent = torch.zeros_like(piece.gradient).unflatten(0, (-1, v.shape[1]))
                 cotangent[:, t] = v[k, t]
-                self._recorder.backward(
+                self._recorder().backward(
                     [piece.prediction], chosen, [piece.terms.restore(cotangent.flatten(0, 1)[None])[0]]
                 )
                 for sides, parameter in zip(seen, chosen, strict=True):
-                    found = self._recorder.take(parameter)
+                    found = self._recorder().take(parameter)
                     if found:
                         sides.append(_joined(found))
         return [_block(sides, p, v) for sides, p in zip(seen, chosen, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,6 +45,9 @@ class Solved:
 
 class Solver(ABC):
     """Solves a step's linear system; it may remember earlier solutions."""
+
+    records: ClassVar[bool] = False
+    """Whether the forwards are to be run again with recorded products."""
 
     def check(self, curvature: Curvature) -> None:  # noqa: B027 - most solvers do with any
         """Refuse a curvature that it cannot do, with a ValueError."""

@@ -96,43 +96,6 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
     return Inverse((vectors / shifted.clamp_min(smallest).unsqueeze(-2)) @ vectors.mT, 2 + more)
 
 
-class Solution(NamedTuple):
-    """`value = (matrix + damping I)^-1 right`; `retries` attempts failed before this one."""
-
-    value: Tensor
-    retries: int
-
-
-def damped_solve(matrix: Tensor, damping: float, right: Tensor) -> Solution:
-    """Solve with `matrix + damping I` by Cholesky, and by eigendecomposition where that fails.
-
-    Args:
-        matrix: Symmetric positive semi-definite, `[d d]`.
-        damping: Not negative.
-        right: `[d]` or `[d k]`.
-
-    Raises:
-        LinAlgError: If the matrix has an entry that is not finite.
-
-    >>> damped_solve(torch.tensor([[3.0]]), 1.0, torch.tensor([8.0])).value.item()
-    2.0
-    """
-    _require_finite(matrix, "solve with")
-    columns = right if right.ndim == 2 else right.unsqueeze(-1)
-    attempts = (torch.float64,) if matrix.dtype == torch.float64 else (matrix.dtype, torch.float64)
-    for retries, dtype in enumerate(attempts):
-        factor, info = torch.linalg.cholesky_ex(_add_to_diagonal(matrix.to(dtype), damping))
-        if not bool(info.any()):
-            value = torch.cholesky_solve(columns.to(dtype), factor)
-            if bool(value.sum().isfinite()):
-                return Solution(value.to(right.dtype).view_as(right), retries)
-    values, vectors, more = eigh(matrix.double())
-    # What rounding left of eigenvalues below it is not divided by.
-    floor = torch.finfo(matrix.dtype).eps * values.amax().clamp_min(torch.finfo(torch.float64).tiny)
-    value = vectors @ ((vectors.mT @ columns.double()) / (values + damping).clamp_min(floor).unsqueeze(-1))
-    return Solution(value.to(right.dtype).view_as(right), len(attempts) + more)
-
-
 def refine_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Bring an eigenbasis nearer to that of a matrix that moved a little: one step of orthogonal iteration by QR.
 

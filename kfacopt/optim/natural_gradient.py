@@ -21,6 +21,7 @@ from kfacopt.optim import rule
 from kfacopt.optim.base import Params
 from kfacopt.optim.checks import check_model
 from kfacopt.optim.line_search import GridLineSearch
+from kfacopt.products import ProductRecorder
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -93,7 +94,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.solver.check(self.curvature)
         fisher = {"fisher_type": self.curvature.fisher_type, "mc_samples": mc_samples}
         self._estimator = TermsEstimator(loss_func, seed=seed, prediction=prediction, **fisher)
-        self._step, self._report = 0, {"skipped_steps": 0.0}
+        self._step, self._last_size, self._report = 0, 0.0, {"skipped_steps": 0.0}
         self._capture: Capture | None = None
         defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         super().__init__(model.parameters() if params is None else params, defaults)
@@ -170,7 +171,8 @@ class NaturalGradient(torch.optim.Optimizer):
         tally, damping = self._open_capture().tally, float(self.param_groups[0]["damping"])
         scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
         gradients = [g * scale for g in gradients] if scale != 1.0 else gradients
-        linearization = Linearization(parameters, tally.replays, self._estimator, scale)
+        recorder = ProductRecorder() if self.solver.records else None
+        linearization = Linearization(parameters, tally.replays, self._estimator, scale, recorder)
         linearization.match(gradients)
         problem = Problem(Metric(linearization, self.curvature), gradients, damping)
         solved = self.solver.solve(problem)
@@ -194,7 +196,8 @@ class NaturalGradient(torch.optim.Optimizer):
             with moved(parameters, step, size):
                 return linearization.loss_change()
 
-        return self.line_search.best(loss_change)
+        self._last_size = self.line_search.best(loss_change, self._last_size, self._step)
+        return self._last_size
 
     def _scaled(self, parameters: list[nn.Parameter], direction: list[Tensor]) -> list[Tensor]:
         """The step of size one: minus the direction, times each group's learning rate."""
@@ -247,6 +250,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "solver": self.solver.state_dict(),
             "estimator": self._estimator.state_dict(),
             "step": self._step,
+            "last_size": self._last_size,
             "skipped_steps": self._report["skipped_steps"],
         }
         return result
@@ -263,13 +267,14 @@ class NaturalGradient(torch.optim.Optimizer):
         own = state_dict["curvature"]
         self.solver.load_state_dict(own["solver"])
         self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
-        self._step, self._report["skipped_steps"] = int(own["step"]), float(own["skipped_steps"])
+        self._step, self._last_size = int(own["step"]), float(own["last_size"])
+        self._report["skipped_steps"] = float(own["skipped_steps"])
         self._open_capture().reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "curvature", "solver", "line_search", "damping_rule", "_estimator", "_step", "_report")
+        own = ("model", "curvature", "solver", "line_search", "damping_rule", "_estimator", "_step", "_last_size")
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own}
+        return state | {name: self.__dict__[name] for name in (*own, "_report")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
