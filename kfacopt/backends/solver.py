@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kfacopt.backends.base import CurvatureBackend
 from kfacopt.linearization import Linearization
 from kfacopt.metric import Curvature, Metric
 
@@ -21,11 +22,13 @@ class Problem:
         metric: Products with `C`.
         gradient: Of the mean loss, shaped as the parameters; not to be written to.
         damping: Positive.
+        precondition: `r -> M⁻¹ r`, where the solver has a backend for it.
     """
 
     metric: Metric
     gradient: list[Tensor]
     damping: float
+    precondition: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
 
     @property
     def linearization(self) -> Linearization:
@@ -35,7 +38,14 @@ class Problem:
 
 @dataclass(eq=False)
 class Solved:
-    """`x`, further candidates for it (the best first ones to try last), and numbers worth logging."""
+    """What a solver found.
+
+    Attributes:
+        direction: `x`.
+        stats: Numbers worth logging.
+        earlier: Solutions of earlier iterations, the last of them last.
+        damping: If it could not be solved with that of the problem: the one it was solved with.
+    """
 
     direction: list[Tensor]
     stats: dict[str, float] = field(default_factory=dict)
@@ -48,6 +58,9 @@ class Solver(ABC):
 
     records: ClassVar[bool] = False
     """Whether the forwards are to be run again with recorded products."""
+
+    backend: CurvatureBackend | None = None
+    """Fed with rows as a layer-wise optimizer's, if the solver has one: its preconditioner."""
 
     def check(self, curvature: Curvature) -> None:  # noqa: B027 - most solvers do with any
         """Refuse a curvature that it cannot do, with a ValueError."""

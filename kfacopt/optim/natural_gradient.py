@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacopt.backends.base import Settings
 from kfacopt.backends.gram import Gram
+from kfacopt.backends.preconditioner import Preconditioner
 from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.capture import Capture, without_autocast
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
+from kfacopt.layers.layer import Layer
 from kfacopt.linalg.cg import inner_product
 from kfacopt.linearization import Linearization, moved
 from kfacopt.metric import Curvature, Metric
 from kfacopt.optim import rule
 from kfacopt.optim.base import Params
 from kfacopt.optim.checks import check_model
+from kfacopt.optim.coverage import find_layers
 from kfacopt.optim.line_search import GridLineSearch
 from kfacopt.products import ProductRecorder
 
@@ -92,8 +96,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.solver = Gram() if solver is None else solver
         self.line_search, self.damping_rule = line_search, damping_rule
         self.solver.check(self.curvature)
-        fisher = {"fisher_type": self.curvature.fisher_type, "mc_samples": mc_samples}
-        self._estimator = TermsEstimator(loss_func, seed=seed, prediction=prediction, **fisher)
+        if mc_samples != 1 and self.curvature is not Curvature.MC:
+            raise ValueError(f"mc_samples={mc_samples} has no meaning with curvature={self.curvature.value!r}: only 'mc'")
+        self._estimator = TermsEstimator(loss_func, mc_samples=mc_samples, seed=seed, prediction=prediction)
+        if self.solver.backend is not None and "" not in self._estimator.likelihoods:
+            raise ValueError("a preconditioner needs a single loss term, but loss_func is a dict: leave it out of CG()")
+        self._layers: list[Layer] = []
         self._step, self._last_size, self._report = 0, 0.0, {"skipped_steps": 0.0}
         self._capture: Capture | None = None
         defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
@@ -101,9 +109,21 @@ class NaturalGradient(torch.optim.Optimizer):
         self._attach()
 
     def _attach(self) -> None:
-        self._capture = Capture(self.model, [], self._estimator, _nothing, _nothing)
-        self._capture.wants_rows = False
-        self._capture.wants_terms = self._capture.wants_replays = True
+        backend = self.solver.backend
+        if backend is None:
+            self._capture = Capture(self.model, [], self._estimator, _nothing, _nothing)
+        else:
+            wanted = [p for group in self.param_groups for p in group["params"]]
+            self._layers, _ = find_layers(self.model, wanted, [], self._estimator.separate_weight_and_bias)
+            backend.attach(self._layers)
+            self._capture = Capture(self.model, self._layers, self._estimator, backend.update, backend.discard)
+            self._capture.all_places = backend.all_places
+        self._arm()
+
+    def _arm(self) -> None:
+        capture, backend = self._open_capture(), self.solver.backend
+        capture.wants_rows = backend is not None and backend.wants_rows(self._step)
+        capture.wants_terms = capture.wants_replays = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. All groups share one linear system and so one damping."""
@@ -157,6 +177,8 @@ class NaturalGradient(torch.optim.Optimizer):
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not rule.all_finite(gradients):
+            if self.solver.backend is not None:
+                self.solver.backend.discard()
             self._report["skipped_steps"] += 1.0
         elif parameters:
             if not capture.tally.replays:
@@ -165,6 +187,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._take_step(parameters, gradients)
             self._step += 1
         capture.reset()
+        self._arm()
         return loss
 
     def _take_step(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
@@ -174,23 +197,54 @@ class NaturalGradient(torch.optim.Optimizer):
         recorder = ProductRecorder() if self.solver.records else None
         linearization = Linearization(parameters, tally.replays, self._estimator, scale, recorder)
         linearization.match(gradients)
-        problem = Problem(Metric(linearization, self.curvature), gradients, damping)
+        problem = Problem(Metric(linearization, self.curvature), gradients, damping, self._preconditioner(parameters))
         solved = self.solver.solve(problem)
         if not rule.all_finite(solved.direction):
             self._report["skipped_steps"] += 1.0
             self._adapt(damping, math.nan)
             return
         damping = damping if solved.damping is None else solved.damping
-        length = self._length(linearization, parameters, solved)
+        direction = self._backtracked(linearization, parameters, solved)
+        length = self._length(linearization, parameters, direction)
         self._report |= {"damping": damping, "step_size": length} | solved.stats
-        rho = self._write(problem, parameters, solved.direction, length, damping)
+        rho = self._write(problem, parameters, direction, length, damping)
         self._adapt(damping, rho)
 
-    def _length(self, linearization: Linearization, parameters: list[nn.Parameter], solved: Solved) -> float:
+    def _preconditioner(self, parameters: list[nn.Parameter]) -> Preconditioner | None:
+        """The backend's solve with what this step's batches told it, or None."""
+        backend, damping = self.solver.backend, float(self.param_groups[0]["damping"])
+        if backend is None:
+            return None
+        settings = dict.fromkeys(self._layers, Settings(damping, _EMA_DECAY))
+        backend.fold(self._step, settings)
+        backend.refresh(self._step, settings)
+        return Preconditioner(backend, settings, parameters)
+
+    def _backtracked(
+        self, linearization: Linearization, parameters: list[nn.Parameter], solved: Solved
+    ) -> list[Tensor]:
+        """The solver's solution, or an earlier one as long as the loss is lower there."""
+
+        def change(direction: list[Tensor]) -> float:
+            with moved(parameters, self._scaled(parameters, direction), 1.0):
+                return linearization.loss_change()
+
+        best = solved.direction
+        if solved.earlier:
+            lowest, used = change(best), 0
+            for earlier in reversed(solved.earlier):
+                found = change(earlier)
+                if not found < lowest:
+                    break
+                best, lowest, used = earlier, found, used + 1
+            solved.stats["backtracked"] = float(used)
+        return best
+
+    def _length(self, linearization: Linearization, parameters: list[nn.Parameter], direction: list[Tensor]) -> float:
         """The step size, in units of each group's learning rate."""
         if self.line_search is None:
             return 1.0
-        step = self._scaled(parameters, solved.direction)
+        step = self._scaled(parameters, direction)
 
         def loss_change(size: float) -> float:
             with moved(parameters, step, size):
@@ -227,7 +281,9 @@ class NaturalGradient(torch.optim.Optimizer):
         return rho
 
     def _adapt(self, damping: float, rho: float) -> None:
-        if self.damping_rule is not None and self.damping_rule.due(self._step):
+        if self.damping_rule is None:
+            return
+        if self.damping_rule.due(self._step):
             self._report["rho"] = rho
             damping = self.damping_rule.adjusted(damping, rho)
         for group in self.param_groups:
@@ -281,6 +337,10 @@ class NaturalGradient(torch.optim.Optimizer):
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
             self._capture = None
             self._attach()
+
+
+_EMA_DECAY = 0.8
+"""Of a preconditioner's statistics."""
 
 
 def _nothing(*_: Any) -> None:
