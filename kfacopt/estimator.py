@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods import FisherType, KFACType, Likelihood, LossTerms, likelihood_from
 
-
 Loss = nn.Module | Likelihood
 LossFunction = Loss | Mapping[str, Loss | tuple[float, Loss]]
 """A loss; or losses by the names in the output of a model that returns a dict, alone or as `(weight, loss)`."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,7 +131,12 @@ class Linearization:
     def _backward(self, cotangents: Tensors, create_graph: bool = False) -> Sequence[Tensor | None]:
         predictions = [piece.prediction for piece in self.pieces]
         return torch.autograd.grad(
-            predictions, self.parameters, list(cotangents), retain_graph=True, create_graph=create_graph, allow_unused=True
+            predictions,
+            self.parameters,
+            list(cotangents),
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
         )
 
     def transposed(self, rows: Tensors) -> list[Tensor]:
@@ -170,7 +176,11 @@ class Linearization:
         for column in chosen:
             unit[column] = 1.0
             found = torch.autograd.grad(
-                [self._gradients[position]], self._cotangents, [unit.view_as(parameter)], retain_graph=True, allow_unused=True
+                [self._gradients[position]],
+                self._cotangents,
+                [unit.view_as(parameter)],
+                retain_graph=True,
+                allow_unused=True,
             )
             unit[column] = 0.0
             for rows, piece, g in zip(result, self.pieces, found, strict=True):
@@ -213,7 +223,9 @@ class Linearization:
             for replay in members:
                 piece = next(p for p in self.pieces if p.call is call and p.name == replay.name)
                 new = piece.terms.at(predictions[replay.name].detach())
-                change += float((piece.loss_gradient * (new.parameters - piece.terms.parameters)).sum(dtype=torch.float64))
+                change += float(
+                    (piece.loss_gradient * (new.parameters - piece.terms.parameters)).sum(dtype=torch.float64)
+                )
                 change += piece.share * float(piece.likelihood.divergence(piece.terms, new))
         return change if math.isfinite(change) else math.inf
 

@@ -168,9 +168,7 @@ class SampleSpace:
             alive = (torch.randperm(data, generator=generator) >= data // 2).to(v.device)
             weights = torch.randn(v.shape[:-1], generator=generator, dtype=torch.float64).to(v) * alive
             cotangent = piece.terms.restore(torch.einsum("ktnc,ktn->ntc", v, weights).flatten(0, 1)[None])[0]
-            wanted = torch.autograd.grad(
-                piece.prediction, parameters, cotangent, retain_graph=True, allow_unused=True
-            )
+            wanted = torch.autograd.grad(piece.prediction, parameters, cotangent, retain_graph=True, allow_unused=True)
             self._recorder().backward([piece.prediction], parameters, [cotangent])
             for i, (parameter, gradient) in enumerate(zip(parameters, wanted, strict=True)):
                 sides = self._recorder().take(parameter)
@@ -217,7 +215,9 @@ class SampleSpace:
         for i in self._others:
             for start in range(0, parameters[i].numel(), step):
                 columns = self.linearization.jacobian_columns(i, slice(start, start + step))
-                yield torch.stack([self.project(list(rows)) for rows in zip(*columns, strict=True)], dim=1).to(self.dtype)
+                yield torch.stack([self.project(list(rows)) for rows in zip(*columns, strict=True)], dim=1).to(
+                    self.dtype
+                )
 
     def _rows_one_by_one(self) -> Tensor:
         chosen = [self.linearization.parameters[i] for i in self._others]
@@ -263,7 +263,8 @@ def _block(sides: Sequence[tuple[Tensor, Tensor]], parameter: Tensor, v: Tensor)
     if not sides:  # this piece does not depend on the parameter
         outputs = parameter.shape[0]
         return RecordedBlock(
-            v.new_zeros(1, data, 1, parameter.numel() // outputs), v.new_zeros(1, data, 1, 1).expand(passes, -1, -1, outputs)
+            v.new_zeros(1, data, 1, parameter.numel() // outputs),
+            v.new_zeros(1, data, 1, 1).expand(passes, -1, -1, outputs),
         )
     first = sides[0][0]
     same = all(a.data_ptr() == first.data_ptr() and a.shape == first.shape for a, _ in sides)

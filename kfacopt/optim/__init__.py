@@ -3,3 +3,5 @@
 from kfacopt.optim.base import SecondOrderOptimizer as SecondOrderOptimizer
 from kfacopt.optim.ekfac import EKFAC as EKFAC
 from kfacopt.optim.kfac import KFAC as KFAC
+from kfacopt.optim.line_search import GridLineSearch as GridLineSearch
+from kfacopt.optim.natural_gradient import NaturalGradient as NaturalGradient

@@ -28,7 +28,7 @@ class GridLineSearch:
     points: int = 31
     ratio: float = 0.5
     longest: float = 1.0
-    scan_every: int = 10
+    scan_every: int = 50
 
     def __post_init__(self) -> None:
         for name in ("points", "scan_every"):

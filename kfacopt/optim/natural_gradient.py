@@ -97,7 +97,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self.line_search, self.damping_rule = line_search, damping_rule
         self.solver.check(self.curvature)
         if mc_samples != 1 and self.curvature is not Curvature.MC:
-            raise ValueError(f"mc_samples={mc_samples} has no meaning with curvature={self.curvature.value!r}: only 'mc'")
+            raise ValueError(
+                f"mc_samples={mc_samples} has no meaning with curvature={self.curvature.value!r}: only 'mc'"
+            )
         self._estimator = TermsEstimator(loss_func, mc_samples=mc_samples, seed=seed, prediction=prediction)
         if self.solver.backend is not None and "" not in self._estimator.likelihoods:
             raise ValueError("a preconditioner needs a single loss term, but loss_func is a dict: leave it out of CG()")

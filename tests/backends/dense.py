@@ -48,5 +48,3 @@ def loss_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor
 
     result: Tensor = jacrev(jacrev(value))(flat(own.values()))
     return result
-
-
