@@ -16,10 +16,11 @@ import itertools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,47 +30,15 @@ from torch.utils.hooks import RemovableHandle
 
 from kfacopt.estimator import FisherEstimator, tensors_of
 from kfacopt.forwards import Call, Forward, Replay, Site, Tally
+from kfacopt.hooks import drop_inert_hooks, hook_type
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import Gaussian
+from kfacopt.passes import CotangentPass
 from kfacopt.rows import rows_of_layer
 
 # Set while any curvature pass runs: the pass must not trigger another, not even that of a second optimizer.
 _in_curvature_pass: ContextVar[bool] = ContextVar("kfacopt_curvature_pass", default=False)
-
-
-class _Hook:
-    """A hook that is inert in copies and pickles of the model: they are not what the optimizer watches."""
-
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
-        self._method = None if method is None else weakref.WeakMethod(method)
-
-    @property
-    def inert(self) -> bool:
-        """Whether there is nobody to call: a copy, or an optimizer that is gone."""
-        return self._method is None or self._method() is None
-
-    def __call__(self, *args: Any) -> None:
-        method = None if self._method is None else self._method()
-        if method is not None:
-            method(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
-
-
-def _hook_type() -> type[_Hook]:
-    """Hooks that torch.compile does not look into; only where it was used, as it takes seconds to import."""
-    if "torch._dynamo" not in sys.modules:
-        return _Hook
-
-    class Uncompiled(_Hook):
-        __call__ = torch.compiler.disable(_Hook.__call__)
-
-    return Uncompiled
 
 
 class Capture:
@@ -107,16 +76,16 @@ class Capture:
         self._depth = 0
         self._root: nn.Module | None = None
         self._paused = False
-        self._batched = True
+        self._backward = CotangentPass()
         self._sites: list[Site] = []
         self._numbers = itertools.count()
         self._outputs: list[weakref.ref[Tensor]] = []
         self._call: Call | None = None
         self._alive: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._handles: list[RemovableHandle] = []
-        hook = _hook_type()
+        hook = hook_type()
         for module in model.modules():
-            _drop_inert_hooks(module)
+            drop_inert_hooks(module)
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
@@ -157,7 +126,8 @@ class Capture:
         # Under a torch.func transform it is not the model's own parameters that are differentiated.
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         recomputed = torch._C._current_graph_task_id() != -1
-        return self._paused or not torch.is_grad_enabled() or recomputed or transformed
+        elsewhere = _in_curvature_pass.get()  # an operator's forward over its own data
+        return self._paused or elsewhere or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused or torch._C._current_graph_task_id() != -1:
@@ -195,20 +165,9 @@ class Capture:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        own = all(module._parameters.get(role) is p for role, p in layer.parameters.items())  # no functional_call
-        if own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None:
-            detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-            self._sites.append(
-                Site(
-                    next(self._numbers),
-                    layer,
-                    module,
-                    detached,
-                    kwargs,
-                    output.grad_fn,
-                    output.output_nr,
-                )
-            )
+        site = _site(next(self._numbers), layer, module, inputs, kwargs, output)
+        if site is not None:
+            self._sites.append(site)
 
     def _keep_forward(self, root: nn.Module, sites: list[Site], call: Call | None, output: Any) -> None:
         if not sites and next(root.parameters(), None) is None:
@@ -300,34 +259,12 @@ class Capture:
         if sites:
             first = True
             for cotangents in self._estimator.cotangents(terms):
-                gradients = self._gradients(own, edges, cotangents)
-                for layer, reached in _by_layer(gradients).items():
+                for layer, reached in self._backward(own, edges, cotangents).items():
                     rows = rows_of_layer(layer, reached, terms.count, self._estimator.kfac_approx, self.all_places)
                     self._deliver(layer, rows if first else replace(rows, first=False))
                 first = False
         for one in forwards:
             one.sites.clear()
-
-    def _gradients(
-        self, root: GradientEdge, edges: Mapping[Site, GradientEdge], cotangents: Tensor
-    ) -> dict[Site, Tensor]:
-        """Cotangents `[v, *output]` of every site that the prediction depends on."""
-        same = {s: cotangents for s, e in edges.items() if e.node is root.node and e.output_nr == root.output_nr}
-        rest = {site: edge for site, edge in edges.items() if site not in same}
-        if not rest:
-            return same
-        inputs = tuple(rest.values())
-        found: list[Tensor | None] | None = None
-        if len(cotangents) > 1 and self._batched:
-            try:
-                found = list(_backward(root, inputs, cotangents, batched=True))
-            except RuntimeError:  # an operation without a batching rule: one pass a cotangent from now on
-                self._batched = False
-        if found is None:
-            passes = [_backward(root, inputs, v, batched=False) for v in cotangents]
-            found = [None if p[0] is None else torch.stack(p) for p in zip(*passes, strict=True)]
-        reached = {site: g for site, g in zip(rest, found, strict=True) if g is not None}
-        return same | reached
 
     def _upstream(self, node: Node, call: Call | None) -> list[Forward]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
@@ -356,6 +293,53 @@ class Capture:
         return result
 
 
+class Recorder:
+    """Keeps the calls of layers while a model runs within this context; no optimizer's capture takes note of it.
+
+    Args:
+        layers: What to keep the calls of; all of their parameters are to require gradients.
+
+    Attributes:
+        sites: The calls so far; they keep the graph alive until `clear`.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self.sites: list[Site] = []
+
+    def __enter__(self) -> Recorder:
+        self._token = _in_curvature_pass.set(True)
+        self._handles = [
+            module.register_forward_hook(partial(self._keep, layer), with_kwargs=True)
+            for layer in self._layers
+            for module in layer.modules
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        _in_curvature_pass.reset(self._token)
+
+    def _keep(
+        self, layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        site = _site(len(self.sites), layer, module, inputs, kwargs, output)
+        if site is not None:
+            self.sites.append(site)
+
+
+def _site(
+    number: int, layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Site | None:
+    """A call of a covered module, unless it ran with other parameters (functional_call) or without a graph."""
+    own = all(module._parameters.get(role) is p for role, p in layer.parameters.items())
+    if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
+        return None
+    detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+    return Site(number, layer, module, detached, kwargs, output.grad_fn, output.output_nr, output.shape)
+
+
 def without_autocast(device: torch.device) -> torch.autocast:
     """Statistics are never computed in half precision, whatever context the user's backward runs in."""
     return torch.autocast(device.type, enabled=False)
@@ -364,26 +348,6 @@ def without_autocast(device: torch.device) -> torch.autocast:
 def _arrive(capture: Capture | None, forward: Forward | None, gradients: Sequence[Tensor | None]) -> None:
     if capture is not None and forward is not None:
         capture.arrived(forward, gradients)
-
-
-def _backward(
-    root: GradientEdge, inputs: tuple[GradientEdge, ...], cotangents: Tensor, batched: bool
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        (root,),
-        inputs,
-        (cotangents,),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-
-
-def _by_layer(gradients: Mapping[Site, Tensor]) -> dict[Layer, list[tuple[Site, Tensor]]]:
-    result: dict[Layer, list[tuple[Site, Tensor]]] = {}
-    for site, gradient in gradients.items():
-        result.setdefault(site.layer, []).append((site, gradient))
-    return result
 
 
 def _calls_itself(module: nn.Module) -> bool:
@@ -409,13 +373,3 @@ def _ancestors(node: Node) -> Iterator[Node]:
                 seen.add(following)
                 queue.append(following)
                 yield following
-
-
-def _drop_inert_hooks(module: nn.Module) -> None:
-    """Remove what a copied or unpickled module kept of the hooks of the original."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        hooks = getattr(module, kind)
-        for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook) and hook.inert]:
-            del hooks[key]
-            for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
-                getattr(module, flags, {}).pop(key, None)

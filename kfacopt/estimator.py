@@ -64,6 +64,11 @@ class FisherEstimator:
         self.prediction: Callable[[Any], Tensor] | None = options.get("prediction")
         if self.mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}")
+        if self.fisher_type == FisherType.FORWARD_ONLY:
+            raise ValueError(
+                "fisher_type='forward-only' is there for kfacopt.operators.KFACLinearOperator only: an optimizer needs "
+                "'mc', 'type-2' or 'empirical'"
+            )
         if self.fisher_type != FisherType.MC and self.mc_samples != 1:
             raise ValueError(
                 f"mc_samples={self.mc_samples} has no meaning with fisher_type={self.fisher_type.value!r}: "

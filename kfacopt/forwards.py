@@ -26,6 +26,7 @@ class Site:
     kwargs: dict[str, Any]
     node: Node | None  # None: the output is the prediction itself (holding its node would keep the graph alive)
     output_nr: int
+    shape: torch.Size
 
 
 @dataclass(eq=False)

@@ -59,7 +59,7 @@ class Piece:
         return self.terms.rows(tensor)
 
 
-class Linearization:
+class BatchLinearization:
     """The predictions of a step's forwards as functions of the parameters.
 
     Args:
@@ -257,7 +257,7 @@ def _require_same(replay: Replay, prediction: Tensor) -> None:
     tolerance = 0.1 if half else 1e-3
     if old.shape != new.shape or not bool((new - old).norm() <= tolerance * (1e-30 + old.norm())):
         raise RuntimeError(
-            f"{type(replay.call.module).__name__}, run again with the same inputs and random state, does not return the "
-            f"prediction that the loss saw: its forward depends on something else (random numbers that are not "
+            f"{type(replay.call.module).__name__}, run again with the same inputs and random state, does not return "
+            f"the prediction that the loss saw: its forward depends on something else (random numbers that are not "
             f"torch's, inputs or parameters changed in place before the step), so its curvature cannot be had"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.likelihoods import FisherType
-from kfacopt.linearization import Linearization, Piece, Tensors
+from kfacopt.linearization import BatchLinearization, Piece, Tensors
 
 
 class Curvature(StrEnum):
@@ -44,7 +44,7 @@ class Metric:
         ValueError: If the empirical Fisher is asked of terms whose gradient cannot be known.
     """
 
-    def __init__(self, linearization: Linearization, curvature: Curvature) -> None:
+    def __init__(self, linearization: BatchLinearization, curvature: Curvature) -> None:
         self.linearization, self.curvature = linearization, curvature
         self._columns = [None if self._exact else self._scaled_columns(p) for p in linearization.pieces]
 
@@ -90,4 +90,5 @@ class Metric:
                     f"from the gradient of the whole loss; use 'ggn' or 'mc'"
                 )
             columns = piece.terms.gradient[None]
-        return columns * piece.share**0.5
+        scaled: Tensor = columns * piece.share**0.5
+        return scaled

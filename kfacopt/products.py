@@ -107,13 +107,14 @@ class _Rewriting(TorchFunctionMode):
         patches = F.unfold(input, kernel, dilations, paddings, strides).mT
         result = self._product(patches, weight, bias).mT
         height = (input.shape[2] + 2 * paddings[0] - dilations[0] * (kernel[0] - 1) - 1) // strides[0] + 1
-        return result.unflatten(2, (height, -1))
+        unflattened: Tensor = result.unflatten(2, (height, -1))
+        return unflattened
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = _Product.apply(input, weight, self._recorder, False)
+        result: Tensor = _Product.apply(input, weight, self._recorder, False)  # type: ignore[no-untyped-call]
         if bias is None:
             return result
-        shifted: Tensor = _Shift.apply(result, bias, self._recorder)
+        shifted: Tensor = _Shift.apply(result, bias, self._recorder)  # type: ignore[no-untyped-call]
         return shifted
 
 
@@ -139,7 +140,7 @@ class _Product(torch.autograd.Function):
             of_weight = (g.flatten(0, -2).T @ a.flatten(0, -2)).view_as(weight)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _Product.apply(gradient, weight, ctx.recorder, not ctx.transposed)
+            of_x = _Product.apply(gradient, weight, ctx.recorder, not ctx.transposed)  # type: ignore[no-untyped-call]
         return of_x, of_weight, None, None
 
 

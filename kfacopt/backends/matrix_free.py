@@ -28,9 +28,9 @@ class CG(Solver):
         tolerance: Stop when the residual is this small, relative to the gradient; 0: never for that reason.
         progress: Stop also when the quadratic model goes down by little; None: only the two above count.
         warm_start: Factor of the last step's solution, at which the next one starts; 0: at zero. Martens has 0.95.
-        backtracking: Keep the solutions of iterations 1, `backtracking`, `backtracking²`, ... and step to an earlier one
-            as long as the loss on the batch is lower there; Martens has 1.3. None: the last one counts, and nothing is
-            kept.
+        backtracking: Keep the solutions of iterations 1, `backtracking`, `backtracking²`, ... and step to an earlier
+            one as long as the loss on the batch is lower there; Martens has 1.3. None: the last one counts, and
+            nothing is kept.
         preconditioner: A backend whose solve is near to that of the curvature: `kfacopt.KFACBackend()`,
             `kfacopt.EKFACBackend()`, one of your own. Parameters that it leaves out are only scaled.
 

@@ -139,7 +139,8 @@ class SampleSpace:
         parameters = self.linearization.parameters
         exact, needed = self._check()
         self._others = [i for i in range(len(parameters)) if i not in exact]
-        budget, self._groups, held = self.max_bytes / 2, [], math.inf
+        self._groups: list[list[int]] = []
+        budget, held = self.max_bytes / 2, math.inf
         for i in sorted(exact):
             if held + needed[i] > budget:
                 self._groups.append([])
@@ -243,7 +244,8 @@ def _shortest(roots: Tensor, u: Tensor) -> Tensor:
     if roots.shape[-1] == 1 and roots.shape[-2] == 1:
         root = roots[..., 0]
         return torch.where(root != 0.0, u / torch.where(root != 0.0, root, 1.0), 0.0)
-    return (torch.linalg.pinv(roots) @ u.unsqueeze(-1)).squeeze(-1)
+    shortest: Tensor = (torch.linalg.pinv(roots) @ u.unsqueeze(-1)).squeeze(-1)
+    return shortest
 
 
 def _pairs(left: RecordedBlock, right: RecordedBlock) -> Tensor:

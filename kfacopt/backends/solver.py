@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend
-from kfacopt.linearization import Linearization
+from kfacopt.linearization import BatchLinearization
 from kfacopt.metric import Curvature, Metric
 
 
@@ -31,7 +31,7 @@ class Problem:
     precondition: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
 
     @property
-    def linearization(self) -> Linearization:
+    def linearization(self) -> BatchLinearization:
         """The step's forwards."""
         return self.metric.linearization
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 
+ELEMENTS_AT_ONCE = 2**24
+"""How many elements a temporary may have where memory would grow with data times parameters."""
+
 
 class Block(ABC):
     """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
@@ -79,6 +82,19 @@ class Block(ABC):
         """Average what `update` added into the running averages (`decay` 0: replace them)."""
         for average in self.averages().values():
             average.fold(decay)
+
+    def accumulate(self) -> None:
+        """Average what `update` added into the plain averages over all data."""
+        for average in self.averages().values():
+            average.accumulate()
+
+    def merge(self, other: Block) -> None:
+        """Average another block's statistics in: those of the same layer over other data.
+
+        Both must have been accumulated, not folded.
+        """
+        for mine, others in zip(self.averages().values(), other.averages().values(), strict=True):
+            mine.merge(others)
 
     def discard(self) -> None:
         """Forget what `update` added since the last fold."""
@@ -149,7 +165,7 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
     return flat.mT @ flat
 
 
-def chunks_of_data(data: int, elements_per_datum: int, budget: int = 2**24) -> Iterator[slice]:
+def chunks_of_data(data: int, elements_per_datum: int, budget: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:
     """Slices of the data axis that keep a temporary of `elements_per_datum` per datum within `budget` elements."""
     size = max(1, budget // max(1, elements_per_datum))
     for start in range(0, data, size):

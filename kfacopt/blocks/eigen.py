@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import chunks_of_data
+from kfacopt.blocks.base import ELEMENTS_AT_ONCE, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
@@ -160,34 +160,44 @@ class CorrectedEigenBlock(EigenBlock):
         super()._change_basis(left, right, values_left, values_right)
 
 
-def squared_coordinates(rows: Rows, left: Tensor, right: Tensor | None) -> Tensor:
+def squared_coordinates(
+    rows: Rows, left: Tensor | None, right: Tensor | None, budget: int = ELEMENTS_AT_ONCE
+) -> Tensor:
     """Sum over cotangents and data of the squared coordinates of per-datum gradients in an eigenbasis, `[*k o i]`.
 
     Without weight sharing no per-datum gradient is formed: `((g Q_G)²)ᵀ (a Q_A)²` (George et al. 2018, section 3.1).
-    With it, either all pairs of places (few places) or the per-datum gradients, in chunks that bound the memory.
+    With it, the cheapest of three: all pairs of places (few of them), per-datum gradients of rotated rows, or rotated
+    per-datum gradients (many places); in chunks that bound the memory.
 
     Args:
         rows: Inputs `[*k n s i]` or one-hot, gradients `[v *k n s o]`.
-        left: Q_G, `[*k o o]`.
-        right: Q_A, `[*k i i]`, or None for the identity.
+        left: Q_G, `[*k o o]`, or None if the gradients are coordinates already.
+        right: Q_A, `[*k i r]`, or None for the identity.
+        budget: Elements that a temporary may have.
     """
-    gradients = _times_basis(rows.gradients, left)
     if isinstance(rows.inputs, OneHot):
-        return _squared_one_hot(gradients, rows.inputs)
-    inputs = rows.inputs if right is None else _times_basis(rows.inputs, right)
-    places = max(inputs.shape[-2], gradients.shape[-2])
+        return _squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
+    places, outputs, columns = rows.gradients.shape[-2], rows.gradients.shape[-1], rows.inputs.shape[-1]
+    # Rotating rows takes s (o² + i²) products a datum, rotating its gradient o i (o + i).
+    late = places > 3 and places * (outputs**2 + columns**2) > outputs * columns * (outputs + columns)
+    if late:
+        parts = [_squared_by_datum(g, rows.inputs, (left, right), budget) for g in rows.gradients]
+        return sum(parts[1:], start=parts[0])
+    gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)
     if places == 1:
         squares = gradients.square().sum(0) if gradients.shape[0] > 1 else gradients[0].square()
         return squares.squeeze(-2).mT @ inputs.square().squeeze(-2)
     # Pairs of places cost s(s+1)/2 products against s and two passes over the per-datum gradients.
-    sum_of_squares = _squared_by_pairs if places <= 3 else _squared_by_datum
-    total = sum_of_squares(gradients[0], inputs)
-    for cotangent in gradients[1:]:
-        total += sum_of_squares(cotangent, inputs)
-    return total
+    if places <= 3:
+        parts = [_squared_by_pairs(g, inputs) for g in gradients]
+    else:
+        parts = [_squared_by_datum(g, inputs, (None, None), budget) for g in gradients]
+    return sum(parts[1:], start=parts[0])
 
 
-def _times_basis(rows: Tensor, basis: Tensor) -> Tensor:
+def _times_basis(rows: Tensor, basis: Tensor | None) -> Tensor:
+    if basis is None:
+        return rows
     return rows @ (basis if basis.ndim == 2 else basis.unsqueeze(-3))  # [*k n s d] @ [*k 1 d d]
 
 
@@ -199,14 +209,19 @@ def _squared_by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
     return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
-def _squared_by_datum(gradients: Tensor, inputs: Tensor) -> Tensor:
+def _squared_by_datum(
+    gradients: Tensor, inputs: Tensor, basis: tuple[Tensor | None, Tensor | None], budget: int
+) -> Tensor:
+    left, right = basis
+    columns = inputs.shape[-1] if right is None else right.shape[-1]
     leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
-    shape = (*leading, gradients.shape[-1], inputs.shape[-1])
-    total = gradients.new_zeros(shape)
-    data = gradients.shape[-3]
-    for part in chunks_of_data(data, total.numel()):
+    total = gradients.new_zeros(*leading, gradients.shape[-1], columns)
+    elements = leading.numel() * gradients.shape[-1] * inputs.shape[-1]
+    for part in chunks_of_data(gradients.shape[-3], elements, budget):
         per_datum = gradients[..., part, :, :].mT @ inputs[..., part, :, :]
-        total += per_datum.square_().sum(-3)
+        if left is not None:
+            per_datum = (left if left.ndim == 2 else left.unsqueeze(-3)).mT @ per_datum
+        total += _times_basis(per_datum, right).square_().sum(-3)
     return total
 
 

@@ -22,9 +22,16 @@ class FactoredBlock(Block):
         super().__init__()
         self.input_factor = RunningAverage()
         self.gradient_factor = RunningAverage()
+        self.owner: FactoredBlock | None = None
+        """The block of the same module whose gradient factor this one uses."""
 
     def averages(self) -> dict[str, RunningAverage]:
-        return {"input_factor": self.input_factor, "gradient_factor": self.gradient_factor}
+        own = {} if self.owner is not None else {"gradient_factor": self.gradient_factor}
+        return {"input_factor": self.input_factor} | own
+
+    def share_gradient_factor(self, owner: FactoredBlock) -> None:
+        """Use the gradient factor of another block of the same module (its weight's, for a bias), which updates it."""
+        self.gradient_factor, self.owner = owner.gradient_factor, owner
 
     @property
     def estimated(self) -> bool:
@@ -37,10 +44,14 @@ class FactoredBlock(Block):
         return self.gradient_factor.value, self.input_factor.value
 
     def update(self, rows: Rows) -> None:
-        factor_rows = rows.for_factors()
         if rows.first:
-            self.input_factor.add(*input_covariance(factor_rows.inputs, rows.gradients.dtype))
-        self.gradient_factor.add(gradient_covariance(factor_rows.gradients), rows.new_terms)
+            self.input_factor.add(*input_covariance(rows.for_factors().inputs, rows.gradients.dtype))
+        self.update_gradient_factor(rows)
+
+    def update_gradient_factor(self, rows: Rows) -> None:
+        """`update` of G alone."""
+        if self.owner is None:
+            self.gradient_factor.add(gradient_covariance(rows.for_factors().gradients), rows.new_terms)
 
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -1,4 +1,4 @@
-"""A running average that is filled batch by batch and folded once a step."""
+"""An average that is filled batch by batch: folded once a step (running), or accumulated over a data set (plain)."""
 
 from __future__ import annotations
 
@@ -48,6 +48,38 @@ class RunningAverage:
             self.value = batch
         else:
             self.value.lerp_(batch, (1.0 - decay) / self.weight)
+        self.discard()
+
+    def accumulate(self) -> None:
+        """Average what was added into the plain average of all that was ever added; `weight` is its count.
+
+        >>> average = RunningAverage()
+        >>> average.add(torch.tensor([2.0]), 2.0); average.accumulate()
+        >>> average.add(torch.tensor([7.0]), 1.0); average.accumulate(); average.value.item()
+        3.0
+        """
+        if self._sum is None:
+            return
+        total, count = self._sum, float(self._count)
+        self.discard()
+        if count > 0.0:
+            self._join(total.div_(count), count)
+
+    def merge(self, other: RunningAverage) -> None:
+        """Average another plain average in, each with the weight of its count."""
+        if other.value is not None:
+            self._join(other.value.clone() if self.value is None else other.value, other.weight)
+
+    def _join(self, value: Tensor, weight: float) -> None:
+        self.weight += weight
+        if self.value is None:
+            self.value = value
+        else:
+            self.value.lerp_(value.to(self.value), weight / self.weight)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.value, self.weight = None, 0.0
         self.discard()
 
     def discard(self) -> None:

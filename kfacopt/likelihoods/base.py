@@ -36,6 +36,8 @@ class FisherType(StrEnum):
     """Gradients at labels drawn from the model's own distribution, unbiased for type-2."""
     EMPIRICAL = "empirical"
     """Gradients at the data's labels."""
+    FORWARD_ONLY = "forward-only"
+    """No gradients: the identity stands for their covariance (Benzing 2022, arXiv:2201.12250). For operators only."""
 
 
 class KFACType(StrEnum):
@@ -214,6 +216,8 @@ class Likelihood(ABC):
             if mc_samples < 1:
                 raise ValueError(f"mc_samples={mc_samples}: the Monte-Carlo Fisher needs at least 1 sample")
             return iter((terms.restore(self.sample(terms, mc_samples, generator)),))
+        if fisher_type is FisherType.FORWARD_ONLY:
+            raise ValueError("fisher_type='forward-only' uses no gradients, so there are no vectors to back-propagate")
         if terms.gradient is None:
             raise ValueError(
                 f"fisher_type='empirical': the gradient of each term of {self!r} cannot be read "

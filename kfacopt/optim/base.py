@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.capture import Capture, without_autocast
+from kfacopt.coverage import Coverage, CoverageRow, covered_rows, find_layers
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
 from kfacopt.estimator import CurvatureOptions, FisherEstimator
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim import groups, memory, rule, step_length
 from kfacopt.optim.checks import check_group, check_model
-from kfacopt.optim.coverage import Coverage, CoverageRow, covered_rows, find_layers
 from kfacopt.optim.trust import outcome_of_step
 
 Params = Iterable[Any]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GridLineSearch:
-    """The step size with the lowest loss on the step's own batches, among `longest · ratio^i` (Müller & Zeinhofer 2023).
+    """The step size with the lowest loss on the step's own batches, of a grid (Müller & Zeinhofer 2023).
 
-    Each size costs a forward. The whole grid is searched at first and every `scan_every` steps; in between the search
-    goes from the last step's size to a neighbour as long as that is better, mostly three forwards. If no size lowers
-    the loss, the step is not taken.
+    The grid is `longest · ratio^i`; each size costs a forward. The whole grid is searched at first and every
+    `scan_every` steps; in between the search goes from the last step's size to a neighbour as long as that is better,
+    mostly three forwards. If no size lowers the loss, the step is not taken.
 
     Args:
         points: Number of step sizes.

@@ -14,16 +14,16 @@ from kfacopt.backends.gram import Gram
 from kfacopt.backends.preconditioner import Preconditioner
 from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.capture import Capture, without_autocast
+from kfacopt.coverage import find_layers
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.cg import inner_product
-from kfacopt.linearization import Linearization, moved
+from kfacopt.linearization import BatchLinearization, moved
 from kfacopt.metric import Curvature, Metric
 from kfacopt.optim import rule
 from kfacopt.optim.base import Params
 from kfacopt.optim.checks import check_model
-from kfacopt.optim.coverage import find_layers
 from kfacopt.optim.line_search import GridLineSearch
 from kfacopt.products import ProductRecorder
 
@@ -197,7 +197,7 @@ class NaturalGradient(torch.optim.Optimizer):
         scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
         gradients = [g * scale for g in gradients] if scale != 1.0 else gradients
         recorder = ProductRecorder() if self.solver.records else None
-        linearization = Linearization(parameters, tally.replays, self._estimator, scale, recorder)
+        linearization = BatchLinearization(parameters, tally.replays, self._estimator, scale, recorder)
         linearization.match(gradients)
         problem = Problem(Metric(linearization, self.curvature), gradients, damping, self._preconditioner(parameters))
         solved = self.solver.solve(problem)
@@ -223,7 +223,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return Preconditioner(backend, settings, parameters)
 
     def _backtracked(
-        self, linearization: Linearization, parameters: list[nn.Parameter], solved: Solved
+        self, linearization: BatchLinearization, parameters: list[nn.Parameter], solved: Solved
     ) -> list[Tensor]:
         """The solver's solution, or an earlier one as long as the loss is lower there."""
 
@@ -242,7 +242,9 @@ class NaturalGradient(torch.optim.Optimizer):
             solved.stats["backtracked"] = float(used)
         return best
 
-    def _length(self, linearization: Linearization, parameters: list[nn.Parameter], direction: list[Tensor]) -> float:
+    def _length(
+        self, linearization: BatchLinearization, parameters: list[nn.Parameter], direction: list[Tensor]
+    ) -> float:
         """The step size, in units of each group's learning rate."""
         if self.line_search is None:
             return 1.0

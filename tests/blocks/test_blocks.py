@@ -263,16 +263,13 @@ def test_squared_coordinates_are_those_of_per_datum_gradients(kind: str) -> None
     torch.testing.assert_close(squared_coordinates(given, left, right), expected, **CLOSE)
 
 
-def test_squared_coordinates_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import kfacopt.blocks.eigen as module
-
+def test_squared_coordinates_in_chunks() -> None:
     given = rows("many-places")
     left = torch.eye(OUTPUTS, dtype=torch.float64)
     right = torch.eye(INPUTS, dtype=torch.float64)
     whole = squared_coordinates(given, left, right)
-    inner = module.chunks_of_data
-    monkeypatch.setattr(module, "chunks_of_data", lambda data, per: inner(data, per, budget=2 * per))
-    torch.testing.assert_close(squared_coordinates(given, left, right), whole, **CLOSE)
+    chunked = squared_coordinates(given, left, right, budget=2 * OUTPUTS * INPUTS)
+    torch.testing.assert_close(chunked, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", OUTER)

@@ -1,0 +1,165 @@
+"""EKFAC of a data set: first the basis, of all data, then the corrected eigenvalues along it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kfacopt.blocks.base import ELEMENTS_AT_ONCE, input_covariance
+from kfacopt.blocks.eigen import EigenBlock, squared_coordinates
+from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.layers.base import Rows
+from kfacopt.linalg import kronecker
+from kfacopt.linalg.thin_basis import thin_basis
+
+
+class DataSetEigenBlock(EigenBlock):
+    """The Kronecker eigenbasis of a data set with the curvature's own second moments along it (George et al. 2018).
+
+    The way: `update` with all rows, `accumulate`, `refresh`; then `correct` with all rows again, `accumulate`. Where
+    all rows are at hand, `refresh_from` does the first half, and need not form an A of larger size than rank. Damping
+    is added to the corrected eigenvalues, exactly.
+
+    Args:
+        budget: Elements that a temporary may have.
+        corrected: Average of E, `[*k o r]`; r is the rank of A, or its size.
+    """
+
+    title = "EKFAC"
+
+    def __init__(self, budget: int = ELEMENTS_AT_ONCE) -> None:
+        super().__init__()
+        self.corrected = RunningAverage()
+        self._budget = budget
+        self._few_inputs: Tensor | None = None
+
+    def averages(self) -> dict[str, RunningAverage]:
+        return super().averages() | {"corrected": self.corrected}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if self.input_factor.value is None and self._few_inputs is not None:
+            self.input_factor.add(*input_covariance(self._few_inputs, self._few_inputs.dtype))
+            self.input_factor.accumulate()
+            self._few_inputs = None
+        return super().factors()
+
+    @property
+    def estimated(self) -> bool:
+        inputs = self.input_factor.value is not None or self._few_inputs is not None
+        return inputs and self.gradient_factor.value is not None
+
+    def same_basis(self, other: DataSetEigenBlock) -> bool:
+        """Whether corrected eigenvalues of the two are along the same directions."""
+        mine, others = self.cache(), other.cache()
+        return all(_equal(mine[name], others[name]) for name in ("gradient_basis", "input_basis"))
+
+    def merge_factors(self, other: DataSetEigenBlock) -> None:
+        """Average the other's factors in, not its corrected eigenvalues."""
+        for name, average in super().averages().items():
+            average.merge(other.averages()[name])
+
+    def refresh_from(self, kept: Sequence[Rows]) -> list[Rows]:
+        """The eigenbasis of the rows given, all there are.
+
+        Returns:
+            The rows, their inputs and gradients replaced by coordinates in the basis where these are known by now (then
+            `correct` needs no basis): see `coordinates`.
+        """
+        inputs = _few(kept)
+        for rows in kept:
+            if inputs is None:
+                self.update(rows)
+            else:
+                self.update_gradient_factor(rows)
+        self.accumulate()
+        if inputs is None:
+            self.refresh(0.0)
+            return list(kept)
+        self._few_inputs = inputs
+        basis = thin_basis(inputs.flatten(0, 1), float(inputs.shape[0]))
+        values, left = self._left_spectrum()
+        self._change_basis(left, basis.vectors, values, basis.values)
+        parts = iter(basis.coordinates.unsqueeze(1).split([_count(rows) for rows in kept if rows.first]))
+        result, current = [], inputs
+        for rows in kept:
+            current = next(parts) if rows.first else current
+            result.append(replace(rows, inputs=current))
+        return result
+
+    def refresh(self, damping: float) -> None:
+        right = self.factors()[1]
+        values_right, basis_right, retries = kronecker.spectrum(right)
+        self.retries += retries
+        values_left, basis_left = self._left_spectrum()
+        self._change_basis(basis_left, basis_right, values_left, values_right)
+
+    def _left_spectrum(self) -> tuple[Tensor, Tensor]:
+        owner = self.owner
+        if isinstance(owner, EigenBlock):
+            return owner.factor_eigenvalues()[0], owner.basis()[0]
+        assert self.gradient_factor.value is not None
+        values, basis, retries = kronecker.spectrum(self.gradient_factor.value)
+        self.retries += retries
+        assert basis is not None  # G is never diagonal
+        return values, basis
+
+    def correct(self, rows: Rows, left: Tensor | None, right: Tensor | None) -> None:
+        """Add the rows' squared coordinates to the corrected eigenvalues.
+
+        Args:
+            rows: Rows as in `update`, or coordinates.
+            left: Q_G; None if the gradients are coordinates.
+            right: Q_A; None if the inputs are coordinates.
+        """
+        self.corrected.add(squared_coordinates(rows, left, right, self._budget), rows.new_terms)
+
+    def drop_corrections(self) -> None:
+        """Forget basis and corrected eigenvalues: the factors have changed."""
+        self.factors()
+        self.corrected.reset()
+        self.load_cache(dict.fromkeys(self.cache()))
+
+    def _values(self) -> Tensor:
+        if self.corrected.value is None:
+            raise RuntimeError("this block has no corrected eigenvalues yet: correct() and accumulate() come first")
+        return self.corrected.value
+
+    def eigenvalues(self) -> Tensor:
+        values, (_, right) = self._values(), self.basis()
+        return values if right is None else functional.pad(values, (0, right.shape[-2] - right.shape[-1]))
+
+    def matvec(self, matrix: Tensor) -> Tensor:
+        left, right = self.basis()
+        return kronecker.rotate_back(left, kronecker.rotate(left, matrix, right) * self._values(), right)
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self.basis()
+        coordinates, damped = kronecker.rotate(left, matrix, right), self._values() + damping
+        if right is None or right.shape[-1] == right.shape[-2]:
+            return kronecker.rotate_back(left, coordinates / damped, right)
+        # Outside the range of A only the damping is inverted.
+        return matrix / damping + kronecker.rotate_back(left, coordinates * (1.0 / damped - 1.0 / damping), right)
+
+
+def _few(kept: Sequence[Rows]) -> Tensor | None:
+    """All inputs, `[n 1 i]`, if there are fewer than their dimensions; None for other layouts."""
+    inputs = [rows.inputs for rows in kept if rows.first]
+    plain = [a for a in inputs if isinstance(a, Tensor) and a.ndim == 3 and a.shape[1] == 1]
+    if not plain or len(plain) < len(inputs) or sum(a.shape[0] for a in plain) >= plain[0].shape[-1]:
+        return None
+    return torch.cat(plain)
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+def _count(rows: Rows) -> int:
+    assert isinstance(rows.inputs, Tensor)
+    return rows.inputs.shape[0]
