@@ -68,8 +68,14 @@ def points(side: int) -> tuple[Tensor, Tensor]:
 def make_optimizer(name: str, model: nn.Module, width: int) -> torch.optim.Optimizer:
     if name == "natural_gradient":
         losses = {"interior": nn.MSELoss(), "boundary": nn.MSELoss()}
-        search = kfacopt.GridLineSearch()
-        return kfacopt.NaturalGradient(model, losses, solver=kfacopt.Gram(), damping=1e-12, line_search=search)
+        return kfacopt.NaturalGradient(
+            model,
+            losses,
+            solver=kfacopt.Gram(),
+            damping=1e-12,
+            line_search=kfacopt.GridLineSearch(),
+            acceleration=kfacopt.GeodesicAcceleration(),
+        )
     if name == "lbfgs":
         return torch.optim.LBFGS(model.parameters(), history_size=50, line_search_fn="strong_wolfe")
     return torch.optim.Adam(model.parameters(), lr=1e-2)  # the best of 1e-3, 3e-3, 1e-2, 3e-2
@@ -84,17 +90,17 @@ def train(name: str, seconds: float, width: int, layers: int, seed: int, side: i
     test = torch.cartesian_prod(torch.linspace(0, 1, 101), torch.linspace(0, 1, 101))
     start, steps, value = time.perf_counter(), 0, math.nan
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         residuals = model(interior, boundary)
         loss = sum((criterion(r, torch.zeros_like(r)) for r in residuals.values()), start=torch.zeros(()))
         loss.backward()
-        return loss
+        return loss.item()
 
     while (past := time.perf_counter() - start) < seconds:
         if name == "adam":  # without a decay it would end in its own noise
             optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
-        value, steps = optimizer.step(closure).item(), steps + 1
+        value, steps = float(optimizer.step(closure)), steps + 1
     with torch.no_grad():
         wrong = model.network(test).squeeze(1) - solution(test)
     return steps, value, float(wrong.norm() / solution(test).norm())

@@ -33,6 +33,7 @@ from kfacopt.linalg.cg import RelativeProgress as RelativeProgress
 from kfacopt.metric import Curvature as Curvature
 from kfacopt.optim import EKFAC as EKFAC
 from kfacopt.optim import KFAC as KFAC
+from kfacopt.optim import GeodesicAcceleration as GeodesicAcceleration
 from kfacopt.optim import GridLineSearch as GridLineSearch
 from kfacopt.optim import NaturalGradient as NaturalGradient
 from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer

@@ -213,21 +213,38 @@ class BatchLinearization:
     def loss_change(self) -> float:
         """The loss at the parameters as they are now, minus the loss at those of the linearization.
 
-        `u·(f' - f) + share · divergence`, which needs no target. The forwards run with gradients enabled: a model may
-        differentiate itself.
+        `u·(f' - f) + share · divergence`, which needs no target.
         """
         change = 0.0
+        for piece, new in zip(self.pieces, self._terms_now(), strict=True):
+            difference = new.parameters - piece.terms.parameters
+            change += float((piece.loss_gradient * difference).sum(dtype=torch.float64))
+            change += piece.share * float(piece.likelihood.divergence(piece.terms, new))
+        return change if math.isfinite(change) else math.inf
+
+    def second_difference(self, step: Tensors, length: float) -> list[Tensor]:
+        """Second derivative of the predictions along `step`, as rows `[m c]`, from two more forwards at `± length`."""
+        with moved(self.parameters, step, length):
+            ahead = self._terms_now()
+        with moved(self.parameters, step, -length):
+            behind = self._terms_now()
+        return [
+            ((a.parameters - p.terms.parameters) + (b.parameters - p.terms.parameters)) / length**2
+            for p, a, b in zip(self.pieces, ahead, behind, strict=True)
+        ]
+
+    def _terms_now(self) -> list[LossTerms]:
+        """Each piece's terms at the parameters as they are now.
+
+        The forwards run with gradients enabled: a model may differentiate itself.
+        """
+        result = []
         for call, members in _by_call(self._replays):
             with torch.enable_grad():
                 predictions = self.estimator.predictions(call.run())
             for replay in members:
-                piece = next(p for p in self.pieces if p.call is call and p.name == replay.name)
-                new = piece.terms.at(predictions[replay.name].detach())
-                change += float(
-                    (piece.loss_gradient * (new.parameters - piece.terms.parameters)).sum(dtype=torch.float64)
-                )
-                change += piece.share * float(piece.likelihood.divergence(piece.terms, new))
-        return change if math.isfinite(change) else math.inf
+                result.append(replay.terms.at(predictions[replay.name].detach()))
+        return result
 
 
 @contextmanager

@@ -64,11 +64,14 @@ class Metric:
         lin = self.linearization
         if self.curvature is Curvature.HESSIAN:
             rows, bent = lin.both(vectors)
-            product = lin.transposed([self._on_rows(i, w) for i, w in enumerate(rows)])
+            product = self.pulled_back(rows)
             torch._foreach_add_(product, bent)
             return product
-        rows = lin.jacobian(vectors)
-        return lin.transposed([self._on_rows(i, w) for i, w in enumerate(rows)])
+        return self.pulled_back(lin.jacobian(vectors))
+
+    def pulled_back(self, rows: Tensors) -> list[Tensor]:
+        """`Jᵀ S Sᵀ w` for rows `w` `[m c]` of each piece, shaped as the parameters."""
+        return self.linearization.transposed([self._on_rows(i, w) for i, w in enumerate(rows)])
 
     def _on_rows(self, index: int, rows: Tensor) -> Tensor:
         piece = self.linearization.pieces[index]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kfacopt.backends.samples import SampleSpace
 from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.linalg.cg import inner_product
-from kfacopt.linalg.least_squares import damped_least_squares, damped_solve
+from kfacopt.linalg.least_squares import DampedKernel, DampedLeastSquares
 from kfacopt.metric import Curvature
 
 
@@ -68,39 +68,19 @@ class Gram(Solver):
         has_rest = inner_product(rest, rest) > threshold * inner_product(problem.gradient, problem.gradient)
         if last is not None:
             residual = residual - self.momentum * space.jacobian(last)
-        in_parameters = space.dimension < space.size
-        solve = self._in_parameter_space if in_parameters else self._in_sample_space
-        direction, retries = solve(space, residual, rest if has_rest else None, problem.damping)
+        smaller = _InParameterSpace if space.dimension < space.size else _InSampleSpace
+        system = smaller(space, problem.damping)
+        direction = system.solve(residual, rest if has_rest else None)
         if last is not None:
             torch._foreach_add_(direction, last, alpha=self.momentum)
         if self.momentum > 0.0:
             self._last = [x.clone() for x in direction]
-        stats = {"samples": float(space.size), "parameter_space": float(in_parameters), "fallbacks": float(retries)}
-        return Solved(direction, stats)
-
-    @staticmethod
-    def _in_parameter_space(
-        space: SampleSpace, residual: Tensor, rest: list[Tensor] | None, damping: float
-    ) -> tuple[list[Tensor], int]:
-        parameters = space.linearization.parameters
-        outside = None if rest is None else torch.cat([x.flatten() for x in rest]).to(space.dtype)
-        flat = damped_least_squares(space.rows(), damping, residual, outside)
-        parts = flat.split([p.numel() for p in parameters])
-        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)], 0
-
-    @staticmethod
-    def _in_sample_space(
-        space: SampleSpace, residual: Tensor, rest: list[Tensor] | None, damping: float
-    ) -> tuple[list[Tensor], int]:
-        if rest is None:
-            value, retries = damped_solve(space.kernel(), damping, residual)
-            return space.transposed(value), retries
-        columns = torch.stack([residual, space.jacobian(rest)], dim=1)
-        value, retries = damped_solve(space.kernel(), damping, columns)
-        direction = space.transposed(value[:, 0])
-        outside = torch._foreach_sub(rest, space.transposed(value[:, 1]))
-        torch._foreach_add_(direction, outside, alpha=1.0 / damping)
-        return direction, retries
+        stats = {
+            "samples": float(space.size),
+            "parameter_space": float(smaller is _InParameterSpace),
+            "fallbacks": float(system.retries),
+        }
+        return Solved(direction, stats, again=lambda rows: system.solve(space.project(rows).to(space.dtype), None))
 
     def _require_memory(self, space: SampleSpace) -> None:
         bytes_each = torch.finfo(space.dtype).bits // 8
@@ -127,3 +107,38 @@ class Gram(Solver):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = None if state["last"] is None else [x.clone() for x in state["last"]]
+
+
+class _InSampleSpace:
+    """Solves with the kernel of the samples."""
+
+    def __init__(self, space: SampleSpace, damping: float) -> None:
+        self._space, self._damping = space, damping
+        self._kernel = DampedKernel(space.kernel(), damping)
+        self.retries = self._kernel.retries
+
+    def solve(self, residual: Tensor, rest: list[Tensor] | None) -> list[Tensor]:
+        space = self._space
+        if rest is None:
+            return space.transposed(self._kernel.solve(residual))
+        value = self._kernel.solve(torch.stack([residual, space.jacobian(rest)], dim=1))
+        direction = space.transposed(value[:, 0])
+        outside = torch._foreach_sub(rest, space.transposed(value[:, 1]))
+        torch._foreach_add_(direction, outside, alpha=1.0 / self._damping)
+        return direction
+
+
+class _InParameterSpace:
+    """Solves with the Jacobian itself."""
+
+    retries = 0
+
+    def __init__(self, space: SampleSpace, damping: float) -> None:
+        self._space = space
+        self._factored = DampedLeastSquares(space.rows(), damping)
+
+    def solve(self, residual: Tensor, rest: list[Tensor] | None) -> list[Tensor]:
+        parameters, dtype = self._space.linearization.parameters, self._space.dtype
+        outside = None if rest is None else torch.cat([x.flatten() for x in rest]).to(dtype)
+        parts = self._factored.solve(residual, outside).split([p.numel() for p in parameters])
+        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +87,12 @@ class CG(Solver):
             "negative_curvature": float(result.negative_curvature or raised > 0),
             "raised": float(raised),
         }
-        return Solved(result.solution, stats, kept, damping if raised else None)
+        metric = problem.metric
+
+        def again(rows: list[Tensor]) -> list[Tensor]:
+            return self._iterate(replace(problem, gradient=metric.pulled_back(rows)), damping, None)[0].solution
+
+        return Solved(result.solution, stats, kept, damping if raised else None, again)
 
     def _iterate(
         self, problem: Problem, damping: float, start: Sequence[Tensor] | None

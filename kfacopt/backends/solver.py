@@ -45,12 +45,14 @@ class Solved:
         stats: Numbers worth logging.
         earlier: Solutions of earlier iterations, the last of them last.
         damping: If it could not be solved with that of the problem: the one it was solved with.
+        again: `w -> (C + damping I)⁻¹ Jᵀ S Sᵀ w` for rows `w` `[m c]` of each piece.
     """
 
     direction: list[Tensor]
     stats: dict[str, float] = field(default_factory=dict)
     earlier: list[list[Tensor]] = field(default_factory=list)
     damping: float | None = None
+    again: Callable[[list[Tensor]], list[Tensor]] | None = None
 
 
 class Solver(ABC):

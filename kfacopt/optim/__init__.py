@@ -1,5 +1,6 @@
 """The optimizers: one file each, on the step in `base`."""
 
+from kfacopt.optim.acceleration import GeodesicAcceleration as GeodesicAcceleration
 from kfacopt.optim.base import SecondOrderOptimizer as SecondOrderOptimizer
 from kfacopt.optim.ekfac import EKFAC as EKFAC
 from kfacopt.optim.kfac import KFAC as KFAC

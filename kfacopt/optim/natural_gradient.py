@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from kfacopt.backends.base import Settings
 from kfacopt.backends.gram import Gram
 from kfacopt.backends.preconditioner import Preconditioner
-from kfacopt.backends.solver import Problem, Solved, Solver
+from kfacopt.backends.solver import Problem, Solver
 from kfacopt.capture import Capture, without_autocast
 from kfacopt.coverage import find_layers
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.cg import inner_product
-from kfacopt.linearization import BatchLinearization, moved
+from kfacopt.linearization import BatchLinearization
 from kfacopt.metric import Curvature, Metric
-from kfacopt.optim import rule
+from kfacopt.optim import path, rule
+from kfacopt.optim.acceleration import GeodesicAcceleration
 from kfacopt.optim.base import Params
 from kfacopt.optim.checks import check_model
 from kfacopt.optim.line_search import GridLineSearch
@@ -55,6 +56,7 @@ class NaturalGradient(torch.optim.Optimizer):
         damping: Added to the curvature of the mean loss, in its units.
         weight_decay: Decoupled.
         line_search: A `kfacopt.GridLineSearch`; default: the step size is `lr`.
+        acceleration: A `kfacopt.GeodesicAcceleration`; default: steps are straight.
         damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
         mc_samples, seed: Of `curvature="mc"`: labels drawn for each loss term, and the generator's seed.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
@@ -85,6 +87,7 @@ class NaturalGradient(torch.optim.Optimizer):
         damping: float = 1e-3,
         weight_decay: float = 0.0,
         line_search: GridLineSearch | None = None,
+        acceleration: GeodesicAcceleration | None = None,
         damping_rule: LevenbergMarquardt | None = None,
         mc_samples: int = 1,
         seed: int = 0,
@@ -94,7 +97,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.model = model
         self.curvature = _curvature(curvature)
         self.solver = Gram() if solver is None else solver
-        self.line_search, self.damping_rule = line_search, damping_rule
+        self.line_search, self.acceleration, self.damping_rule = line_search, acceleration, damping_rule
         self.solver.check(self.curvature)
         if mc_samples != 1 and self.curvature is not Curvature.MC:
             raise ValueError(
@@ -206,10 +209,15 @@ class NaturalGradient(torch.optim.Optimizer):
             self._adapt(damping, math.nan)
             return
         damping = damping if solved.damping is None else solved.damping
-        direction = self._backtracked(linearization, parameters, solved)
-        length = self._length(linearization, parameters, direction)
+        steps = [self._scaled(parameters, direction) for direction in (*solved.earlier, solved.direction)]
+        step = path.backtracked(linearization, steps, solved.stats)
+        bend = None
+        if self.acceleration is not None and solved.again is not None:
+            probe, limit = self.acceleration.probe * (self._last_size or 1.0), self.acceleration.limit
+            bend = path.bend(linearization, step, solved.again, probe, math.inf if self.line_search else limit)
+        length = self._length(linearization, step, bend)
         self._report |= {"damping": damping, "step_size": length} | solved.stats
-        rho = self._write(problem, parameters, direction, length, damping)
+        rho = self._write(problem, parameters, path.at(step, bend, length), damping)
         self._adapt(damping, rho)
 
     def _preconditioner(self, parameters: list[nn.Parameter]) -> Preconditioner | None:
@@ -222,37 +230,13 @@ class NaturalGradient(torch.optim.Optimizer):
         backend.refresh(self._step, settings)
         return Preconditioner(backend, settings, parameters)
 
-    def _backtracked(
-        self, linearization: BatchLinearization, parameters: list[nn.Parameter], solved: Solved
-    ) -> list[Tensor]:
-        """The solver's solution, or an earlier one as long as the loss is lower there."""
-
-        def change(direction: list[Tensor]) -> float:
-            with moved(parameters, self._scaled(parameters, direction), 1.0):
-                return linearization.loss_change()
-
-        best = solved.direction
-        if solved.earlier:
-            lowest, used = change(best), 0
-            for earlier in reversed(solved.earlier):
-                found = change(earlier)
-                if not found < lowest:
-                    break
-                best, lowest, used = earlier, found, used + 1
-            solved.stats["backtracked"] = float(used)
-        return best
-
-    def _length(
-        self, linearization: BatchLinearization, parameters: list[nn.Parameter], direction: list[Tensor]
-    ) -> float:
-        """The step size, in units of each group's learning rate."""
+    def _length(self, linearization: BatchLinearization, step: list[Tensor], bend: list[Tensor] | None) -> float:
+        """How far to go along the path: 1, or the line search's choice."""
         if self.line_search is None:
             return 1.0
-        step = self._scaled(parameters, direction)
 
         def loss_change(size: float) -> float:
-            with moved(parameters, step, size):
-                return linearization.loss_change()
+            return path.loss_change(linearization, path.at(step, bend, size))
 
         self._last_size = self.line_search.best(loss_change, self._last_size, self._step)
         return self._last_size
@@ -262,12 +246,8 @@ class NaturalGradient(torch.optim.Optimizer):
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         return [-rates[id(p)] * x for p, x in zip(parameters, direction, strict=True)]
 
-    def _write(
-        self, problem: Problem, parameters: list[nn.Parameter], direction: list[Tensor], length: float, damping: float
-    ) -> float:
+    def _write(self, problem: Problem, parameters: list[nn.Parameter], step: list[Tensor], damping: float) -> float:
         """Move the parameters; the reduction ratio where the damping rule wants it."""
-        step = self._scaled(parameters, direction)
-        torch._foreach_mul_(step, length)
         judged = self.damping_rule is not None and self.damping_rule.due(self._step)
         promised = 0.0
         if judged:
@@ -332,9 +312,19 @@ class NaturalGradient(torch.optim.Optimizer):
         self._open_capture().reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "curvature", "solver", "line_search", "damping_rule", "_estimator", "_step", "_last_size")
+        own = (
+            "model",
+            "curvature",
+            "solver",
+            "line_search",
+            "acceleration",
+            "damping_rule",
+            "_estimator",
+            "_step",
+            "_last_size",
+        )
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in (*own, "_report")}
+        return state | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
