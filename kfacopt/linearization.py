@@ -249,15 +249,18 @@ class BatchLinearization:
 
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter], step: Tensors, length: float) -> Iterator[None]:
-    """Within this context the parameters are `θ + length · step`; afterwards bit for bit what they were."""
-    before = [p.detach().clone() for p in parameters]
+    """Within this context the parameters are `θ + length · step`; afterwards what they were.
+
+    Their storage is swapped, not written to, so that graphs that saved them stay valid.
+    """
+    before = [p.data for p in parameters]
     try:
-        with torch.no_grad():
-            torch._foreach_add_(list(parameters), list(step), alpha=length)
+        for p, old, new in zip(parameters, before, torch._foreach_add(before, list(step), alpha=length), strict=True):
+            p.data = new.to(old.dtype)
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(parameters), before)
+        for p, old in zip(parameters, before, strict=True):
+            p.data = old
 
 
 def _by_call(replays: Sequence[Replay]) -> list[tuple[Call, list[Replay]]]:
