@@ -312,17 +312,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._open_capture().reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            "model",
-            "curvature",
-            "solver",
-            "line_search",
-            "acceleration",
-            "damping_rule",
-            "_estimator",
-            "_step",
-            "_last_size",
-        )
+        own = ["model", "curvature", "solver", "line_search", "acceleration", "damping_rule"]
+        own += ["_estimator", "_step", "_last_size", "_report", "_layers"]
         state: dict[str, Any] = super().__getstate__()
         return state | {name: self.__dict__[name] for name in own}
 
