@@ -36,6 +36,7 @@ from kfacopt.optim import KFAC as KFAC
 from kfacopt.optim import GeodesicAcceleration as GeodesicAcceleration
 from kfacopt.optim import GridLineSearch as GridLineSearch
 from kfacopt.optim import NaturalGradient as NaturalGradient
+from kfacopt.optim import QuadraticModel as QuadraticModel
 from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer
 
 __version__ = "0.1.0"

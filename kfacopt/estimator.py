@@ -49,6 +49,8 @@ class FisherEstimator:
 
     likelihoods: Mapping[str, Likelihood]
     """The likelihood by the loss term's name; "" where there is one."""
+    weights: Mapping[str, float]
+    """What each term counts in the whole loss."""
 
     def __init__(self, loss_func: nn.Module | Likelihood, **options: Any) -> None:
         unknown = set(options) - set(CurvatureOptions.__annotations__)
@@ -56,7 +58,7 @@ class FisherEstimator:
             known = ", ".join(sorted(CurvatureOptions.__annotations__))
             raise TypeError(f"unknown curvature option {', '.join(sorted(unknown))}: there are {known}")
         self.likelihood = likelihood_from(loss_func)
-        self.likelihoods = {"": self.likelihood}
+        self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
         self.fisher_type = _member(FisherType, "fisher_type", options.get("fisher_type", FisherType.MC))
         self.kfac_approx = _member(KFACType, "kfac_approx", options.get("kfac_approx", KFACType.EXPAND))
         self.mc_samples = int(options.get("mc_samples", 1))
@@ -80,6 +82,10 @@ class FisherEstimator:
     def predictions(self, output: Any) -> dict[str, Tensor]:
         """The tensors of a model's output that the loss is taken of, by the loss term's name."""
         return {"": find_prediction(output, self.prediction)}
+
+    def sampled(self, likelihood: Likelihood, terms: LossTerms) -> Tensor:
+        """Gradients at labels drawn from the model, `[v m c]`."""
+        return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
 
     def cotangents(self, terms: LossTerms) -> Iterator[Tensor]:
         """Chunks `[v, *prediction.shape]` of cotangents of the sum over the loss terms."""
@@ -132,7 +138,6 @@ class TermsEstimator(FisherEstimator):
     def __init__(self, loss_func: LossFunction, **options: Any) -> None:
         if not isinstance(loss_func, Mapping):
             super().__init__(loss_func, **options)
-            self.weights = {"": 1.0}
             return
         if not loss_func:
             raise ValueError("loss_func is an empty dict: name at least one loss term")
@@ -147,10 +152,6 @@ class TermsEstimator(FisherEstimator):
                 raise ValueError(f"the weight of loss term {name!r} must be positive, got {weight}")
             if self.likelihoods[name].reduction == "sum":
                 raise ValueError(f"the loss term {name!r} has reduction='sum': use 'mean' and a weight")
-
-    def sampled(self, likelihood: Likelihood, terms: LossTerms) -> Tensor:
-        """Gradients at labels drawn from the model, `[v m c]`."""
-        return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
 
     def predictions(self, output: Any) -> dict[str, Tensor]:
         if "" in self.likelihoods:

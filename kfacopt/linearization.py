@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfacopt.estimator import TermsEstimator
+from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Call, Replay
 from kfacopt.likelihoods import Gaussian, Likelihood, LossTerms
 from kfacopt.linalg.cg import inner_product
@@ -77,7 +77,7 @@ class BatchLinearization:
         self,
         parameters: Sequence[nn.Parameter],
         replays: Sequence[Replay],
-        estimator: TermsEstimator,
+        estimator: FisherEstimator,
         gradient_scale: float,
         recorder: ProductRecorder | None = None,
     ) -> None:

@@ -69,6 +69,13 @@ class Metric:
             return product
         return self.pulled_back(lin.jacobian(vectors))
 
+    def inner(self, left: Tensors, right: Tensors) -> float:
+        """`v'ᵀ C v` from `J v'` and `J v`, rows `[m c]` of each piece."""
+        products = [
+            (a * self._on_rows(i, b)).sum(dtype=torch.float64) for i, (a, b) in enumerate(zip(left, right, strict=True))
+        ]
+        return float(torch.stack(products).sum())
+
     def pulled_back(self, rows: Tensors) -> list[Tensor]:
         """`Jᵀ S Sᵀ w` for rows `w` `[m c]` of each piece, shaped as the parameters."""
         return self.linearization.transposed([self._on_rows(i, w) for i, w in enumerate(rows)])

@@ -6,3 +6,4 @@ from kfacopt.optim.ekfac import EKFAC as EKFAC
 from kfacopt.optim.kfac import KFAC as KFAC
 from kfacopt.optim.line_search import GridLineSearch as GridLineSearch
 from kfacopt.optim.natural_gradient import NaturalGradient as NaturalGradient
+from kfacopt.optim.quadratic_model import QuadraticModel as QuadraticModel

@@ -217,12 +217,12 @@ def test_the_line_search_takes_the_best_of_the_grid_and_nothing_if_none_is_good(
     values = {}
     for size in (1.0, 0.5, 0.25, 0.125):
         torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
-        optimizer = NaturalGradient(model, loss, damping=1e-2, lr=8.0 * size)
+        optimizer = NaturalGradient(model, loss, damping=1e-2, lr=2.0 * size)
         train_step(optimizer, model, loss, x, y)
         optimizer.close()
         values[size] = loss(model(x), y).item()
     torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
-    optimizer = NaturalGradient(model, loss, damping=1e-2, lr=8.0, line_search=GridLineSearch(points=4))
+    optimizer = NaturalGradient(model, loss, damping=1e-2, lr=2.0, line_search=GridLineSearch(points=4))
     before = train_step(optimizer, model, loss, x, y).item()
     assert min(values.values()) < before
     assert optimizer.health()["step_size"] == min(values, key=values.__getitem__)
