@@ -24,9 +24,10 @@ def test_the_step_minimises_the_damped_model_over_its_two_directions(name: str, 
     model, loss, x, y = BY_NAME[name].make()
     rule = QuadraticModel(damping_rule=LevenbergMarquardt(every=100))
     made = OPTIMIZERS[optimizer](model, loss, lr=rule, damping=0.1, fisher_type="type-2")
-    covered = [p for p in model.parameters() if any(p in layer.parameters.values() for layer in made._layers)]
+    covered = {id(p) for layer in made._layers for p in layer.parameters.values()}
+    keep = torch.cat([torch.full((p.numel(),), id(p) in covered) for p in model.parameters()])
     last = None
-    for step in range(3):
+    for _ in range(3):
         made.zero_grad()
         backward(model, loss, x, y)
         before, g = dense.flat(model.parameters()), dense.flat(p.grad for p in model.parameters())
@@ -34,7 +35,6 @@ def test_the_step_minimises_the_damped_model_over_its_two_directions(name: str, 
             g = g / len(x)
         curvature = dense.ggn(model, loss, x, y)
         made.step()
-        keep = torch.cat([torch.full((p.numel(),), any(p is q for q in covered)) for p in model.parameters()])
         delta = (dense.flat(model.parameters()) - before) * keep
         slope = g + curvature @ delta + made.health()["model_damping"] * delta
         assert delta @ g < 0
@@ -43,7 +43,6 @@ def test_the_step_minimises_the_damped_model_over_its_two_directions(name: str, 
         if last is not None:
             assert abs(float(slope @ last)) < 1e-6 * float(g.norm() * last.norm())
             assert made.health()["mu"] != 0.0
-        assert step == 0 or last is not None
         last = delta
 
 
