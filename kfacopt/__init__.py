@@ -1,5 +1,6 @@
 """Second-order optimization for PyTorch: swap `AdamW(model.parameters())` for `EKFAC(model, loss_func)`."""
 
+from kfacopt import operators as operators
 from kfacopt import schedules as schedules
 from kfacopt.backends import CG as CG
 from kfacopt.backends import CurvatureBackend as CurvatureBackend

@@ -293,6 +293,16 @@ class Capture:
         return result
 
 
+@contextmanager
+def unnoticed() -> Iterator[None]:
+    """Within this context no optimizer's capture takes note of a forward: it is another's (an operator's)."""
+    token = _in_curvature_pass.set(True)
+    try:
+        yield
+    finally:
+        _in_curvature_pass.reset(token)
+
+
 class Recorder:
     """Keeps the calls of layers while a model runs within this context; no optimizer's capture takes note of it.
 

@@ -20,6 +20,7 @@ def rows_of_layer(
     terms: Tensor,
     kfac_approx: KFACType,
     all_places: bool = False,
+    inputs: Tensor | OneHot | None = None,
 ) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
 
@@ -31,6 +32,7 @@ def rows_of_layer(
         terms: What to divide sums over the rows by for the mean loss.
         kfac_approx: Expand, or reduce.
         all_places: Leave reducing to `Rows.for_factors`.
+        inputs: The rows' inputs where they are known: those of the rows that other cotangents gave for the same calls.
 
     Raises:
         ValueError: If the calls had different numbers of data.
@@ -38,21 +40,29 @@ def rows_of_layer(
     if layer.handler.structure == "elementwise":
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
-        return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND), reduce=True)
-    handler, inputs, gradients = layer.handler, [], []
-    for site, cotangents in reached:
+        return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs), reduce=True)
+    gradients = [_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
+    if len(reached) > 1:
+        _require_same_data(layer, gradients)
+    if inputs is None:
+        inputs = _inputs_of_layer(layer, [site for site, _ in reached], kfac_approx)
+    joint = gradients[0] if len(reached) == 1 else torch.cat(gradients, dim=-2)
+    if len(reached) > 1 and kfac_approx == KFACType.REDUCE and isinstance(inputs, Tensor):
+        joint = joint.sum(-2, keepdim=True)
+    return _same_dtype(inputs, joint, terms)
+
+
+def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot:
+    handler, inputs = layer.handler, []
+    for site in sites:
         a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
         inputs.append(_statistic(a) if isinstance(a, Tensor) else a)
-        gradients.append(_statistic(handler.gradient_rows(site.module, cotangents, kfac_approx)))
-    if len(reached) == 1:
-        return _same_dtype(inputs[0], gradients[0], terms)
-    _require_same_data(layer, gradients)
+    if len(inputs) == 1:
+        return inputs[0]
     place = -3 if handler.structure == "elementwise" else -2
     merged = _join(inputs, place)
-    joint = torch.cat(gradients, dim=-2)
-    if kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor):
-        merged, joint = merged.mean(place, keepdim=True), joint.sum(-2, keepdim=True)
-    return _same_dtype(merged, joint, terms)
+    averaged = kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor)
+    return merged.mean(place, keepdim=True) if averaged and isinstance(merged, Tensor) else merged
 
 
 def _statistic(rows: Tensor) -> Tensor:

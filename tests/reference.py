@@ -6,7 +6,8 @@ calls), `k` groups of a convolution, `o i` the layer's matrix, `v` cotangents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,55 @@ def fisher(model: nn.Module, layer: Layer, x: Any, cotangents: Tensor, terms: fl
     return torch.einsum("vnka,vnkb->kab", per_datum, per_datum) / terms
 
 
+@sdpa_kernel(SDPBackend.MATH)
+def whole_jacobian(model: nn.Module, x: Any, of: Callable[[Tensor], Tensor] = torch.flatten) -> Tensor:
+    """Jacobian of `of(prediction)` (one axis) with respect to all parameters, each tied one once, `[p d]`."""
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    result = jacrev(lambda values: of(functional_call(model, values, (x,))))(own)
+    return torch.cat([part.flatten(1) for part in result.values()], dim=1)
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def whole_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor:
+    """Hessian of the loss, as its reduction has it, with respect to all parameters, `[d d]`."""
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    shapes, sizes = [p.shape for p in own.values()], [p.numel() for p in own.values()]
+
+    def value(flat: Tensor) -> Tensor:
+        parts = [part.reshape(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+        result: Tensor = loss(functional_call(model, dict(zip(own, parts, strict=True)), (x,)), y)
+        return result
+
+    result: Tensor = jacrev(grad(value))(torch.cat([p.flatten() for p in own.values()]))
+    return result
+
+
+def whole_ggn(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor:
+    """GGN of the loss, as its reduction has it, with respect to all parameters, `[d d]`."""
+    prediction = model(x).detach()
+    flat, shape = prediction.flatten(), prediction.shape
+    middle: Tensor = jacrev(grad(lambda f: loss(f.reshape(shape), y)))(flat)
+    outer = whole_jacobian(model, x)
+    return outer.T @ middle @ outer
+
+
+def whole_empirical_fisher(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor:
+    """`c Σ_m ∇ℓ_m ∇ℓ_mᵀ` for a loss `c Σ_m ℓ_m`; a term m is a datum or place, with all its outputs, `[d d]`."""
+    apart = copy(loss)
+    apart.reduction = "none"
+
+    def terms(prediction: Tensor) -> Tensor:
+        values: Tensor = apart(prediction, y)
+        whole = isinstance(loss, nn.CrossEntropyLoss) or values.ndim == 1
+        return values.flatten() if whole else values.flatten(0, -2).sum(-1)
+
+    with torch.no_grad():
+        prediction = model(x)
+        factor = loss(prediction, y) / terms(prediction).sum()
+    gradients = whole_jacobian(model, x, terms)
+    return factor * gradients.T @ gradients
+
+
 @dataclass(frozen=True)
 class DenseRows:
     """A layer's inputs and the prediction's Jacobian with respect to its outputs.
@@ -117,9 +167,10 @@ def dense_rows(model: nn.Module, layer: Layer, x: Any, approx: str) -> DenseRows
     perturbed = _jacobian_of_outputs(model, layer, x, [out for _, _, out in calls])
     modules = [module for module, _, _ in calls]
     outputs = torch.cat([_places(m, j, 1) for m, j in zip(modules, perturbed, strict=True)], dim=2)
-    # A row of zeros is an embedding's padding: torch gives its weight no gradient.
-    outputs = outputs * (inputs != 0).any(-1, keepdim=True)
-    if approx == "reduce" and not isinstance(layer.modules[0], nn.Embedding):
+    if isinstance(layer.modules[0], nn.Embedding):
+        # A row of zeros is padding: torch gives the weight no gradient there.
+        outputs = outputs * (inputs != 0).any(-1, keepdim=True)
+    elif approx == "reduce":
         return DenseRows(inputs.mean(1, keepdim=True), outputs.sum(2, keepdim=True))
     return DenseRows(inputs, outputs)
 

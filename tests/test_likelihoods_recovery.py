@@ -266,8 +266,7 @@ def test_soft_binary_targets() -> None:
     with pytest.raises(ValueError, match="pos_weight"):
         Bernoulli(torch.tensor(2.0), soft_targets=True).terms(logits, gradient=gradient)
     Bernoulli(torch.tensor(2.0), soft_targets=True).terms(logits, target=target)
-    with pytest.raises(ValueError, match="non-binary BCE target"):
-        Bernoulli().terms(logits, target=target)
+    assert_same(Bernoulli().terms(logits, target=target), Bernoulli(soft_targets=True).terms(logits, target=target))
     with pytest.raises(ValueError, match="outside"):
         Bernoulli(soft_targets=True).terms(logits, target=target + 1)
 

@@ -161,6 +161,9 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
 
     Kronecker factor G; the same references as `input_covariance`.
     """
+    if gradients.stride(-1) != 1 and gradients.shape[-2] >= gradients.shape[-1] > 1:
+        # A convolution's rows, [n o s] in memory: a small product for each datum needs no copy of them.
+        return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
     return flat.mT @ flat
 

@@ -14,7 +14,7 @@ from kfacopt.blocks.eigen import EigenBlock, squared_coordinates
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
-from kfacopt.linalg.thin_basis import thin_basis
+from kfacopt.linalg.thin_basis import orthonormal, thin_basis
 
 
 class DataSetEigenBlock(EigenBlock):
@@ -36,6 +36,7 @@ class DataSetEigenBlock(EigenBlock):
         self.corrected = RunningAverage()
         self._budget = budget
         self._few_inputs: Tensor | None = None
+        self._polished = False
 
     def averages(self) -> dict[str, RunningAverage]:
         return super().averages() | {"corrected": self.corrected}
@@ -83,6 +84,7 @@ class DataSetEigenBlock(EigenBlock):
         basis = thin_basis(inputs.flatten(0, 1), float(inputs.shape[0]))
         values, left = self._left_spectrum()
         self._change_basis(left, basis.vectors, values, basis.values)
+        self._polished = False
         parts = iter(basis.coordinates.unsqueeze(1).split([_count(rows) for rows in kept if rows.first]))
         result, current = [], inputs
         for rows in kept:
@@ -141,7 +143,10 @@ class DataSetEigenBlock(EigenBlock):
         coordinates, damped = kronecker.rotate(left, matrix, right), self._values() + damping
         if right is None or right.shape[-1] == right.shape[-2]:
             return kronecker.rotate_back(left, coordinates / damped, right)
-        # Outside the range of A only the damping is inverted.
+        # Outside the range of A only the damping is inverted, which takes orthonormal vectors inside.
+        if not self._polished:
+            self._right, self._polished = orthonormal(right), True
+            return self.solve(matrix, damping)
         return matrix / damping + kronecker.rotate_back(left, coordinates * (1.0 / damped - 1.0 / damping), right)
 
 

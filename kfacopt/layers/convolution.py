@@ -66,7 +66,7 @@ class ConvolutionHandler(LayerHandler):
         if x.ndim == len(conv.kernel_size) + 1:
             x = x.unsqueeze(0)
         reduce = approx == KFACType.REDUCE
-        rows = with_ones(_averaged_patches(conv, x), roles) if reduce else _patches(conv, x, roles)
+        rows = with_ones(averaged_patches(conv, x), roles) if reduce else patches(conv, x, roles)
         return rows if conv.groups > 1 else rows.squeeze(0)
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ def _padded(conv: Convolution, x: Tensor, paddings: Sequence[tuple[int, int]]) -
     return nn.functional.pad(x, flat, mode=mode)
 
 
-def _averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
+def averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
     """``[n (k c) ...] -> [k n 1 i]``, a patch averaged over all output places."""
     paddings = _paddings(conv)
     if conv.padding_mode == "zeros" and all(before == after for before, after in paddings):
@@ -169,7 +169,7 @@ def _averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
     return rearrange(x.flatten(2), "n (k c) e -> k n 1 (c e)", k=conv.groups)
 
 
-def _patches(conv: Convolution, x: Tensor, roles: tuple[str, ...]) -> Tensor:
+def patches(conv: Convolution, x: Tensor, roles: tuple[str, ...]) -> Tensor:
     """``[n (k c) ...] -> [k n s i]``, the patches of all output places, and ones for a bias."""
     x = _padded(conv, x, _paddings(conv))
     entrywise = x.device.type == "cpu" and torch.Size(conv.kernel_size).numel() <= _ENTRYWISE_KERNEL

@@ -166,11 +166,11 @@ class Bernoulli(Likelihood):
                 "BCEWithLogitsLoss needs them equal"
             )
         rows = layout.rows(target).to(layout.rows(prediction.detach()).dtype)
-        outside = (rows < 0) | (rows > 1)
-        if not self.soft_targets:
-            outside |= (rows != 0) & (rows != 1)
-        if bool(outside.any()):
-            raise ValueError(_not_binary(int(outside.sum()), rows.numel(), self.soft_targets))
+        outside = int(((rows < 0) | (rows > 1)).sum())
+        if outside:
+            raise ValueError(
+                f"{outside} of {rows.numel()} BCE targets lie outside [0, 1], where they are no probabilities"
+            )
         return rows
 
     def _scale_and_count(self, layout: RowLayout, logits: Tensor, alive: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -257,7 +257,7 @@ def _read_labels(
         assert expected is not None
         wrong = _count_deviations(gradient, factor, expected, multipliers, precision)
     if wrong and bool(torch.isfinite(factor) & (factor > 0)):
-        raise ValueError(_not_binary(wrong, gradient.numel(), soft=False))
+        raise ValueError(_not_binary(wrong, gradient.numel()))
     return labels, alive
 
 
@@ -289,9 +289,7 @@ def _if_possible(gradients: Tensor, probabilities: Tensor, scale: Tensor, output
     return gradients if bool((below & above).all()) else None
 
 
-def _not_binary(wrong: int, total: int, soft: bool) -> str:
-    if soft:
-        return f"{wrong} of {total} BCE targets lie outside [0, 1], where they are no probabilities"
+def _not_binary(wrong: int, total: int) -> str:
     return (
         f"non-binary BCE target: {wrong} of {total} targets are neither 0 nor 1 (or the gradient "
         "that reached the prediction is not that of BCEWithLogitsLoss with these arguments). For "

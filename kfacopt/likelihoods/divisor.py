@@ -6,6 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_OVER_TARGETS = (
+    nn.MSELoss,
+    nn.BCEWithLogitsLoss,
+    nn.BCELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
+
 
 def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
     """What torch's loss with `reduction="mean"` divides the sum over its terms by, up to a constant factor.
@@ -15,7 +26,7 @@ def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
 
     Returns:
         Class weights of the targets that are not ignored, summed (cross-entropy with class indices); otherwise the
-        number of targets. None for a loss function that is not one of torch's three.
+        number of targets. None for a loss function that is not torch's, or not a mean over targets.
 
     >>> import torch
     >>> mean_divisor(nn.CrossEntropyLoss(), torch.tensor([0, -100, 1]))
@@ -23,9 +34,9 @@ def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
     >>> mean_divisor(nn.MSELoss(), torch.zeros(4, 3))
     12.0
     """
-    if isinstance(loss_func, nn.CrossEntropyLoss) and not target.is_floating_point():
+    if isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) and not target.is_floating_point():
         kept = target[target != loss_func.ignore_index]
         return float(kept.numel() if loss_func.weight is None else loss_func.weight[kept].sum())
-    if isinstance(loss_func, (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss)):
+    if isinstance(loss_func, (nn.CrossEntropyLoss, *_OVER_TARGETS)):
         return float(target.numel())
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfacopt.linalg.symmetric import eigh
 
-_POLISHING_STEPS = 4
+_POLISHING_STEPS = 6
 
 
 class ThinBasis(NamedTuple):
@@ -17,7 +17,7 @@ class ThinBasis(NamedTuple):
 
     Attributes:
         values: Eigenvalues, ascending, `[r]`.
-        vectors: Orthonormal eigenvectors in columns, `[d r]`; all other eigenvalues are zero.
+        vectors: Eigenvectors in columns, `[d r]`; all other eigenvalues are zero.
         coordinates: `rows @ vectors`, `[n r]`.
     """
 
@@ -29,8 +29,9 @@ class ThinBasis(NamedTuple):
 def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     """Eigendecompose `rowsᵀ rows / count` by way of `rows rowsᵀ`, for rows `[n d]` with n < d.
 
-    An eigh of n instead of d, and the rows' coordinates come for free. The vectors of small eigenvalues lose
-    orthogonality to rounding that way: Newton-Schulz steps towards the polar factor bring it back.
+    An eigh of n instead of d, and the rows' coordinates come for free. Two vectors with eigenvalues λ, μ are orthogonal
+    up to rounding times (largest eigenvalue) / √(λμ): no matter for products with the matrix, where they count by their
+    eigenvalues; for its inverse, `orthonormal` brings orthogonality back.
 
     Raises:
         LinAlgError: If the rows are not finite.
@@ -40,18 +41,25 @@ def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     (tensor([25.]), torch.Size([3, 1]))
     """
     values, left, _ = eigh(rows @ rows.mT / count)
-    precision = torch.finfo(rows.dtype).eps
-    kept = values > rows.shape[0] * precision * values[-1]
+    kept = values > rows.shape[0] * torch.finfo(rows.dtype).eps * values[-1]
     values, left = values[kept], left[:, kept]
     norms = (values * count).sqrt()
-    vectors = rows.mT @ (left / norms)
-    gram = vectors.mT @ vectors
-    identity = torch.eye(len(values), dtype=rows.dtype, device=rows.device)
-    tolerance = 8 * precision * max(len(values), 1) ** 0.5
-    polished = False
+    return ThinBasis(values, rows.mT @ (left / norms), left * norms)
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """The nearest orthonormal columns to nearly orthonormal ones `[d r]`, by Newton-Schulz steps.
+
+    The limit is the polar factor (Higham 2008, Functions of Matrices, section 8.3).
+
+    >>> orthonormal(torch.tensor([[1.01], [0.0]])).round(decimals=6).tolist()
+    [[1.0], [0.0]]
+    """
+    identity = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+    tolerance = 8 * torch.finfo(vectors.dtype).eps * vectors.shape[-1] ** 0.5
     for _ in range(_POLISHING_STEPS):
-        if not bool((gram - identity).norm() > tolerance):
-            break
-        vectors, polished = vectors @ (1.5 * identity - 0.5 * gram), True
         gram = vectors.mT @ vectors
-    return ThinBasis(values, vectors, rows @ vectors if polished else left * norms)
+        if bool((gram - identity).norm() <= tolerance):
+            break
+        vectors = vectors @ (1.5 * identity - 0.5 * gram)
+    return vectors

@@ -96,6 +96,8 @@ class LinearOperator(ABC):
         if isinstance(X, LinearOperator):
             return ProductLinearOperator(self, X)
         columns, form = self._columns(X)
+        if columns and columns[0].shape[-1] == 0:
+            return self._as_given([columns[0].new_zeros(*s, 0) for s in self._out_shape], form)
         result = self._matmat(columns)
         return self._as_given(result, form)
 
@@ -108,7 +110,7 @@ class LinearOperator(ABC):
                 )
             matrix = X if X.ndim == 2 else X.unsqueeze(-1)
             parts = matrix.split(self._in_shape_flat)
-            columns = [part.reshape(*s, -1) for part, s in zip(parts, self._in_shape, strict=True)]
+            columns = [part.reshape(*s, matrix.shape[1]) for part, s in zip(parts, self._in_shape, strict=True)]
             return columns, _Format(as_list=False, is_vector=X.ndim == 1)
         if not (isinstance(X, (list, tuple)) and all(isinstance(x, Tensor) for x in X)):
             raise ValueError(
@@ -128,7 +130,7 @@ class LinearOperator(ABC):
     def _as_given(self, columns: list[Tensor], form: _Format) -> list[Tensor] | Tensor:
         if form.as_list:
             return [x.squeeze(-1) for x in columns] if form.is_vector else columns
-        matrix = torch.cat([x.reshape(n, -1) for x, n in zip(columns, self._out_shape_flat, strict=True)])
+        matrix = torch.cat([x.reshape(n, x.shape[-1]) for x, n in zip(columns, self._out_shape_flat, strict=True)])
         return matrix.squeeze(-1) if form.is_vector else matrix
 
     # -- algebra ---------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
         self.compute()
-        scale = self._scale
-        return self.apply(M, lambda block, m: block.matvec(m).mul_(scale), lambda d, m: d * m * scale)
+        result = self.apply(M, lambda block, matrices: block.matvec(matrices), lambda diagonal, m: diagonal * m)
+        return result if self._scale == 1.0 else [self._scale * r for r in result]
 
     def apply(
         self,
@@ -63,13 +63,14 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
         result = list(M)
         for layer in self._layers:
             where = {role: self._position[id(p)] for role, p in layer.parameters.items()}
-            columns = [{role: M[i][..., k] for role, i in where.items()} for k in range(M[0].shape[-1])]
-            matrices = torch.stack([layer.pack(parts) for parts in columns])
+            columns = [layer.pack({role: M[i][..., k] for role, i in where.items()}) for k in range(M[0].shape[-1])]
+            matrices = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
             wide = torch.promote_types(matrices.dtype, torch.float32)
             product = by_block(self.blocks[layer.name], matrices.to(wide)).to(matrices.dtype)
             unpacked = [layer.unpack(one) for one in product]
             for role, i in where.items():
-                result[i] = torch.stack([parts[role] for parts in unpacked], dim=-1)
+                parts = [one[role] for one in unpacked]
+                result[i] = parts[0].unsqueeze(-1) if len(parts) == 1 else torch.stack(parts, dim=-1)
         for i, diagonal in zip(self._loose, self._diagonals, strict=True):
             result[i] = by_diagonal(diagonal.unsqueeze(-1), M[i])
         return result
@@ -83,7 +84,8 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
     @property
     def trace(self) -> Tensor:
         """Trace of the operator."""
-        return self._scale * self._summed(lambda block: block.trace(), lambda diagonal: diagonal.sum())
+        total = self._summed(lambda block: block.trace(), lambda diagonal: diagonal.sum())
+        return self._scale * total
 
     @property
     def logdet(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,28 +11,52 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods.divisor import mean_divisor
 from kfacopt.operators.base import LinearOperator, Shapes
-from kfacopt.operators.products import Linearization, as_function
+from kfacopt.operators.products import (
+    Linearization,
+    as_function,
+    buffers_kept,
+    check_leaves_parameters,
+    parameter_names,
+)
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Mini-batches `(X, y)`; X is a tensor, or anything the model takes where `batch_size_fn` tells its size."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_CHANGED = (
+    "not deterministic: {} came out differently the second time. Put the model into eval mode (dropout), turn off "
+    "shuffling, drop_last and augmentation of the data, or pass check_deterministic=False if you know that it does "
+    "not matter"
+)
+
+
+class Chained:
+    """Several data sets one after the other, again and again."""
+
+    def __init__(self, *parts: Batches) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for part in self._parts:
+            yield from part
+
 
 class CurvatureLinearOperator(LinearOperator):
     """A matrix of the empirical risk `L(θ) = loss_func(model_func(all X), all y)` over a data set.
 
     The loss is that of all data as though they were one batch: with `reduction="mean"` a mini-batch counts by what its
-    mean divides by (class weights and ignored targets included), with `"sum"` mini-batches add up. How the data are cut
-    into mini-batches makes no difference, unless the model itself mixes data (batch normalisation).
+    mean divides by (class weights and ignored targets included; by its data where the loss is none of torch's), with
+    `"sum"` mini-batches add up. How the data are cut into mini-batches makes no difference, unless the model itself
+    mixes data (batch normalisation).
 
     Args:
         model_func: The model; parameters, gradients and buffers are left as they are.
         loss_func: `loss_func(prediction, y)`, a scalar; it has an attribute `reduction`, `"mean"` or `"sum"`. None
             where the matrix does not depend on a loss.
         params: Parameters of the model: the space that the operator acts on.
-        data: Mini-batches `(X, y)` that can be iterated over again and again. `X` may be a mapping, which the model
-            moves to its device itself.
+        data: Mini-batches `(X, y)` that can be iterated over again and again, at least one. `X` may be a mapping,
+            which the model moves to its device itself.
         progressbar: Show one (tqdm) while data are run through.
         check_deterministic: Compare two sweeps over the data, and two products, and refuse what differs.
         num_data: Number of data; None: counted when it is needed.
@@ -40,7 +65,9 @@ class CurvatureLinearOperator(LinearOperator):
 
     Raises:
         ValueError: If blocks are not supported or do not add up, if `X` is a mapping and `batch_size_fn` is None, if
-            `loss_func` has no reduction that is understood, or if a parameter is not the model's.
+            `loss_func` has no reduction that is understood, if a parameter is not the model's or is given twice, or if
+            data are empty or can be iterated over only once.
+        TypeError: If the model is no module, or does not return a tensor.
         RuntimeError: If model or data are not deterministic.
     """
 
@@ -69,6 +96,13 @@ class CurvatureLinearOperator(LinearOperator):
             _check_reduction(loss_func)
         if not self._params:
             raise ValueError("params is empty: an operator needs parameters to act on")
+        parameter_names(model_func, self._params)
+        check_leaves_parameters(model_func)
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"data is a {type(data).__name__}, which can be iterated over only once, but every product does: pass "
+                "a list or a DataLoader"
+            )
         super().__init__(self._get_in_shape(), self._get_out_shape())
         if check_deterministic:
             self._check_deterministic()
@@ -102,16 +136,21 @@ class CurvatureLinearOperator(LinearOperator):
         raise NotImplementedError(f"{type(self).__name__} must define _matmat_batch or _matmat")
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        total = [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]
+        total: list[Tensor] = []
         whole = 0.0
         for X, y in self._loop_over_data("_matmat"):
             weight = self._weight(X, y)
             if weight == 0.0:
                 continue  # every target is ignored: the mean over nothing is not a number
             whole += weight
-            for sum_, part in zip(total, self._matmat_batch(X, y, M), strict=True):
-                sum_.add_(part, alpha=weight)
-        return [t.div_(whole) for t in total] if self._averages() and whole else total
+            parts = self._matmat_batch(X, y, M)
+            if not total:
+                total = parts
+                continue
+            for sum_, part in zip(total, parts, strict=True):
+                # The mean so far moves towards the batch's by the batch's share.
+                sum_.lerp_(part, weight / whole) if self._averages() else sum_.add_(part)
+        return total or [M[0].new_zeros(*s, M[0].shape[-1]) for s in self._out_shape]
 
     def _averages(self) -> bool:
         return self._loss_func is not None and getattr(self._loss_func, "reduction", None) == "mean"
@@ -135,10 +174,15 @@ class CurvatureLinearOperator(LinearOperator):
         batches: Batches = self._data if data is None else data
         if self._progressbar:
             batches = _with_progressbar(batches, f"{type(self).__name__}.{desc} (on {self.device})")
+        empty = True
         for X, y in batches:
+            empty = False
             if isinstance(X, MutableMapping) and self._batch_size_fn is None:
                 raise ValueError("data has mappings for inputs: batch_size_fn must tell the size of such a batch")
-            yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+            with buffers_kept(self._model_func):
+                yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+        if empty:
+            raise ValueError("data is empty: there is no mini-batch to take a derivative on")
 
     # -- the loss and its gradient, and whether they come out the same twice ----------------------------------------
 
@@ -180,9 +224,10 @@ class CurvatureLinearOperator(LinearOperator):
     def _check_deterministic(self) -> None:
         """Two sweeps and two products must agree; where the order of the data matters, batch by batch."""
         totals: list[list[Tensor]] = [[], []]  # of the two sweeps
-        for number, (first, second) in enumerate(
-            zip(self._loop_over_data("check"), self._loop_over_data("check"), strict=True)
-        ):
+        sweeps = zip_longest(self._loop_over_data("check"), self._loop_over_data("check"))
+        for number, (first, second) in enumerate(sweeps):
+            if first is None or second is None:
+                raise RuntimeError(_CHANGED.format("the number of mini-batches"))
             if self.FIXED_DATA_ORDER:
                 _require_same(f"the inputs of batch {number}", _tensors(first[0]), _tensors(second[0]))
                 _require_same(f"the targets of batch {number}", [first[1]], [second[1]])
@@ -240,11 +285,7 @@ def _require_same(what: str, first: list[Tensor], second: list[Tensor]) -> None:
         for a, b in zip(first, second, strict=True)
     )
     if not same:
-        raise RuntimeError(
-            f"not deterministic: {what} came out differently the second time. Put the model into eval mode (dropout), "
-            "turn off shuffling, drop_last and augmentation of the data, or pass check_deterministic=False if you "
-            "know that it does not matter"
-        )
+        raise RuntimeError(_CHANGED.format(what))
 
 
 def _with_progressbar(batches: Batches, desc: str) -> Batches:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.operators.base import LinearOperator, Shapes
 from kfacopt.operators.empirical_risk import Batches, CurvatureLinearOperator
-from kfacopt.operators.products import Linearization, as_function
+from kfacopt.operators.products import Linearization, as_function, by_columns
 
 
 class _JacobianBase(CurvatureLinearOperator):
@@ -50,7 +50,18 @@ class _JacobianBase(CurvatureLinearOperator):
         return [self._shape_of_predictions]
 
     def _linearize(self, X: Any) -> Linearization:
-        return Linearization(as_function(self._model_func, self._params, X), self._params)
+        model = Linearization(as_function(self._model_func, self._params, X), self._params)
+        shape, expected = list(model.value.shape), [self._batch_size(X), *self._predictions_shape()[0][1:]]
+        if shape != expected:
+            raise ValueError(
+                f"the prediction for a mini-batch has shape {shape}, not {expected}: predictions are stacked along "
+                "their first axis, which must be the data, and the others must agree"
+            )
+        return model
+
+    def _require_whole(self, data: int) -> None:
+        if data != self._predictions_shape()[0][0]:
+            raise ValueError(f"num_data={self._num_data}, but the mini-batches have {data} data together")
 
     def _mirror(self) -> dict[str, Any]:
         return {
@@ -86,8 +97,8 @@ class JacobianLinearOperator(_JacobianBase):
         parts = []
         for X, _ in self._loop_over_data("_matmat"):
             model = self._linearize(X)
-            columns = [model.jvp(column) for column in zip(*(m.unbind(-1) for m in M), strict=True)]
-            parts.append(torch.stack(columns, dim=-1))
+            parts += by_columns(lambda column, m=model: [m.jvp(column)], M)  # type: ignore[misc]
+        self._require_whole(sum(len(part) for part in parts))
         return [torch.cat(parts)]
 
     def _adjoint(self) -> LinearOperator:
@@ -119,6 +130,7 @@ class TransposedJacobianLinearOperator(_JacobianBase):
                 for sum_, part in zip(total, model.vjp(column), strict=True):
                     sum_[..., k].add_(part)
             start = end
+        self._require_whole(start)
         return total
 
     def _adjoint(self) -> LinearOperator:

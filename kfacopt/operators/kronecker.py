@@ -17,7 +17,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, KFACType
 from kfacopt.operators import state
 from kfacopt.operators.block_diagonal import BlockDiagonalLinearOperator
-from kfacopt.operators.empirical_risk import Batches
+from kfacopt.operators.empirical_risk import Batches, Chained
 from kfacopt.operators.products import parameter_names
 from kfacopt.operators.sweep import Chunk, Sweep
 from kfacopt.operators.uncovered import DiagonalOfUncovered
@@ -178,7 +178,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         self._reset()
         self._restart_sampling()
         self._compute()
-        self._computed, self._fingerprint = True, _fingerprint(self._params)
+        self._computed, self._fingerprint = True, state.fingerprint(self._params)
 
     def _restart_sampling(self) -> None:
         """Draw the same labels again."""
@@ -222,8 +222,10 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             block.accumulate()
             if isinstance(block, FactoredBlock) and not block.estimated:
                 self._fill_with_zeros(layer, block)
-            elif isinstance(block, DiagonalBlock) and block.diagonal.value is None:
-                block.diagonal.value = torch.zeros_like(layer.pack(_values(layer)))
+            elif isinstance(block, DiagonalBlock):
+                if block.diagonal.value is None:
+                    block.diagonal.value = torch.zeros_like(layer.pack(_values(layer)))
+                block.refresh(0.0)
             if isinstance(block, FactoredBlock) and self._forward_only and block.gradient_factor.value is not None:
                 value = block.gradient_factor.value
                 block.gradient_factor.value = torch.eye(value.shape[-1]).to(value).expand_as(value).clone()
@@ -241,7 +243,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             block.gradient_factor.value = matrix.new_zeros(*matrix.shape[:-1], matrix.shape[-2])
 
     def _require_unchanged(self) -> None:
-        if _fingerprint(self._params) != self._fingerprint:
+        if state.fingerprint(self._params) != self._fingerprint:
             raise RuntimeError(
                 f"parameters have changed since the statistics of this {type(self).__name__} were computed: make a new "
                 "operator, or put the old values back"
@@ -257,7 +259,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         """
         if self._computed:
             self._require_unchanged()
-        self._data, self._num_data = _Chained(self._data, data), None
+        self._data, self._num_data = Chained(self._data, data), None
         if self._computed:
             self._more(data)
 
@@ -282,8 +284,9 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         other.compute()
         if self._fingerprint != other._fingerprint:
             raise ValueError("cannot merge operators of models whose parameters differ in value")
-        self._data, self._num_data = _Chained(self._data, other._data), None
+        self._data, self._num_data = Chained(self._data, other._data), None
         self._merge(other)
+        self._finish()
         for mine, others in zip(self._diagonal.averages, other._diagonal.averages, strict=True):
             mine.merge(others)
         self._terms += other._terms
@@ -364,7 +367,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             self.blocks[name].load_state_dict(stored, self.device)
         for average, stored in zip(self._diagonal.averages, state_dict["diagonal"], strict=True):
             average.load_state_dict(stored, self.device)
-        self._fingerprint = _fingerprint(self._params)
+        self._fingerprint = state.fingerprint(self._params)
 
     @classmethod
     def from_state_dict(
@@ -380,24 +383,5 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         return state.from_state(cls, state_dict, model_func, params, data, check_deterministic, batch_size_fn)
 
 
-class _Chained:
-    """Several data sets one after the other, again and again."""
-
-    def __init__(self, *parts: Batches) -> None:
-        self._parts = parts
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        for part in self._parts:
-            yield from part
-
-
 def _values(layer: Layer) -> dict[str, Tensor]:
     return {role: p.detach() for role, p in layer.parameters.items()}
-
-
-def _fingerprint(params: Sequence[Tensor]) -> list[float]:
-    """Numbers that change when a parameter does, whatever way it was written to."""
-    with torch.no_grad():
-        norms = torch._foreach_norm([p.detach() for p in params])
-        sums = [p.detach().sum() for p in params]
-        return torch.stack([x.double() for x in (*norms, *sums)]).tolist()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfacopt.operators.empirical_risk import Batches
 
@@ -49,6 +49,14 @@ def same_loss(first: dict[str, Any], second: dict[str, Any]) -> bool:
         return [described["type"], *(v.tolist() if isinstance(v, torch.Tensor) else v for v in values)]
 
     return plain(first) == plain(second)
+
+
+def fingerprint(params: Sequence[Tensor]) -> list[float]:
+    """Numbers that change when a parameter does, whatever way it was written to."""
+    with torch.no_grad():
+        norms = torch._foreach_norm([p.detach() for p in params])
+        sums = [p.detach().sum() for p in params]
+        return torch.stack([x.double() for x in (*norms, *sums)]).tolist()
 
 
 def load_model(model: nn.Module, stored: dict[str, Any]) -> None:

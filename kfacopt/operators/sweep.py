@@ -14,12 +14,16 @@ from torch.func import functional_call
 from kfacopt.capture import Recorder, without_autocast
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Site
-from kfacopt.layers.base import Rows
+from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.operators.fisher import empirical_gradients
 from kfacopt.passes import CotangentPass
 from kfacopt.rows import rows_of_layer
+
+# Cotangents go through the graph together as long as they fit into a processor's cache; beyond, a batched pass is the
+# slower one (CNN 16/32/32, batch 128, ten cotangents of 14 MB: 147 ms batched, 81 ms one by one).
+_CACHED = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,15 +81,17 @@ class Sweep:
         terms = self._estimator.likelihood.terms(prediction.detach(), target=y)
         if not bool(terms.count > 0):
             return
-        sites = record.sites
+        sites, approx = record.sites, self._estimator.kfac_approx
         with without_autocast(prediction.device):
+            inputs: dict[Layer, Tensor | OneHot] = {}
             for number, cotangents in enumerate(self._cotangents(terms, prediction, sites)):
-                reached = self._reached(prediction, sites, cotangents)
                 rows = {
-                    layer: rows_of_layer(layer, some, terms.count, self._estimator.kfac_approx, self._all_places)
-                    for layer, some in reached.items()
+                    layer: rows_of_layer(layer, some, terms.count, approx, self._all_places, inputs.get(layer))
+                    for layer, some in self._reached(prediction, sites, cotangents).items()
                 }
                 first = number == 0
+                if first:
+                    inputs = {layer: r.inputs for layer, r in rows.items()}
                 yield Chunk(
                     rows if first else {layer: replace(r, first=False) for layer, r in rows.items()},
                     cotangents,
@@ -101,7 +107,7 @@ class Sweep:
             yield terms.restore(empirical_gradients(self._loss_func, terms))
             return
         bytes_each = sum(site.shape.numel() for site in sites) * prediction.element_size()
-        together = max(1, self._byte_budget // max(1, bytes_each))
+        together = max(1, min(self._byte_budget, _CACHED) // max(1, bytes_each))
         for cotangents in self._estimator.cotangents(terms):
             yield from cotangents.split(together)
 

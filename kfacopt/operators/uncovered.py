@@ -34,10 +34,12 @@ class DiagonalOfUncovered:
         self._names = parameter_names(model, params)
         self.averages = [RunningAverage() for _ in params]
 
+    @torch.no_grad()
     def update(self, X: Any, chunk: Chunk) -> None:
         """Add a mini-batch's cotangents."""
         if not self._params:
             return
+        self._refuse_batch_statistics()
         data = chunk.cotangents.shape[1]
         inputs = _require_batch(X, data)
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
@@ -69,6 +71,16 @@ class DiagonalOfUncovered:
             average.accumulate()
             if average.value is None:
                 average.value = torch.zeros_like(parameter.detach())
+
+    def _refuse_batch_statistics(self) -> None:
+        for path, module in self._model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+                module.training or not module.track_running_stats
+            ):
+                raise ValueError(
+                    f"{path!r} normalises by the mini-batch, so per-datum gradients of {', '.join(self._names)} do not "
+                    "exist: call model.eval(), or leave them out of params"
+                )
 
     def _require_independent(self, chunk: Chunk, part: slice, predictions: Tensor) -> None:
         rows = chunk.terms.rows
