@@ -97,7 +97,7 @@ class CG(Solver):
     def _iterate(
         self, problem: Problem, damping: float, start: Sequence[Tensor] | None
     ) -> tuple[CGResult, list[list[Tensor]]]:
-        kept: list[list[Tensor]] = []
+        kept: dict[int, list[Tensor]] = {}
         due = 1.0
 
         def multiply(v: list[Tensor]) -> list[Tensor]:
@@ -109,7 +109,7 @@ class CG(Solver):
             nonlocal due
             assert self.backtracking is not None
             if iteration >= due:
-                kept.append([t.clone() for t in x])
+                kept[iteration] = [t.clone() for t in x]
                 while due <= iteration:
                     due *= self.backtracking
 
@@ -123,7 +123,8 @@ class CG(Solver):
             progress=self.progress,
             observe=None if self.backtracking is None else keep,
         )
-        return result, kept
+        kept.pop(result.iterations, None)  # that is the solution itself
+        return result, list(kept.values())
 
     def _start(self, problem: Problem) -> list[Tensor] | None:
         last = self._last
