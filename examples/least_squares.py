@@ -27,7 +27,8 @@ class Enzyme(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, c, d = self.coefficients
-        return a * (x.square() + b * x) / (x.square() + c * x + d)
+        curve: Tensor = a * (x.square() + b * x) / (x.square() + c * x + d)
+        return curve
 
 
 def enzyme() -> tuple[nn.Module, Tensor, Tensor]:
@@ -68,7 +69,7 @@ def train(problem: str, name: str) -> tuple[int, float, float]:
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         loss.backward()
-        return loss.item()
+        return float(loss.detach())
 
     start, steps = time.perf_counter(), 0
     while time.perf_counter() - start < SECONDS:

@@ -247,7 +247,7 @@ class Capture:
             return
         self.tally.terms = self.tally.terms + terms.count
         if forward.call is not None:
-            self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name))
+            self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
             scaled = forward.call.autocast_dtype is torch.float16 and isinstance(likelihood, Gaussian)
             self.tally.replayable &= len(forwards) == 1 and not scaled
         # The tensors of an ambiguous output may each have kept the same call.

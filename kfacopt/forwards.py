@@ -104,6 +104,7 @@ class Replay:
     terms: LossTerms
     gradient: Tensor
     name: str = ""
+    whole: bool = True  # False: other roots' forwards lead to the prediction, which are not run again
 
 
 @dataclass

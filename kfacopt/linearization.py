@@ -70,7 +70,8 @@ class BatchLinearization:
         recorder: Records the forwards' products with weights.
 
     Raises:
-        RuntimeError: If a forward run again gives another prediction than the one that the loss saw.
+        RuntimeError: If a forward run again gives another prediction than the one that the loss saw, or is only a part
+            of what led to it.
     """
 
     def __init__(
@@ -81,6 +82,11 @@ class BatchLinearization:
         gradient_scale: float,
         recorder: ProductRecorder | None = None,
     ) -> None:
+        if not all(replay.whole for replay in replays):
+            raise RuntimeError(
+                "several forwards of the model's parts, called one after the other, led to one prediction: only the "
+                "last could be run again, and the others' curvature would be missing. Call them within one module"
+            )
         self.parameters = list(parameters)
         self.estimator, self.recorder = estimator, recorder
         self._replays, self._scale = list(replays), gradient_scale
@@ -96,9 +102,11 @@ class BatchLinearization:
         A loss scale, a clipped norm or a mean over micro-batches is a factor of the whole gradient that the user's
         gradients at the predictions need not have.
         """
-        length = inner_product(self.loss_gradient, self.loss_gradient)
-        factor = inner_product(gradient, self.loss_gradient) / length if length > 0.0 else 1.0
-        if abs(factor - 1.0) > 1e-2 and factor > 0.0:
+        own, whole = inner_product(self.loss_gradient, self.loss_gradient), inner_product(gradient, gradient)
+        both = inner_product(gradient, self.loss_gradient)
+        parallel = both > 0.0 and both * both > (1.0 - 1e-3) * own * whole  # else something was added to the loss
+        factor = both / own if parallel else 1.0
+        if abs(factor - 1.0) > 1e-2:
             for piece in self.pieces:
                 piece.gradient = factor * piece.gradient
             self.loss_gradient = list(torch._foreach_mul(self.loss_gradient, factor))

@@ -80,7 +80,7 @@ def test_backtracking_steps_to_an_earlier_iteration_where_the_loss_is_lower() ->
     for growth in (None, 1.3):
         torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
         solver = CG(tolerance=1e-10, progress=None, backtracking=growth)
-        optimizer = NaturalGradient(model, nn.MSELoss(), solver=solver, damping=1e-10, lr=4.0)
+        optimizer = NaturalGradient(model, nn.MSELoss(), solver=solver, damping=1e-10, lr=20.0)
         train_step(optimizer, model, nn.MSELoss(), x, y)
         losses[growth] = nn.functional.mse_loss(model(x), y).item()
         optimizer.close()

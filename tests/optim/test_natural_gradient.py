@@ -370,6 +370,15 @@ def test_a_forward_that_cannot_be_repeated_is_refused_and_nothing_changes() -> N
     assert torch.equal(before, dense.flat(model.parameters()))
 
 
+def test_parts_called_one_after_the_other_are_refused() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 2)}).double()
+    _, x, y = data(4)
+    optimizer = NaturalGradient(model, nn.MSELoss())
+    nn.functional.mse_loss(model["decoder"](model["encoder"](x)), y).backward()
+    with pytest.raises(RuntimeError, match="several forwards of the model's parts"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "error", "message"),
     [
