@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import kfacopt
 from kfacopt import Gram, NaturalGradient, Problem, Solved, Solver
 from kfacopt.backends.samples import SampleSpace
 from kfacopt.linalg.least_squares import DampedKernel, DampedLeastSquares
 from tests.backends import dense
+from tests.backends.memory import LiveBytes
 from tests.cases import BY_NAME, backward
 
 
@@ -76,25 +74,6 @@ def test_kernel_and_rows_are_those_of_the_jacobian_whatever_the_budget(name: str
         assert share == 1.0 if COVERED[name] == 1.0 else share >= COVERED[name]
 
     seen(name, look, max_bytes)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of storage that were alive at a time, of what operations within this context made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self._alive.values()))
-        return result
 
 
 @pytest.mark.parametrize(("inputs", "width", "count"), [(20, 60, 60), (4, 10, 300)])

