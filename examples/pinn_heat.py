@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import kfacopt
 
+ADAM_LR = 3e-2  # the best of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
 CONDUCTIVITY = 0.25
 WEIGHTS = {"interior": 1.0, "initial": 10.0, "ends": 10.0}
 
@@ -67,7 +68,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
         )
     if name == "lbfgs":
         return torch.optim.LBFGS(model.parameters(), history_size=50, line_search_fn="strong_wolfe")
-    return torch.optim.Adam(model.parameters(), lr=3e-3)  # the best of 1e-3, 3e-3, 1e-2
+    return torch.optim.Adam(model.parameters(), lr=ADAM_LR)
 
 
 def train(name: str, seconds: float, width: int, side: int) -> tuple[nn.Module, int, float]:
@@ -87,7 +88,7 @@ def train(name: str, seconds: float, width: int, side: int) -> tuple[nn.Module, 
 
     while (past := time.perf_counter() - start) < seconds:
         if name == "adam":  # without a decay it would end in its own noise
-            optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
+            optimizer.param_groups[0]["lr"] = ADAM_LR * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
         value, steps = float(optimizer.step(closure)), steps + 1
     return model.network, steps, value
 

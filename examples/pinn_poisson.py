@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import kfacopt
 
+ADAM_LR = 3e-2  # the best of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
 OPTIMIZERS = ("natural_gradient", "lbfgs", "adam")
 
 
@@ -78,7 +79,7 @@ def make_optimizer(name: str, model: nn.Module, width: int) -> torch.optim.Optim
         )
     if name == "lbfgs":
         return torch.optim.LBFGS(model.parameters(), history_size=50, line_search_fn="strong_wolfe")
-    return torch.optim.Adam(model.parameters(), lr=1e-2)  # the best of 1e-3, 3e-3, 1e-2, 3e-2
+    return torch.optim.Adam(model.parameters(), lr=ADAM_LR)
 
 
 def train(name: str, seconds: float, width: int, layers: int, seed: int, side: int) -> tuple[int, float, float]:
@@ -99,7 +100,7 @@ def train(name: str, seconds: float, width: int, layers: int, seed: int, side: i
 
     while (past := time.perf_counter() - start) < seconds:
         if name == "adam":  # without a decay it would end in its own noise
-            optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
+            optimizer.param_groups[0]["lr"] = ADAM_LR * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
         value, steps = float(optimizer.step(closure)), steps + 1
     with torch.no_grad():
         wrong = model.network(test).squeeze(1) - solution(test)
