@@ -2,14 +2,19 @@
 
 from kfacopt import operators as operators
 from kfacopt import schedules as schedules
+from kfacopt.backends import CG as CG
 from kfacopt.backends import CurvatureBackend as CurvatureBackend
 from kfacopt.backends import EKFACBackend as EKFACBackend
 from kfacopt.backends import ExactEKFACBackend as ExactEKFACBackend
 from kfacopt.backends import ExactKFACBackend as ExactKFACBackend
+from kfacopt.backends import Gram as Gram
 from kfacopt.backends import KFACBackend as KFACBackend
 from kfacopt.backends import LayerTensors as LayerTensors
 from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
+from kfacopt.backends import Problem as Problem
 from kfacopt.backends import Settings as Settings
+from kfacopt.backends import Solved as Solved
+from kfacopt.backends import Solver as Solver
 from kfacopt.blocks import Block as Block
 from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
 from kfacopt.damping import RelativeDamping as RelativeDamping
@@ -25,10 +30,16 @@ from kfacopt.likelihoods import FisherType as FisherType
 from kfacopt.likelihoods import Gaussian as Gaussian
 from kfacopt.likelihoods import KFACType as KFACType
 from kfacopt.likelihoods import Likelihood as Likelihood
+from kfacopt.linalg.cg import RelativeProgress as RelativeProgress
+from kfacopt.metric import Curvature as Curvature
 from kfacopt.optim import EKFAC as EKFAC
 from kfacopt.optim import KFAC as KFAC
 from kfacopt.optim import ExactTrustRegion as ExactTrustRegion
 from kfacopt.optim import GaussNewton as GaussNewton
+from kfacopt.optim import GeodesicAcceleration as GeodesicAcceleration
+from kfacopt.optim import GridLineSearch as GridLineSearch
+from kfacopt.optim import NaturalGradient as NaturalGradient
+from kfacopt.optim import QuadraticModel as QuadraticModel
 from kfacopt.optim import SaddleFree as SaddleFree
 from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer
 from kfacopt.optim import TrustRegionNewton as TrustRegionNewton

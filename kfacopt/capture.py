@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
-from kfacopt.estimator import FisherEstimator, find_prediction, tensors_of
+from kfacopt.estimator import FisherEstimator, tensors_of
 from kfacopt.forwards import Call, Forward, Replay, Site, Tally
 from kfacopt.hooks import drop_inert_hooks, hook_type
 from kfacopt.layers.base import Rows
@@ -174,10 +174,10 @@ class Capture:
             return  # a loss or metric module held by the model is no root
         refusal = ""
         try:
-            tensors = [find_prediction(output, self._estimator.prediction)]
+            named = list(self._estimator.predictions(output).items())
         except ValueError as error:
-            tensors, refusal = tensors_of(output), str(error)
-        for tensor in tensors:
+            named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
+        for name, tensor in named:
             node = tensor.grad_fn
             if node is None:
                 continue
@@ -185,7 +185,7 @@ class Capture:
             before = set(_ancestors(node)) if sites else set()
             led = [s for s in sites if s.node in before]
             own = [replace(s, node=None) for s in sites if s.node is node]
-            forward = Forward(root, led + own, call, refusal=refusal)
+            forward = Forward(root, led + own, call, refusal=refusal, name=name)
             if not refusal:
                 forward.prediction, forward.version = tensor.detach(), tensor._version
                 forward.output_nr = tensor.output_nr
@@ -239,15 +239,16 @@ class Capture:
                 tensor.grad = gradient
 
     def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
-        terms = self._estimator.likelihood.terms(prediction, gradient=gradient)
-        forwards = [forward, *self._upstream(node)]
+        likelihood = self._estimator.likelihoods[forward.name]
+        terms = likelihood.terms(prediction, gradient=gradient)
+        forwards = [forward, *self._upstream(node, forward.call)]
         self.tally.passes += 1
         if not bool(terms.count > 0):
             return
         self.tally.terms = self.tally.terms + terms.count
         if forward.call is not None:
-            self.tally.replays.append(Replay(forward.call, terms, gradient))
-            scaled = forward.call.autocast_dtype is torch.float16 and isinstance(self._estimator.likelihood, Gaussian)
+            self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
+            scaled = forward.call.autocast_dtype is torch.float16 and isinstance(likelihood, Gaussian)
             self.tally.replayable &= len(forwards) == 1 and not scaled
         # The tensors of an ambiguous output may each have kept the same call.
         sites = list({site.number: site for one in forwards for site in one.sites}.values())
@@ -265,7 +266,7 @@ class Capture:
         for one in forwards:
             one.sites.clear()
 
-    def _upstream(self, node: Node) -> list[Forward]:
+    def _upstream(self, node: Node, call: Call | None) -> list[Forward]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
 
         They are no predictions themselves: their own backward is not waited for any more.
@@ -273,7 +274,8 @@ class Capture:
         found: list[Forward] = []
         for ancestor in _ancestors(node) if self._alive else ():
             for kept in _metadata(ancestor).get("kfacopt", ()):
-                if kept in self._alive:
+                # A term that another term of the same call is computed from is a prediction of its own.
+                if kept in self._alive and (call is None or kept.call is not call):
                     self._alive.discard(kept)
                     found.append(kept)
             if not self._alive:

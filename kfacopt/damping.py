@@ -114,7 +114,8 @@ def compare_losses(
     linear, divergence, count = 0.0, 0.0, sum(float(replay.terms.count) for replay in replays)
     for replay in replays:
         old = replay.terms
-        new = old.at(prediction_of(_run_again(replay)))
+        with torch.no_grad():
+            new = old.at(prediction_of(replay.call.run()))
         linear += float((_term_gradient(replay, count, gradient_scale) * (new.parameters - old.parameters)).sum())
         divergence += float(likelihood.divergence(old, new)) / count
     return Comparison(linear, divergence)
@@ -133,17 +134,3 @@ def _term_gradient(replay: Replay, count: float, gradient_scale: float) -> Tenso
         return of_user
     factor = float((of_user * terms.gradient).sum() / terms.gradient.square().sum()) * float(terms.count)
     return of_user if abs(factor - 1.0) < 1e-3 else terms.gradient / count
-
-
-def _run_again(replay: Replay) -> object:
-    call = replay.call
-    buffers = [(buffer, buffer.clone()) for buffer in call.module.buffers()]
-    try:
-        with torch.random.fork_rng(), torch.no_grad(), call.autocast():
-            torch.set_rng_state(call.random_state)
-            if call.device_random_state is not None:
-                torch.cuda.set_rng_state(call.device_random_state)
-            return call.module(*call.inputs, **call.kwargs)
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods import FisherType, KFACType, Likelihood, LossTerms, likelihood_from
 
+Loss = nn.Module | Likelihood
+LossFunction = Loss | Mapping[str, Loss | tuple[float, Loss]]
+"""A loss; or losses by the names in the output of a model that returns a dict, alone or as `(weight, loss)`."""
+
 
 class CurvatureOptions(TypedDict, total=False):
     """How the curvature is estimated; every optimizer takes these as keyword arguments.
@@ -43,12 +47,18 @@ class FisherEstimator:
         ValueError: If an option has no supported value.
     """
 
+    likelihoods: Mapping[str, Likelihood]
+    """The likelihood by the loss term's name; "" where there is one."""
+    weights: Mapping[str, float]
+    """What each term counts in the whole loss."""
+
     def __init__(self, loss_func: nn.Module | Likelihood, **options: Any) -> None:
         unknown = set(options) - set(CurvatureOptions.__annotations__)
         if unknown:
             known = ", ".join(sorted(CurvatureOptions.__annotations__))
             raise TypeError(f"unknown curvature option {', '.join(sorted(unknown))}: there are {known}")
         self.likelihood = likelihood_from(loss_func)
+        self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
         self.fisher_type = _member(FisherType, "fisher_type", options.get("fisher_type", FisherType.MC))
         self.kfac_approx = _member(KFACType, "kfac_approx", options.get("kfac_approx", KFACType.EXPAND))
         self.mc_samples = int(options.get("mc_samples", 1))
@@ -68,6 +78,14 @@ class FisherEstimator:
             )
         self._seed = int(options.get("seed", 0))
         self._generator: torch.Generator | None = None
+
+    def predictions(self, output: Any) -> dict[str, Tensor]:
+        """The tensors of a model's output that the loss is taken of, by the loss term's name."""
+        return {"": find_prediction(output, self.prediction)}
+
+    def sampled(self, likelihood: Likelihood, terms: LossTerms) -> Tensor:
+        """Gradients at labels drawn from the model, `[v m c]`."""
+        return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
 
     def cotangents(self, terms: LossTerms) -> Iterator[Tensor]:
         """Chunks `[v, *prediction.shape]` of cotangents of the sum over the loss terms."""
@@ -103,6 +121,47 @@ class FisherEstimator:
         if self._generator is None:
             self._generator = torch.Generator(device=device).manual_seed(self._seed)
         return self._generator
+
+
+class TermsEstimator(FisherEstimator):
+    """Several loss terms, each with a likelihood and a weight, of a model that returns a tensor for each.
+
+    Args:
+        loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, each alone
+            (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum of their means.
+        options: See `CurvatureOptions`.
+
+    Raises:
+        TypeError, ValueError: A loss or weight that cannot be handled, by name.
+    """
+
+    def __init__(self, loss_func: LossFunction, **options: Any) -> None:
+        if not isinstance(loss_func, Mapping):
+            super().__init__(loss_func, **options)
+            return
+        if not loss_func:
+            raise ValueError("loss_func is an empty dict: name at least one loss term")
+        if options.get("prediction") is not None:
+            raise ValueError("prediction= has no meaning with a dict of losses: their names say where the tensors are")
+        pairs = {name: part if isinstance(part, tuple) else (1.0, part) for name, part in loss_func.items()}
+        super().__init__(next(iter(pairs.values()))[1], **options)
+        self.likelihoods = {name: likelihood_from(loss) for name, (_, loss) in pairs.items()}
+        self.weights = {name: float(weight) for name, (weight, _) in pairs.items()}
+        for name, weight in self.weights.items():
+            if not weight > 0.0:
+                raise ValueError(f"the weight of loss term {name!r} must be positive, got {weight}")
+            if self.likelihoods[name].reduction == "sum":
+                raise ValueError(f"the loss term {name!r} has reduction='sum': use 'mean' and a weight")
+
+    def predictions(self, output: Any) -> dict[str, Tensor]:
+        if "" in self.likelihoods:
+            return super().predictions(output)
+        if not isinstance(output, Mapping):
+            raise ValueError(f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict")
+        missing = [name for name in self.likelihoods if not isinstance(output.get(name), Tensor)]
+        if missing:
+            raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(output)}")
+        return {name: output[name] for name in self.likelihoods}
 
 
 def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,30 @@ class Call:
         device = "cpu" if self.device_random_state is None else "cuda"
         return torch.autocast(device, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
+    def run(self) -> Any:
+        """The forward again, in the ambient gradient mode: same random numbers, buffers left as they are.
+
+        Buffers are swapped for copies while it runs, not written back, so that a graph that saved them stays valid.
+        """
+        with torch.random.fork_rng(), self.autocast(), _copied_buffers(self.module):
+            torch.set_rng_state(self.random_state)
+            if self.device_random_state is not None:
+                torch.cuda.set_rng_state(self.device_random_state)
+            return self.module(*self.inputs, **self.kwargs)
+
+
+@contextmanager
+def _copied_buffers(root: nn.Module) -> Iterator[None]:
+    copies: dict[int, Tensor] = {}
+    places = [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        for module, name, buffer in places:
+            module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        yield
+    finally:
+        for module, name, buffer in places:
+            module._buffers[name] = buffer
+
 
 @dataclass(eq=False)
 class Forward:
@@ -67,6 +93,7 @@ class Forward:
     version: int = 0
     output_nr: int = 0
     refusal: str = ""
+    name: str = ""  # of the loss term, where a model returns several predictions
 
 
 @dataclass(eq=False)
@@ -76,6 +103,8 @@ class Replay:
     call: Call
     terms: LossTerms
     gradient: Tensor
+    name: str = ""
+    whole: bool = True  # False: other roots' forwards lead to the prediction, which are not run again
 
 
 @dataclass

@@ -28,7 +28,8 @@ for category, module in [
     (FutureWarning, r"torch\\.utils\\._pytree"),
 ]:
     warnings.filterwarnings("ignore", category=category, module=module)
-runpy.run_path(sys.argv[1], run_name="__main__")
+sys.argv = sys.argv[1:]  # as the script itself would see it
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -187,3 +188,21 @@ def test_deep_chain() -> None:
     assert max(residuals) < 1e-10
     newton, adamw, sgd = numbers(output, r"^(?:TrustRegionNewton|AdamW|SGD) +(\d+) steps")
     assert newton < min(adamw, sgd)
+
+
+def test_pinn_poisson() -> None:
+    output = run("pinn_poisson")
+    (error,) = numbers(output, r"^relative L2 error: (\S+)$")
+    assert error < 1e-5  # after 3 s; on an idle machine below 1e-8
+
+
+def test_pinn_heat() -> None:
+    output = run("pinn_heat")
+    adam, lbfgs, ours = (numbers(output, rf"^{name} .* (\S+)$")[0] for name in ("adam", "lbfgs", "natural_gradient"))
+    assert ours < 0.1 * min(adam, lbfgs)
+
+
+def test_least_squares() -> None:
+    gradients = numbers(run("least_squares"), r"natural gradient .* (\S+)$")
+    assert len(gradients) == 2
+    assert max(gradients) < 0.1

@@ -167,6 +167,17 @@ class Likelihood(ABC):
             columns: Only these of the c vectors, to bound memory.
         """
 
+    def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
+        """Every term's ``scale_m Hessian_m`` times its row of ``vectors`` ``[m c]``; rows again.
+
+        Here from `hessian_sqrt`, in chunks of its columns; a subclass that knows a formula overrides it.
+        """
+        result, outputs = torch.zeros_like(vectors), terms.parameters.shape[1]
+        for start in range(0, outputs, self.vectors_per_chunk):
+            columns = self.hessian_sqrt(terms, slice(start, min(start + self.vectors_per_chunk, outputs)))
+            result += torch.einsum("vmc,vm->mc", columns, torch.einsum("vmc,mc->vm", columns, vectors))
+        return result
+
     @abstractmethod
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Sum over the terms of scale · KL(p_old ‖ p_new), 0-dim; ``old.count`` makes it a mean.

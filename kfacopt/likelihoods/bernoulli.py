@@ -128,6 +128,11 @@ class Bernoulli(Likelihood):
         variance = terms.parameters.sigmoid() * (-terms.parameters).sigmoid()
         return independent_columns(variance.sqrt() * _deviation(terms, 1.0), columns)
 
+    def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
+        """``scale σ(1-σ) v``."""
+        variance = terms.parameters.sigmoid() * (-terms.parameters).sigmoid()
+        return variance * _deviation(terms, 1.0).square() * vectors
+
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Sum of scale · KL between the Bernoulli distributions before and after."""
         before, after = widest(old.parameters), widest(new.parameters)

@@ -114,6 +114,12 @@ class Categorical(Likelihood):
         vectors[torch.arange(len(chosen), device=chosen.device), :, chosen] += deviation
         return vectors
 
+    def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
+        """``scale (p∘v - p (p·v))``."""
+        probabilities = terms.parameters.softmax(-1)
+        weighted = probabilities * vectors
+        return (weighted - probabilities * weighted.sum(-1, keepdim=True)) * terms.scale[:, None]
+
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Sum of scale · KL between the softmax distributions before and after."""
         before = widest(old.parameters).log_softmax(-1)

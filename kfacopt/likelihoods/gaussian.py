@@ -85,6 +85,10 @@ class Gaussian(Likelihood):
         deviation = (2.0 * terms.scale).sqrt()[:, None].expand_as(terms.parameters)
         return independent_columns(deviation, columns)
 
+    def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
+        """``2 scale v``."""
+        return 2.0 * terms.scale[:, None] * vectors
+
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Sum of scale · ‖f_new - f_old‖²."""
         moved = (widest(new.parameters) - widest(old.parameters)).square().sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim import groups, memory, rule, step_length
 from kfacopt.optim.checks import check_group, check_model
+from kfacopt.optim.quadratic_model import QuadraticModel, step_rule_of
 from kfacopt.optim.trust import outcome_of_step
 
 Params = Iterable[Any]
@@ -54,7 +55,9 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         backend: The curvature.
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
-        lr: Learning rate; a float or a tensor without axes.
+        lr: Learning rate; a float or a tensor without axes. Or `"auto"`, or a `kfacopt.QuadraticModel`: learning rate
+            and momentum minimise the exact quadratic model in each step, and `momentum`, `kl_clip` and
+            `relative_clip` are not used. (`lr` is then 1, for schedules to multiply.)
         damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
             each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
             factor, as long as the group's `"relative_damping"` is True).
@@ -80,7 +83,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         backend: CurvatureBackend,
         params: Params | None = None,
         *,
-        lr: float | Tensor = 0.3,
+        lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
         damping: float | RelativeDamping = RELATIVE_DAMPING,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -95,6 +98,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self.model = model
         self.backend = backend
         self.damping_rule = damping_rule
+        self.step_rule = step_rule_of(lr)
         self._estimator = FisherEstimator(loss_func, **curvature)
         self._capture: Capture | None = None
         self._layers: list[Layer] = []
@@ -103,7 +107,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._report: dict[str, float] = {"skipped_steps": 0.0}
         self._ended_at = math.nan
         defaults = groups.with_plain_damping({"damping": damping}) | {
-            "lr": lr,
+            "lr": lr if self.step_rule is None else 1.0,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
@@ -139,6 +143,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         capture.wants_rows = self.backend.wants_rows(self._step)
         capture.wants_terms = self._estimator.likelihood.reduction == "sum"
         capture.wants_replays = self.damping_rule is not None and self.damping_rule.due(self._step)
+        capture.wants_replays |= self.step_rule is not None and self.step_rule.due(self._step)
 
     def _open_capture(self) -> Capture:
         assert self._capture is not None
@@ -237,12 +242,18 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         if self._step == 0 and tally.passes == 0 and self._layers and self.backend.wants_rows(0):
             raise RuntimeError(_NO_CURVATURE)
-        averaged = memory.averaged(self.param_groups, self.state, gradients, self._layers)
+        averaged = gradients
+        if self.step_rule is None:
+            averaged = memory.averaged(self.param_groups, self.state, gradients, self._layers)
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
             refreshed = time.perf_counter()
             solved = self.backend.solve(self._by_layer(averaged), settings)
         updates = {layer.parameters[role]: u for layer, parts in solved.items() for role, u in parts.items()}
+        if self.step_rule is not None:
+            of_step = (self._step, self._estimator, tally.replays)
+            updates = self.step_rule.updates(*of_step, gradients, updates, self.state, scale)
+            self._report |= self.step_rule.health()
         judged = self.damping_rule is not None and bool(tally.replays) and tally.replayable
         before = {p: p.clone() for p in gradients} if judged else {}
         self._write(gradients, averaged, updates)
@@ -267,9 +278,11 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         averaged: Mapping[nn.Parameter, Tensor],
         updates: dict[nn.Parameter, Tensor],
     ) -> None:
-        length = step_length.bound_layers(self.param_groups, self._layers, averaged, updates)
-        nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
-        self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
+        nu = 1.0
+        if self.step_rule is None:
+            length = step_length.bound_layers(self.param_groups, self._layers, averaged, updates)
+            nu = rule.kl_scale(length, float(self.param_groups[0]["kl_clip"]))
+            self._report |= {"kl_scale": nu, "kl": 0.5 * nu * nu * length}
         if not math.isfinite(nu):
             self._report["skipped_steps"] += 1.0
             return
@@ -316,6 +329,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         result["curvature"] = {
             "backend": self.backend.state_dict(),
             "estimator": self._estimator.state_dict(),
+            "step_rule": None if self.step_rule is None else self.step_rule.state_dict(),
             "step": self._step,
             "terms": self._terms,
             "pending_terms": float(self._open_capture().tally.terms),
@@ -343,6 +357,8 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             raise
         device = next(self.model.parameters()).device
         self._estimator.load_state_dict(curvature["estimator"], device)
+        if self.step_rule is not None and curvature["step_rule"] is not None:
+            self.step_rule.load_state_dict(curvature["step_rule"])
         self._step, self._terms = int(curvature["step"]), float(curvature["terms"])
         self._report["skipped_steps"] = float(curvature["skipped_steps"])
         capture = self._open_capture()
@@ -352,7 +368,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "backend", "damping_rule", "_estimator", "_step", "_terms", "_report")
+        own = ("model", "backend", "damping_rule", "step_rule", "_estimator", "_step", "_terms", "_report")
         tally = self._open_capture().tally
         state: dict[str, Any] = super().__getstate__()
         return state | {name: self.__dict__[name] for name in own} | {"_pending": (float(tally.terms), tally.passes)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDampin
 from kfacopt.estimator import CurvatureOptions
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.base import Params, SecondOrderOptimizer
+from kfacopt.optim.quadratic_model import QuadraticModel
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval
 
 
@@ -38,7 +39,7 @@ class EKFAC(SecondOrderOptimizer):
         loss_func: nn.Module | Likelihood,
         params: Params | None = None,
         *,
-        lr: float | Tensor = 0.3,
+        lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
         damping: float | RelativeDamping = RELATIVE_DAMPING,
         momentum: float = 0.9,
         weight_decay: float = 0.0,

@@ -1,0 +1,54 @@
+"""A layer-wise backend's solve as the preconditioner of a solver for all parameters together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.backends.base import CurvatureBackend, Settings
+from kfacopt.layers.layer import Layer
+from kfacopt.linalg.cg import inner_product
+
+
+class Preconditioner:
+    """`r -> M⁻¹ r` on lists of tensors, linear as long as it lives.
+
+    Args:
+        backend: With fresh caches.
+        settings: Each layer's.
+        parameters: What `r` is shaped as. Those of no layer, or of a layer without a cache, are scaled by one number,
+            such that they are treated as the others are on average.
+    """
+
+    def __init__(
+        self, backend: CurvatureBackend, settings: Mapping[Layer, Settings], parameters: Sequence[nn.Parameter]
+    ) -> None:
+        self._backend = backend
+        self._places = {id(p): i for i, p in enumerate(parameters)}
+        self._settings = {
+            layer: setting
+            for layer, setting in settings.items()
+            if all(id(p) in self._places for p in layer.parameters.values())
+        }
+        self._scale: float | None = None
+
+    @torch.no_grad()
+    def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
+        by_layer = {
+            layer: {role: vectors[self._places[id(p)]] for role, p in layer.parameters.items()}
+            for layer in self._settings
+        }
+        found: dict[int, Tensor] = {}
+        for layer, parts in self._backend.solve(by_layer, self._settings).items():
+            for role, solved in parts.items():
+                place = self._places[id(layer.parameters[role])]
+                found[place] = solved.to(vectors[place].dtype)
+        if self._scale is None:
+            before = [vectors[i] for i in found]
+            length = inner_product(before, before)
+            after = inner_product(list(found.values()), list(found.values()))
+            self._scale = math.sqrt(after / length) if length > 0.0 and after > 0.0 else 1.0
+        return [found[i] if i in found else self._scale * v for i, v in enumerate(vectors)]
