@@ -29,7 +29,8 @@ class FisherMCLinearOperator(GaussNewtonLinearOperator):
     >>> model, loss = torch.nn.Linear(2, 3), torch.nn.CrossEntropyLoss()
     >>> data = [(torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))]
     >>> fisher = FisherMCLinearOperator(model, loss, list(model.parameters()), data, mc_samples=2)
-    >>> bool(torch.ones(9) @ (fisher @ torch.ones(9)) >= 0)
+    >>> v = torch.arange(9.0)
+    >>> bool(v @ (fisher @ v) >= 0)
     True
     """
 
