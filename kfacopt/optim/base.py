@@ -20,6 +20,7 @@ from kfacopt.likelihoods import Likelihood
 from kfacopt.optim import groups, memory, rule, step_length
 from kfacopt.optim.checks import check_group, check_model
 from kfacopt.optim.quadratic_model import QuadraticModel, step_rule_of
+from kfacopt.optim.replaying import evaluated
 from kfacopt.optim.trust import outcome_of_step
 
 Params = Iterable[Any]
@@ -207,10 +208,7 @@ class SecondOrderOptimizer(torch.optim.Optimizer):
             RuntimeError: If no backward has ever reached the model, so that there is no curvature.
             TypeError: If a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         capture = self._open_capture()
         if self._requires_grad_pattern() != self._frozen_pattern:
             tally = capture.tally

@@ -26,10 +26,11 @@ from kfacopt.optim.acceleration import GeodesicAcceleration
 from kfacopt.optim.base import Params
 from kfacopt.optim.checks import check_model
 from kfacopt.optim.line_search import GridLineSearch
+from kfacopt.optim.replaying import ReplayingOptimizer, evaluated
 from kfacopt.products import ProductRecorder
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(ReplayingOptimizer):
     r"""Descends along `(C + damping I)⁻¹ g`, with `C` the curvature of the loss on the step's own batches.
 
     .. code-block:: text
@@ -108,7 +109,6 @@ class NaturalGradient(torch.optim.Optimizer):
             raise ValueError("a preconditioner needs a single loss term, but loss_func is a dict: leave it out of CG()")
         self._layers: list[Layer] = []
         self._step, self._last_size, self._report = 0, 0.0, {"skipped_steps": 0.0}
-        self._capture: Capture | None = None
         defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
         super().__init__(model.parameters() if params is None else params, defaults)
         self._attach()
@@ -139,24 +139,6 @@ class NaturalGradient(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def health(self) -> dict[str, float]:
-        """Numbers worth logging, of the last step: damping, step size, what the solver says of itself."""
-        return dict(self._report)
-
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self._open_capture().close()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; forwards since the last step are forgotten with their gradients."""
-        super().zero_grad(set_to_none)
-        if self._capture is not None:
-            self._capture.reset_tally()
-
-    def _open_capture(self) -> Capture:
-        assert self._capture is not None
-        return self._capture
-
     # -- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -173,10 +155,7 @@ class NaturalGradient(torch.optim.Optimizer):
             RuntimeError: If no backward through the model has arrived since the last step, or a forward cannot be run
                 again as it was.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         capture = self._open_capture()
         _check_groups(self.param_groups)
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]

@@ -19,13 +19,14 @@ from kfacopt.operators.chain_loss import TermsLoss
 from kfacopt.operators.chain_parse import elements_of
 from kfacopt.optim import rule
 from kfacopt.optim.checks import check_model
+from kfacopt.optim.replaying import ReplayingOptimizer, evaluated
 from kfacopt.optim.subproblem import Curvatures, ExactTrustRegion, GaussNewton, TrustRegionStrategy
 
 DEFAULT_STRATEGIES = (GaussNewton(), ExactTrustRegion())
 """Gauss-Newton leads; where it stalls, the exact Hessian shows the way."""
 
 
-class TrustRegionNewton(torch.optim.Optimizer):
+class TrustRegionNewton(ReplayingOptimizer):
     r"""Newton's method for an `nn.Sequential`, with exact curvature made safe by a trust region.
 
     With `g` the gradient of the batch's loss and `C` its Gauss-Newton matrix, or its exact and indefinite Hessian:
@@ -96,7 +97,6 @@ class TrustRegionNewton(torch.optim.Optimizer):
         self.model = model
         self.strategies = strategies
         self._estimator = FisherEstimator(loss_func)
-        self._capture: Capture | None = None
         self._report: dict[str, float] = {"skipped_steps": 0.0}
         defaults = {
             "radius": [radius] * len(strategies),
@@ -111,10 +111,6 @@ class TrustRegionNewton(torch.optim.Optimizer):
     def _attach(self) -> None:
         self._capture = Capture(self.model, [], self._estimator, lambda layer, rows: None, lambda: None)
         self._capture.wants_rows, self._capture.wants_replays = False, True
-
-    def _open_capture(self) -> Capture:
-        assert self._capture is not None
-        return self._capture
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; refused but for the first: a trust region is one for all parameters.
@@ -132,17 +128,7 @@ class TrustRegionNewton(torch.optim.Optimizer):
         Of the last step `accepted`, `attempts` and their `cost` (factorisations or products); of its last attempt
         `rho`, `radius`, `shift` and the place of its `strategy`; `skipped_steps` in all, as gradients were not finite.
         """
-        return dict(self._report)
-
-    def close(self) -> None:
-        """Remove every hook from the model."""
-        self._open_capture().close()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; what backwards since the last step left is forgotten with their gradients."""
-        super().zero_grad(set_to_none)
-        if self._capture is not None:
-            self._capture.reset_tally()
+        return super().health()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -158,10 +144,7 @@ class TrustRegionNewton(torch.optim.Optimizer):
             RuntimeError: If not exactly one backward reached the model since the last step, or the gradients are not
                 those of its loss alone.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         capture = self._open_capture()
         parameters = self._parameters()
         try:
