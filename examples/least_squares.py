@@ -17,6 +17,8 @@ import kfacopt
 SECONDS = 1.0 if os.environ.get("KFACOPT_SHORT") else 5.0
 ADAM_LR = 1e-2  # of 1e-3, 3e-3, 1e-2, 3e-2: the highest that is good for both
 NAMES = ("AdamW", "L-BFGS", "natural gradient")
+# The short mode counts its own processor time: a busy machine makes no difference to it.
+clock = time.thread_time if os.environ.get("KFACOPT_SHORT") else time.perf_counter
 
 
 class Enzyme(nn.Module):
@@ -72,8 +74,8 @@ def train(problem: str, name: str) -> tuple[int, float, float]:
         loss.backward()
         return float(loss.detach())
 
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS:
+    start, steps = clock(), 0
+    while clock() - start < SECONDS:
         optimizer.step(closure)
         steps += 1
     value = closure()

@@ -20,6 +20,8 @@ import kfacopt
 ADAM_LR = 3e-2  # the best of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
 CONDUCTIVITY = 0.25
 WEIGHTS = {"interior": 1.0, "initial": 10.0, "ends": 10.0}
+# The short mode counts its own processor time: a busy machine makes no difference to it.
+clock = time.thread_time if os.environ.get("KFACOPT_SHORT") else time.perf_counter
 
 
 def solution(points: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def train(name: str, seconds: float, width: int, side: int) -> tuple[nn.Module, 
     torch.manual_seed(0)
     model, batch, criterion = Residuals(width), points(side), nn.MSELoss()
     optimizer = make_optimizer(name, model)
-    start, steps, value = time.perf_counter(), 0, math.nan
+    start, steps, value = clock(), 0, math.nan
 
     def closure() -> float:
         optimizer.zero_grad()
@@ -86,7 +88,7 @@ def train(name: str, seconds: float, width: int, side: int) -> tuple[nn.Module, 
         loss.backward()
         return loss.item()
 
-    while (past := time.perf_counter() - start) < seconds:
+    while (past := clock() - start) < seconds:
         if name == "adam":  # without a decay it would end in its own noise
             optimizer.param_groups[0]["lr"] = ADAM_LR * 0.5 * (1 + math.cos(math.pi * past / seconds)) + 1e-6
         value, steps = float(optimizer.step(closure)), steps + 1
@@ -127,6 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("--picture", help="file to write the pictures to")
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # the matrices are small: threads would mostly wait for each other
     print(f"{'optimizer':18}{'steps':>7}{'loss':>12}{'relative L2 error':>20}")
     for each in ("adam", "lbfgs", "natural_gradient"):
         trained, count, loss = train(each, given.seconds, given.width, given.side)
