@@ -303,40 +303,34 @@ def unnoticed() -> Iterator[None]:
         _in_curvature_pass.reset(token)
 
 
-class Recorder:
-    """Keeps the calls of layers while a model runs within this context; no optimizer's capture takes note of it.
+@contextmanager
+def recorded(layers: Sequence[Layer]) -> Iterator[list[Site]]:
+    """Within this context the calls of layers are kept, and go unnoticed by optimizers.
 
     Args:
         layers: What to keep the calls of; all of their parameters are to require gradients.
 
-    Attributes:
-        sites: The calls so far; they keep the graph alive until `clear`.
+    Yields:
+        The calls so far; they keep the graph alive.
     """
+    sites: list[Site] = []
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
-        self.sites: list[Site] = []
-
-    def __enter__(self) -> Recorder:
-        self._token = _in_curvature_pass.set(True)
-        self._handles = [
-            module.register_forward_hook(partial(self._keep, layer), with_kwargs=True)
-            for layer in self._layers
-            for module in layer.modules
-        ]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        _in_curvature_pass.reset(self._token)
-
-    def _keep(
-        self, layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        site = _site(len(self.sites), layer, module, inputs, kwargs, output)
+    def keep(layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        site = _site(len(sites), layer, module, inputs, kwargs, output)
         if site is not None:
-            self.sites.append(site)
+            sites.append(site)
+
+    handles = [
+        module.register_forward_hook(partial(keep, layer), with_kwargs=True)
+        for layer in layers
+        for module in layer.modules
+    ]
+    try:
+        with unnoticed():
+            yield sites
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _site(

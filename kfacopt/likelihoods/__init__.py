@@ -9,7 +9,6 @@ from kfacopt.likelihoods.base import LossTerms as LossTerms
 from kfacopt.likelihoods.bernoulli import Bernoulli as Bernoulli
 from kfacopt.likelihoods.categorical import Categorical as Categorical
 from kfacopt.likelihoods.from_loss import likelihood_from as likelihood_from
-from kfacopt.likelihoods.from_loss import likelihood_of_targets as likelihood_of_targets
 from kfacopt.likelihoods.gaussian import Gaussian as Gaussian
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "Likelihood",
     "LossTerms",
     "likelihood_from",
-    "likelihood_of_targets",
 ]

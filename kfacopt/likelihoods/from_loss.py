@@ -63,17 +63,3 @@ def likelihood_from(loss_func: nn.Module | Likelihood) -> Likelihood:
     reason = next((text for kind, text in _INSTEAD.items() if isinstance(loss_func, kind)), None)
     reason = reason or "its curvature is not known"
     raise TypeError(f"loss_func {name} is not supported: {reason}. Supported: {_SUPPORTED}")
-
-
-def likelihood_of_targets(loss_func: nn.Module | Likelihood) -> Likelihood:
-    """The likelihood of a loss function where every batch comes with its target: soft ones are then exact.
-
-    Args and errors are those of `likelihood_from`.
-
-    >>> likelihood_of_targets(nn.BCEWithLogitsLoss()).soft_targets
-    True
-    """
-    likelihood = likelihood_from(loss_func)
-    if loss_func is not likelihood and isinstance(likelihood, Bernoulli):
-        likelihood.soft_targets = True
-    return likelihood

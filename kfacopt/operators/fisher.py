@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.likelihoods import Likelihood, LossTerms, likelihood_of_targets
+from kfacopt.likelihoods import Likelihood, LossTerms, likelihood_from
 from kfacopt.operators.empirical_risk import Batches, Loss
 from kfacopt.operators.ggn import GaussNewtonLinearOperator
 
@@ -52,7 +52,7 @@ class FisherMCLinearOperator(GaussNewtonLinearOperator):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
         self._seed, self._mc_samples = seed, mc_samples
-        self._likelihood = likelihood_of_targets(loss_func)
+        self._likelihood = likelihood_from(loss_func)
         self._generator: torch.Generator | None = None
         super().__init__(
             model_func,
@@ -105,7 +105,7 @@ class EFLinearOperator(GaussNewtonLinearOperator):
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        self._likelihood = likelihood_of_targets(loss_func)
+        self._likelihood = likelihood_from(loss_func)
         super().__init__(
             model_func,
             loss_func,

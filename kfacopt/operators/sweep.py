@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
-from kfacopt.capture import Recorder, without_autocast
+from kfacopt.capture import recorded, without_autocast
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Site
 from kfacopt.layers.base import OneHot, Rows
@@ -74,14 +74,14 @@ class Sweep:
     @torch.no_grad()
     def chunks(self, X: Any, y: Tensor) -> Iterator[Chunk]:
         """The rows of one mini-batch, in chunks of cotangents; none if every target is ignored."""
-        with Recorder(self._layers) as record, torch.enable_grad():
+        with recorded(self._layers) as sites, torch.enable_grad():
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
             output = functional_call(self._model, buffers, (X,)) if buffers else self._model(X)
         prediction = find_prediction(output, self._estimator.prediction)
         terms = self._estimator.likelihood.terms(prediction.detach(), target=y)
         if not bool(terms.count > 0):
             return
-        sites, approx = record.sites, self._estimator.kfac_approx
+        approx = self._estimator.kfac_approx
         with without_autocast(prediction.device):
             inputs: dict[Layer, Tensor | OneHot] = {}
             for number, cotangents in enumerate(self._cotangents(terms, prediction, sites)):
