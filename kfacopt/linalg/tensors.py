@@ -1,0 +1,57 @@
+"""Lists of tensors as one vector: inner product, finiteness, flattening and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Sum of the inner products of pairs of tensors; pairs may differ in dtype, the pairs' sum is float64.
+
+    >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])])
+    3.0
+    """
+    products = [torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype)) for a, b in zip(left, right, strict=True)]
+    return float(torch.stack([p.double() for p in products]).sum()) if products else 0.0
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every entry of every tensor is finite; one synchronisation with the device.
+
+    >>> all_finite([torch.tensor([1.0, float("nan")])])
+    False
+    """
+    if not tensors:
+        return True
+    # A sum of absolute values is finite exactly if every entry is (barring overflow, which is as bad).
+    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum().isfinite())
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries in one vector `[p]`.
+
+    >>> flat([torch.zeros(2, 1), torch.ones(1)])
+    tensor([0., 0., 1.])
+    """
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def split_like(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector `[p]` as tensors shaped as those of `like`: the inverse of `flat`, as views.
+
+    >>> [t.shape for t in split_like(torch.zeros(5), [torch.zeros(2, 2), torch.zeros(1)])]
+    [torch.Size([2, 2]), torch.Size([1])]
+    """
+    return [part.view(t.shape) for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
+
+
+def as_statistic(tensor: Tensor) -> Tensor:
+    """In the precision that statistics have: at least float32.
+
+    >>> as_statistic(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
