@@ -86,7 +86,7 @@ def test_diagonal_fisher_of_custom_backend_is_the_diagonal(shared: bool) -> None
     model = nn.Sequential(*layers).double()
     x = torch.randn(4, *((1, 3, 3) if shared else (9,)), dtype=torch.float64)
     criterion, backend = nn.CrossEntropyLoss(), DiagonalFisher()
-    optimizer = kfacopt.SecondOrderOptimizer(model, criterion, backend, damping=0.01, fisher_type="type-2")
+    optimizer = kfacopt.SecondOrderOptimizer(model, criterion, backend=backend, damping=0.01, curvature="ggn")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     prediction = model(x)
     criterion(prediction, torch.tensor([0, 1, 2, 0])).backward()
