@@ -64,6 +64,13 @@ def test_swap() -> None:
     assert ekfac < 0.5 * adamw
 
 
+def test_custom_direction() -> None:
+    found = numbers(run("custom_direction"), r"loss (\d\S*), largest divergence of a step (\d\S*)")
+    (newton, _), (sign, divergence) = zip(found[::2], found[1::2], strict=True)
+    assert newton < sign < 2.0
+    assert divergence <= 0.5 * 0.03 + 1e-4  # half of kl_clip
+
+
 def test_custom_backend() -> None:
     table = dict(re.findall(r"^(\S.*?) {2,}(.*)$", run("custom_backend"), re.MULTILINE))
     losses = {name: [float(x) for x in row.split()[:-1]] for name, row in table.items() if "epoch" not in name}

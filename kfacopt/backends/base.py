@@ -96,7 +96,7 @@ class CurvatureBackend(ABC):
     def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
         """`C tensors`, undamped, of the layers that are `ready`; the Levenberg-Marquardt rule needs it."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no multiply(): damping_rule= needs it (for the quadratic model's value), and so "
+            f"{type(self).__name__} has no multiply(): damping_rule= needs it (the quadratic model's value), and so "
             f"does kl_clip= where the direction is not Newton's"
         )
 

@@ -421,10 +421,28 @@ def test_what_is_not_finite_is_skipped() -> None:
     assert torch.equal(before, dense.flat(model.parameters()))
 
 
+def test_zero_grad_forgets_what_a_preconditioner_was_fed() -> None:
+    """An abandoned backward is not in its statistics."""
+    found = []
+    for abandoned in (False, True):
+        torch.manual_seed(0)
+        model, x, y = data(6)
+        backend = kfacopt.KFACBackend(1, 1)
+        optimizer = NaturalGradient(model, nn.MSELoss(), solver=CG(preconditioner=backend))
+        if abandoned:
+            backward(model, nn.MSELoss(), 5 * x, y)
+        train_step(optimizer, model, nn.MSELoss(), x, y)
+        found.append([block.factors()[1] for block in backend.blocks.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("factor_every", [1, 3])
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
-def test_resuming_repeats_bit_for_bit(copied: str) -> None:
+def test_resuming_repeats_bit_for_bit(copied: str, factor_every: int) -> None:
+    """With an interval of 3, four steps end in its middle."""
+
     def made(model: nn.Module) -> NaturalGradient:
-        solver = CG(warm_start=0.9, max_iterations=3, preconditioner=kfacopt.KFACBackend())
+        solver = CG(warm_start=0.9, max_iterations=3, preconditioner=kfacopt.KFACBackend(factor_every, 2))
         rule = LevenbergMarquardt(every=1)
         search = GridLineSearch(points=5, scan_every=3)
         return NaturalGradient(model, nn.MSELoss(), solver=solver, damping_rule=rule, line_search=search)
