@@ -19,9 +19,9 @@ ELEMENTS_AT_ONCE = 2**24
 class Block(ABC):
     """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
 
-    The way of a block: `update` with the rows of every micro-batch, `fold` once a step (running average) or once a
-    data set (plain average), `refresh` when the cache is to follow the statistics, then `solve`.
-    All quantities are of the mean loss per loss term; `damping` is added to the operator in the same units.
+    The way of a block: `update` with the rows of every micro-batch, `fold` once a step (running average) or once a data
+    set (plain average), `refresh` when the cache is to follow the statistics, then `solve`. All quantities are of the
+    mean loss per loss term; `damping` is added to the operator in the same units.
     """
 
     title: ClassVar[str]

@@ -113,10 +113,7 @@ class EigenBlock(FactoredBlock):
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         self._left, self._right = cache["gradient_basis"], cache["input_basis"]
-        self._values_left, self._values_right = (
-            cache["gradient_eigenvalues"],
-            cache["input_eigenvalues"],
-        )
+        self._values_left, self._values_right = cache["gradient_eigenvalues"], cache["input_eigenvalues"]
         self._reciprocal = None
 
 

@@ -1,8 +1,8 @@
 """Eigendecomposition and damped inverse of symmetric positive semi-definite matrices that do not give up.
 
-A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and
-then. Every function here retries in float64 and with a growing multiple of the identity, says how often it had to,
-and only raises `LinAlgError` where the input itself is not finite.
+A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and then.
+Every function here retries in float64 and with a growing multiple of the identity, says how often it had to, and only
+raises `LinAlgError` where the input itself is not finite.
 """
 
 from __future__ import annotations

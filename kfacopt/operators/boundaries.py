@@ -31,8 +31,8 @@ def approximate_boundaries(A: Matrix, tol: float = 1e-2, boundaries: Boundaries 
 
     Args:
         A: Symmetric operator or matrix.
-        tol: Accuracy in units of the spectrum's width (curvlinops: of each eigenvalue, so that one near zero can
-            cost any number of products). 0: rounding.
+        tol: Accuracy in units of the spectrum's width (curvlinops: of each eigenvalue, so that one near zero can cost
+            any number of products). 0: rounding.
         boundaries: What is known already is not computed.
 
     Raises:

@@ -31,14 +31,14 @@ class ChainHessian(LinearOperator):
     r"""The Hessian of an `nn.Sequential`'s loss on one batch, with its exact damped inverse, inertia and determinant.
 
     `(H + damping I) x = b` is the optimality system of a linear-quadratic control problem whose states are the layers'
-    outputs; each layer's parameters are eliminated in turn (`linalg.riccati`; Rahimi 2026, arXiv 2601.06096). With
-    a = batch · width, one symmetric solve a layer of at most a × a: time O(depth · a³), memory O(depth · a²); neither
-    grows with the number of parameters. Meant for deep, narrow chains and small batches.
+    outputs; each layer's parameters are eliminated in turn (`linalg.riccati`; Rahimi 2026, arXiv 2601.06096). With a =
+    batch · width, one symmetric solve a layer of at most a × a: time O(depth · a³), memory O(depth · a²); neither grows
+    with the number of parameters. Meant for deep, narrow chains and small batches.
 
-    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, pooling,
-    `Flatten`, nested `nn.Sequential`, and `kfacopt.operators.Residual` for `z + f(z)`. Convolutions and normalisations
-    form dense derivatives of each datum: they are meant to be small. Derivatives are computed once; every product and
-    solve uses them, so later changes of the model's parameters are not seen.
+    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, pooling, `Flatten`,
+    nested `nn.Sequential`, and `kfacopt.operators.Residual` for `z + f(z)`. Convolutions and normalisations form dense
+    derivatives of each datum: they are meant to be small. Derivatives are computed once; every product and solve uses
+    them, so later changes of the model's parameters are not seen.
 
     Args:
         model: The chain. Only its trainable parameters count, in the order of `model.parameters()`.
