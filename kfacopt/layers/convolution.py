@@ -21,7 +21,9 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # in between).
 _ENTRYWISE_KERNEL = 9
 
-# einconv's pattern has kernel * output * input entries: no matter for images, a gigabyte for a second of sound.
+# Entries up to which einconv's pattern is formed, kernel * output * input of them: no matter for images, a gigabyte for
+# a second of sound. 2^24 booleans are 16 MiB, double what an axis of 1,000 places and a kernel of 9 takes; above, the
+# same average is summed entry by entry of the kernel. Another bound trades memory for time, the result is the same.
 _LONGEST_PATTERN = 2**24
 
 

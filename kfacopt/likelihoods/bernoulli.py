@@ -279,6 +279,8 @@ def _count_deviations(
 def _if_possible(gradients: Tensor, probabilities: Tensor, scale: Tensor, output_scale: Tensor | None) -> Tensor | None:
     """The gradients if targets between 0 and 1 have them; else the loss was rescaled: unknown."""
     multiplier = scale[:, None] if output_scale is None else scale[:, None] * output_scale
+    # A gradient is allowed to lie this share of a whole label outside: half precision rounds it by less than 1%, while
+    # one scaled up by 2 leaves the range by far more wherever the prediction is wrong. (Scaled down it stays inside.)
     slack = 1e-2 * multiplier
     below = gradients <= multiplier * probabilities + slack
     above = gradients >= multiplier * (probabilities - 1.0) - slack

@@ -36,6 +36,10 @@ class Precision:
         limits = torch.finfo(coarsest)
         # float16 has so few exponents that gradients of a mean loss leave them; its smallest number is 2^-24.
         quantum = 2.0**-25 if coarsest == torch.float16 else limits.tiny
+        # A sum over classes rounds by √C eps or so: each `sums` leaves at least three orders of magnitude for a large C
+        # (half precision: eps is 8e-3, one). A gradient that is not a softmax's has a sum of order 1. A cosine's error
+        # is the square of the direction's, hence the smaller numbers. Too tight, right losses are refused; too loose, a
+        # wrong one passes that is as near to the right one.
         if coarsest == torch.float64:
             sums, cosine, target = 1e-6, 1e-8, 1e-6
         elif coarsest == torch.float32:

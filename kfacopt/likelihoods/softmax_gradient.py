@@ -149,7 +149,9 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     length = torch.linalg.vector_norm(expected, dim=-1)
     dot = torch.linalg.vecdot(gradient, expected)
     cosine = dot / (length * torch.linalg.vector_norm(gradient, dim=-1))
-    # Where probabilities and labels nearly agree, rounding decides where their difference points.
+    # Where probabilities and labels nearly agree, rounding decides where their difference points: a difference of 3% of
+    # the label is several times bfloat16's rounding, and an entry of 64 quanta is itself exact to 2%. Rows below are
+    # not judged; smaller bounds would refuse right gradients, larger ones leave too few rows to find a wrong loss by.
     curvature = smoothing.curvature(labels, probabilities)
     telling = (length > 3e-2 * curvature) & (size > 64.0 * quantum) & ~zero
     wrong = telling & (cosine < 1.0 - precision.cosine)
@@ -163,6 +165,8 @@ def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothi
     from the rows with the longest gradients; given k, labels are as far apart as their one-hot vectors.
     """
     lengths = gradient.square().sum(-1)
+    # Up to 64 rows and, below, the 4 factors that explain one of them best: enough for one to be right, at a cost that
+    # does not grow with the batch.
     some = lengths.topk(min(64, len(lengths))).indices
     told = lengths[some].double()
     dot, length = smoothing.double().products(gradient[some].double(), probabilities[some].double())
@@ -174,6 +178,7 @@ def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothi
     relative = torch.stack([(residual * (told > 0)).sum() for residual in fitted]) / told.sum()
     # Two classes that are all but certain can be explained twice: all labels nearly fitted, or all labels wrong.
     # Training makes the first (the largest factor) the likelier.
+    # A relative squared error; a hundredth of what the cosine may be off by, as all rows must agree on one factor.
     fits = relative < 1e-2 * precision.cosine
     factor = torch.where(fits.any(), (fits * factors).amax(), factors[relative.argmin()])
     dot, length = smoothing.products(gradient, probabilities)
