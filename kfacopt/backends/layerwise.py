@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +38,9 @@ class LayerwiseBackend(CurvatureBackend):
         self._layers: dict[str, Layer] = {}
         self.blocks: dict[str, Block] = {}
         """The blocks by layer name."""
-        self.dropped_updates = 0
-        """Updates that were not finite and left the statistics as they were."""
+        self.dropped: Counter[str] = Counter()
+        """By layer name: updates that were not finite and left its statistics as they were."""
+        self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
@@ -50,12 +53,23 @@ class LayerwiseBackend(CurvatureBackend):
         return self.blocks[layer.name].title
 
     def attach(self, layers: Sequence[Layer]) -> None:
-        known = {name: (self._layers[name].roles, block) for name, block in self.blocks.items()}
-        self._layers = {layer.name: layer for layer in layers}
+        """Blocks of layers that stay keep their statistics; those of layers that go (frozen ones) wait for them."""
+        for name in self.blocks:
+            self._dormant[self._key(self._layers[name])] = self._described(name) | self.blocks[name].state_dict()
+        known, self._layers, old = self._layers, {layer.name: layer for layer in layers}, self.blocks
         self.blocks = {}
         for name, layer in self._layers.items():
-            roles, block = known.get(name, ((), None))
-            self.blocks[name] = block if block is not None and roles == layer.roles else self.make_block(layer)
+            waiting = self._dormant.pop(self._key(layer), None)
+            if name in old and known[name].roles == layer.roles:
+                self.blocks[name] = old[name]
+                continue
+            self.blocks[name] = self.make_block(layer)
+            if waiting is not None and self._mismatch(name, waiting) is None:
+                self.blocks[name].load_state_dict(waiting, _device(layer))
+
+    @staticmethod
+    def _key(layer: Layer) -> str:
+        return f"{layer.name} {'+'.join(layer.roles)}"
 
     def wants_rows(self, step: int) -> bool:
         return bool(self._updates.due(step, ["all"]))
@@ -69,16 +83,29 @@ class LayerwiseBackend(CurvatureBackend):
 
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
-        checks = [c for c in (block.pending_checksum() for block in self.blocks.values()) if c is not None]
+        found = {name: block.pending_checksum() for name, block in self.blocks.items()}
+        checks = {name: check for name, check in found.items() if check is not None}
         if not checks:
             return
         self._updates.done(step, ["all"])
-        if bool(torch.stack(checks).isfinite().all()):
-            for layer, setting in settings.items():
-                self.blocks[layer.name].fold(setting.ema_decay)
-        else:
-            self.dropped_updates += 1
-            self.discard()
+        finite = torch.stack([check.to(torch.float32) for check in checks.values()]).isfinite().tolist()
+        decays = {layer.name: setting.ema_decay for layer, setting in settings.items()}
+        for name, fine in zip(checks, finite, strict=True):
+            if fine:
+                self.blocks[name].fold(decays[name])
+            else:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        """Leave a layer's statistics as they are; the user is told of each layer once."""
+        self.blocks[name].discard()
+        self.dropped[name] += 1
+        if self.dropped[name] == 1:
+            warnings.warn(
+                f"what a batch showed of the curvature of {name!r} is not finite and was left out of its statistics; "
+                f"health() counts how often that happens, in 'dropped_updates/{name}'",
+                stacklevel=2,
+            )
 
     def mean_eigenvalues(self) -> dict[Layer, float]:
         able = [(self._layers[name], block) for name, block in self.blocks.items() if block.estimated]
@@ -149,42 +176,54 @@ class LayerwiseBackend(CurvatureBackend):
             "staleness": float(self._refreshes.staleness(self._step)),
             "refresh_ms": 1e3 * self._last_refresh_seconds,
             "fallbacks": float(sum(block.retries for block in self.blocks.values())),
-            "dropped_updates": float(self.dropped_updates),
+            "dropped_updates": float(self.dropped.total()),
+            **{f"dropped_updates/{name}": float(count) for name, count in self.dropped.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "blocks": {name: self._described(name) | block.state_dict() for name, block in self.blocks.items()},
+            "dormant": dict(self._dormant),
             "updates": self._updates.state_dict(),
             "refreshes": self._refreshes.state_dict(),
             "schedules": [s.state_dict() if isinstance(s, MaxOverhead) else None for s in self._schedules()],
-            "dropped_updates": self.dropped_updates,
+            "dropped": dict(self.dropped),
             "step": self._step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        stored, present = set(state["blocks"]), set(self.blocks)
-        if stored != present:
+        """Take over a state; blocks of layers that are frozen here wait for them, layers without a block start anew.
+
+        Raises:
+            ValueError: If it is of another model or backend; nothing is changed then.
+        """
+        stored, dormant = state["blocks"], dict(state.get("dormant", {}))
+        if stored and self.blocks and not set(stored) & set(self.blocks):
             raise ValueError(
-                f"the curvature state is of another model: it has blocks {sorted(stored - present)} that are not "
-                f"here, and lacks {sorted(present - stored)}"
+                f"the curvature state is of another model: it has the blocks {sorted(stored)}, but the layers here are "
+                f"{sorted(self.blocks)}"
             )
-        for name in self.blocks:
-            for what, here in self._described(name).items():
-                there = state["blocks"][name][what]
-                if there != here:
-                    raise ValueError(
-                        f"the curvature state of {name!r} is of {what} {there}, but the layer here has {here}"
-                    )
-        for name, block in self.blocks.items():
-            parameter = next(iter(self._layers[name].parameters.values()))
-            block.load_state_dict(state["blocks"][name], parameter.device)
+        waiting = dormant | {f"{name} {'+'.join(kept.get('roles', ()))}": kept for name, kept in stored.items()}
+        chosen: dict[str, Any] = {}
+        for name, layer in self._layers.items():
+            kept = waiting.pop(self._key(layer), None) or (stored[name] if _without_roles(stored.get(name)) else None)
+            if kept is None:
+                continue
+            if (mismatch := self._mismatch(name, kept)) is not None:
+                raise ValueError(f"the curvature state of {name!r} is of {mismatch}")
+            chosen[name] = kept
+        for name, layer in self._layers.items():
+            if name in chosen:
+                self.blocks[name].load_state_dict(chosen[name], _device(layer))
+            else:
+                self.blocks[name] = self.make_block(layer)
+        self._dormant = {key: kept for key, kept in waiting.items() if not _without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
-        for schedule, kept in zip(self._schedules(), state["schedules"], strict=True):
-            if isinstance(schedule, MaxOverhead) and kept is not None:
-                schedule.load_state_dict(kept)
-        self.dropped_updates, self._step = int(state["dropped_updates"]), int(state["step"])
+        for schedule, timed in zip(self._schedules(), state["schedules"], strict=True):
+            if isinstance(schedule, MaxOverhead) and timed is not None:
+                schedule.load_state_dict(timed)
+        self.dropped, self._step = Counter(state.get("dropped", {})), int(state["step"])
 
     def _described(self, name: str) -> dict[str, Any]:
         """What a stored block must have in common with the one that takes it over."""
@@ -192,7 +231,15 @@ class LayerwiseBackend(CurvatureBackend):
         return {
             "kind": type(self.blocks[name]).__name__,
             "shape": list(layer.pack(dict(layer.parameters)).shape),
+            "roles": list(layer.roles),
         }
+
+    def _mismatch(self, name: str, kept: Mapping[str, Any]) -> str | None:
+        """How a stored block differs from the one here that would take it over; None if it does not."""
+        for what, here in self._described(name).items():
+            if (there := kept.get(what, here)) != here:
+                return f"{what} {there}, but the layer here has {here}"
+        return None
 
     def _schedules(self) -> tuple[Any, Any]:
         return self._factor_interval, self._refresh_interval
@@ -211,3 +258,12 @@ class _OwnShare:
 
     def __call__(self, step: int) -> int:
         return self._schedule.interval(self._kind)
+
+
+def _device(layer: Layer) -> torch.device:
+    return next(iter(layer.parameters.values())).device
+
+
+def _without_roles(kept: Mapping[str, Any] | None) -> bool:
+    """Whether a stored block is of a version that did not note its parameters: its name must do then."""
+    return kept is not None and "roles" not in kept

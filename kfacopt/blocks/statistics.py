@@ -39,8 +39,14 @@ class RunningAverage:
         return self._sum
 
     def fold(self, decay: float) -> None:
-        """Average what was added into the running average; nothing was added: nothing happens."""
-        if self._sum is None:
+        """Average what was added into the running average; a mean over nothing changes nothing.
+
+        >>> average = RunningAverage()
+        >>> average.add(torch.zeros(1), 0.0); average.fold(0.5); average.value is None
+        True
+        """
+        if self._sum is None or (isinstance(self._count, float) and self._count == 0.0):
+            self.discard()
             return
         batch = self._sum.div_(self._count)
         self.weight = decay * self.weight + (1.0 - decay)

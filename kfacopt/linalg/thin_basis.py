@@ -50,7 +50,7 @@ def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     (tensor([25.]), torch.Size([3, 1]))
     """
     values, left, _ = eigh(rows @ rows.mT / count)
-    kept = values > rows.shape[0] * torch.finfo(rows.dtype).eps * values[-1]
+    kept = values > rows.shape[0] * torch.finfo(rows.dtype).eps * values[-1:]  # of no rows there is no largest
     values, left = values[kept], left[:, kept]
     norms = (values * count).sqrt()
     return ThinBasis(values, rows.mT @ (left / norms), left * norms)

@@ -13,6 +13,7 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.capture import Capture, without_autocast
 from kfacopt.coverage import CoverageRow, find_layers
 from kfacopt.estimator import FisherEstimator
+from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.tensors import all_finite
 from kfacopt.optim.checks import check_model, check_params
@@ -57,6 +58,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._rest: list[CoverageRow] = []
         self._step = 0
         self._report: dict[str, float] = {"skipped_steps": 0.0}
+        self._reached: set[str] = set()
+        self._expected: set[str] = set()
         super().__init__(model.parameters() if params is None else params, defaults)
         self._attach()
 
@@ -84,18 +87,24 @@ class CapturingOptimizer(torch.optim.Optimizer):
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
             backend.attach(self._layers)
-            deliver, discard, all_places = backend.update, backend.discard, backend.all_places
+            deliver, discard, all_places = self._deliver, backend.discard, backend.all_places
         if self._capture is not None:
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
         self._capture.all_places = all_places
         self._arm()
 
+    def _deliver(self, layer: Layer, rows: Rows) -> None:
+        assert self._fed is not None
+        self._fed.update(layer, rows)
+        self._reached.add(layer.name)
+
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
         capture, backend = self._open_capture(), self._fed
         capture.wants_rows = backend is not None and backend.wants_rows(self._step)
         capture.wants_terms, capture.wants_replays = self._wants_terms(), self._wants_replays()
+        self._expected = {layer.name for layer in self._layers} if capture.wants_rows else set()
 
     def _open_capture(self) -> Capture:
         assert self._capture is not None
@@ -110,9 +119,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _follow_freezing(self) -> None:
         """Attach anew where parameters were frozen or unfrozen since; what was captured for this step stays."""
         if self._requires_grad_pattern() != self._frozen_pattern:
-            tally = self._open_capture().tally
+            tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
+            self._expected &= expected  # a layer that was not hooked when the forward ran owes no rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
@@ -141,10 +151,13 @@ class CapturingOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         if self._capture is not None:
             self._forget()
+            self._follow_freezing()
 
     def _forget(self) -> None:
+        """Forget what arrived since the last step."""
         if self._fed is not None:
             self._fed.discard()
+        self._reached.clear()
         self._open_capture().reset_tally()
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -170,14 +183,16 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._follow_freezing()
         gradients = {p: _dense_gradient(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
         if not all_finite(list(gradients.values())):
-            if self._fed is not None:
-                self._fed.discard()
             self._report["skipped_steps"] += 1.0
-        elif gradients:
+            self._forget()
+        elif not gradients:
+            self._forget()
+        else:
             capture, device = self._open_capture(), next(iter(gradients)).device
             with capture.paused(), without_autocast(device):
                 self._take_step(gradients)
             self._step += 1
+        self._reached.clear()
         self._open_capture().reset()
         self._arm()
         return loss
@@ -246,7 +261,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
-            self._capture, self._rest = None, []
+            self._capture, self._rest, self._reached = None, [], set()
             pending = self.__dict__.pop("_pending")
             self._attach()
             tally = self._open_capture().tally

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group
+from kfacopt.optim.sightings import Sightings
 from kfacopt.optim.step import Direction, Preconditioned, QuadraticModel, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
@@ -89,7 +90,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     backend_type: ClassVar[type[CurvatureBackend] | None] = None
     """The backend of a subclass; it takes `factor_every` and `refresh_every`."""
 
-    _own_attributes = ("backend", "damping_rule", "direction", "step_length", "_terms", "_without_curvature")
+    _own_attributes = ("backend", "damping_rule", "direction", "step_length", "_terms", "_sightings")
     _own_state_key = "backend"
 
     def __init__(
@@ -126,7 +127,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         rate, self.step_length = _rate_and_length(lr, step_length, TrustRegion(kl_clip, relative_clip))
         self.direction = direction or self.step_length.direction() or Preconditioned(momentum)
         self._terms, self._ended_at = 0.0, math.nan
-        self._without_curvature = False
+        self._sightings = Sightings()
         defaults = groups.with_plain_damping({"damping": damping}) | {
             "lr": rate,
             "momentum": momentum,
@@ -188,29 +189,32 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def coverage(self) -> Coverage:
         """How every parameter of the model is treated, and why: a table when printed.
 
-        A layer that steps were taken of, but that no backward has shown yet, is said to train by AdamW: it does.
+        A layer that trains otherwise than planned, as no backward shows its curvature, is said to.
         """
         rows = covered_rows(self._layers, [self.backend.treatment(layer) for layer in self._layers])
-        rows = [
-            row if self._has_curvature(layer) else _unseen(row) for row, layer in zip(rows, self._layers, strict=True)
-        ]
+        rows = [self._as_it_is(layer, row) for layer, row in zip(self._layers, rows, strict=True)]
         held = {id(p) for p in self.model.parameters()}
         foreign = sum(id(p) not in held for group in self.param_groups for p in group["params"])
         outside = [CoverageRow("(outside)", (f"{foreign} of params=",), "AdamW", "not held by the model")]
         return Coverage([*rows, *self._rest, *(outside if foreign else [])])
 
-    def _has_curvature(self, layer: Layer) -> bool:
-        """Whether a layer has curvature; before the first step every covered one is to have it."""
-        return self._step == 0 or self.backend.ready(layer)
+    def _as_it_is(self, layer: Layer, row: CoverageRow) -> CoverageRow:
+        if layer.name not in self._sightings.unseen:
+            return row
+        if self.backend.ready(layer):
+            why = f"no backward has shown its curvature for {self._sightings.missed[layer.name]} updates ({row.why})"
+            return replace(row, treatment=f"{row.treatment}, stale", why=why)
+        return replace(row, treatment="AdamW", why=f"no backward has shown its curvature yet ({row.why})")
 
     def health(self) -> dict[str, float]:
         """Numbers worth logging, of the last step: damping, Kullback-Leibler divergence, condition, overhead, ...
 
-        `unseen_layers` is how many covered layers train by AdamW as no backward has shown their curvature.
+        `unseen_layers` is how many covered layers train by AdamW, or by curvature of long ago, as no backward shows
+        theirs (`coverage()` says which); `dropped_updates` how many updates of a layer's statistics were not finite.
         """
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
-        unseen = sum(not self._has_curvature(layer) for layer in self._layers)
-        return self._report | {"unseen_layers": float(unseen)} | self.backend.health(settings)
+        unseen = float(len(self._sightings.unseen))
+        return self._report | {"unseen_layers": unseen} | self.backend.health(settings)
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -226,12 +230,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
         self.backend.fold(self._step, settings)
         if tally.passes:
             settings = groups.settings_of(self._layers, self.param_groups, self.backend)
-        elif not self._without_curvature and self.backend.wants_rows(0) and not self._any_ready(gradients):
-            self._without_curvature = True
-            warnings.warn(_NO_CURVATURE, stacklevel=5)
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
         refreshed = time.perf_counter()
+        expected = [layer for layer in self._layers if layer.name in self._expected]
+        self._sightings.note(expected, self._reached, gradients, self.backend)
         step = Step(
             self._step,
             gradients,
@@ -251,10 +254,6 @@ class SecondOrderOptimizer(CapturingOptimizer):
         else:
             self._write(step, updates)
         self._note_times(tally.seconds, refreshed - started)
-
-    def _any_ready(self, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
-        covered = [layer for layer in self._layers if any(p in gradients for p in layer.parameters.values())]
-        return not covered or any(self.backend.ready(layer) for layer in covered)
 
     def _write(self, step: Step, updates: Updates) -> None:
         """Move the parameters, and the damping where its rule judges this step."""
@@ -332,17 +331,6 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ended_at = math.nan
         super().__setstate__(state)
-
-
-_NO_CURVATURE = (
-    "no curvature has been captured: no loss.backward() through the model's modules has reached a prediction since "
-    "the optimizer was made, so all layers take AdamW's step. Call the model itself (not a copy or a compiled one made "
-    "before), with gradients enabled"
-)
-
-
-def _unseen(row: CoverageRow) -> CoverageRow:
-    return CoverageRow(row.module, row.parameters, "AdamW", f"no backward has shown its curvature yet ({row.why})")
 
 
 def _rate_and_length(

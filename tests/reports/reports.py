@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from tests import reference
 
-TYPE2: dict[str, Any] = {"fisher_type": "type-2"}
-"""The exact Hessian at the prediction, as the optimizers and operators spell it."""
+TYPE2: dict[str, Any] = {"curvature": "ggn"}
+"""The exact Hessian at the prediction, as the optimizers spell it."""
 
-MC: dict[str, Any] = {"fisher_type": "mc"}
-EMPIRICAL: dict[str, Any] = {"fisher_type": "empirical"}
+OPERATOR_TYPE2: dict[str, Any] = {"fisher_type": "type-2"}
+"""The same as the operators spell it (and curvlinops)."""
+
+MC: dict[str, Any] = {"curvature": "mc"}
+EMPIRICAL: dict[str, Any] = {"curvature": "empirical"}
 
 
 class Report(NamedTuple):

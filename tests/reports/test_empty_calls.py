@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kfacopt
 from kfacopt import operators as ops
-from tests.reports.reports import TYPE2, flat, ggn_traces, heard, named, near, still
+from tests.reports.reports import OPERATOR_TYPE2, flat, ggn_traces, heard, named, near, still
 
 CE = nn.CrossEntropyLoss()
 
@@ -236,12 +236,12 @@ def test_operators_over_batches_without_rows(operator: Any, batches: int) -> Non
     model = Experts().double()
     data = [batch(5, empty=True), batch(0)][:batches]
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    matrix = operator(model, CE, list(model.parameters()), data, **TYPE2)
+    matrix = operator(model, CE, list(model.parameters()), data, **OPERATOR_TYPE2)
     dense = matrix @ torch.eye(matrix.shape[1], dtype=torch.float64)
     assert bool(dense.isfinite().all())
     assert near(float(matrix.trace), float(dense.trace()))
     if operator is ops.EKFACLinearOperator:
         assert near(float(matrix.trace), sum(ggn_traces(model, CE, x, y).values()))
     else:  # however the data are cut, the factors are the same
-        again = operator(model, CE, list(model.parameters()), [(x, y)], **TYPE2)
+        again = operator(model, CE, list(model.parameters()), [(x, y)], **OPERATOR_TYPE2)
         assert near(float(matrix.trace), float(again.trace))

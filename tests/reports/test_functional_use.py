@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import kfacopt
 from kfacopt import operators as ops
 from tests import reference
-from tests.reports.reports import TYPE2, block_traces, exact_or_named, heard, named, near, treatment
+from tests.reports.reports import OPERATOR_TYPE2, TYPE2, block_traces, exact_or_named, heard, named, near, treatment
 
 
 class Autoencoder(nn.Module):
@@ -125,7 +125,7 @@ def test_operators_hold_both_uses_or_refuse(name: str, operator: Any) -> None:
     model, loss, x, y, want = made(name)
 
     def traces() -> dict[str, float]:
-        matrix = operator(model, loss, list(model.parameters()), [(x, y)], **TYPE2)
+        matrix = operator(model, loss, list(model.parameters()), [(x, y)], **OPERATOR_TYPE2)
         return block_traces(model, matrix @ torch.eye(matrix.shape[1], dtype=torch.float64))
 
     def check(found: dict[str, float]) -> None:
@@ -139,7 +139,7 @@ def test_operators_hold_both_uses_or_refuse(name: str, operator: Any) -> None:
 def test_an_optimizers_block_holds_both_uses_or_the_layer_is_named(name: str) -> None:
     model, loss, x, y, want = made(name)
     optimizer = kfacopt.SecondOrderOptimizer(
-        model, loss, kfacopt.ExactEKFACBackend(1, 1), lr=0.0, adamw_lr=0.0, damping=0.1, ema_decay=0.0, **TYPE2
+        model, loss, backend=kfacopt.ExactEKFACBackend(1, 1), lr=0.0, adamw_lr=0.0, damping=0.1, ema_decay=0.0, **TYPE2
     )
 
     def stepped() -> list[str]:

@@ -22,6 +22,7 @@ from tests import reference
 from tests.reports.reports import (
     EMPIRICAL,
     MC,
+    OPERATOR_TYPE2,
     TYPE2,
     assert_same_gradients,
     exact_or_named,
@@ -247,7 +248,7 @@ def test_operators_leave_gradients_alone(operator: Any, how: str) -> None:
     model, simple = made(how), made("plain")
     backward(model)
     before = gradients_of(model)
-    options = {} if operator is ops.GGNLinearOperator else TYPE2
+    options = {} if operator is ops.GGNLinearOperator else OPERATOR_TYPE2
 
     def trace(one: nn.Module) -> float:
         matrix = operator(one, CE, list(one.parameters()), [batch()], **options)

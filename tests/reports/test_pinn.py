@@ -21,7 +21,18 @@ from torch.nn import functional as F
 import kfacopt
 from kfacopt import operators as ops
 from tests import reference
-from tests.reports.reports import TYPE2, block_traces, exact_or_named, flat, heard, named, near, plain, uncovered
+from tests.reports.reports import (
+    OPERATOR_TYPE2,
+    TYPE2,
+    block_traces,
+    exact_or_named,
+    flat,
+    heard,
+    named,
+    near,
+    plain,
+    uncovered,
+)
 
 DATA = 12
 MSE = nn.MSELoss()
@@ -148,7 +159,7 @@ def check_blocks(optimizer: Any, said: list[str], want: dict[str, float], prefix
 def test_blocks_of_a_residual_module_are_whole_or_named(name: str) -> None:
     model = MODULES[name]()
     want = block_traces(model, gauss_newton(model))
-    optimizer = kfacopt.SecondOrderOptimizer(model, MSE, kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
+    optimizer = kfacopt.SecondOrderOptimizer(model, MSE, backend=kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
 
     def check(said: list[str]) -> None:
         check_blocks(optimizer, said, want)
@@ -179,7 +190,7 @@ def test_operators_on_a_residual_module_are_whole_or_refused(name: str) -> None:
 
     def traces() -> dict[str, float]:
         data = [(inputs(), torch.zeros_like(model(inputs())))]
-        matrix = ops.EKFACLinearOperator(model, MSE, list(model.parameters()), data, **TYPE2)
+        matrix = ops.EKFACLinearOperator(model, MSE, list(model.parameters()), data, **OPERATOR_TYPE2)
         return block_traces(model, matrix @ torch.eye(matrix.shape[1], dtype=torch.float64))
 
     def check(found: dict[str, float]) -> None:
@@ -275,7 +286,7 @@ def test_blocks_of_a_raw_network_are_those_of_the_residual_or_named(name: str) -
     net = network()
     model = Residual(RESIDUALS[name])
     whole = block_traces(model, gauss_newton(model))
-    optimizer = kfacopt.SecondOrderOptimizer(net, MSE, kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
+    optimizer = kfacopt.SecondOrderOptimizer(net, MSE, backend=kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
 
     def run() -> list[str]:
         return stepped(optimizer, lambda: RESIDUALS[name](net, inputs().requires_grad_()).square().mean())

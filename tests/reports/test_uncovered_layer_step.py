@@ -44,8 +44,8 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "kfac": lambda m, **kw: kfacopt.KFAC(m, CE, **kw),
     "ekfac": lambda m, **kw: kfacopt.EKFAC(m, CE, **kw),
-    "exact-kfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, kfacopt.ExactKFACBackend(1, 1), **kw),
-    "exact-ekfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, kfacopt.ExactEKFACBackend(1, 1), **kw),
+    "exact-kfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.ExactKFACBackend(1, 1), **kw),
+    "exact-ekfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.ExactEKFACBackend(1, 1), **kw),
 }
 RULES: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": lambda: {},
@@ -171,7 +171,7 @@ def test_products_leave_out_the_layers_that_solve_leaves_out(kind: Any) -> None:
             super().attach(layers)
 
     model, backend = Heads().double(), Listing(1, 1)
-    optimizer = kfacopt.SecondOrderOptimizer(model, CE, backend, prediction=lambda output: output[0])
+    optimizer = kfacopt.SecondOrderOptimizer(model, CE, backend=backend, prediction=lambda output: output[0])
     with heard():
         critic_and_actor(model, 0).backward()
         optimizer.step()

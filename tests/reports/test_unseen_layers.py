@@ -198,7 +198,7 @@ def test_layers_without_any_gradient_are_no_reason_to_warn() -> None:
 @pytest.mark.parametrize("backend", [kfacopt.ExactEKFACBackend, kfacopt.ExactKFACBackend, kfacopt.EKFACBackend])
 def test_any_backend_says_so(backend: Any) -> None:
     model = Net(UNSEEN["layer.forward(x)"]).double()
-    optimizer = kfacopt.SecondOrderOptimizer(model, CE, backend(1, 1), lr=0.0, **TYPE2)
+    optimizer = kfacopt.SecondOrderOptimizer(model, CE, backend=backend(1, 1), lr=0.0, **TYPE2)
     with heard() as said:
         train(optimizer, model, 12)
     if not optimizer.backend.blocks["first"].estimated:

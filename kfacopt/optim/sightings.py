@@ -1,0 +1,67 @@
+"""Which covered layers no backward shows, so that what is said of a layer is what happens to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from kfacopt.backends.base import CurvatureBackend
+from kfacopt.layers.layer import Layer
+
+_PATIENCE = 3
+"""A layer that had curvature may be left out of so many updates before it is said; one that never had, of none.
+
+An expert that a batch does not use has no gradient then and is not counted, but a few updates prove nothing.
+"""
+
+
+class Sightings:
+    """Counts, for each covered layer, the updates of the statistics in a row that had its gradient but not its rows.
+
+    Attributes:
+        missed: By layer name.
+        unseen: Names of the layers that `coverage()` and `health()` are to speak of.
+    """
+
+    def __init__(self) -> None:
+        self.missed: dict[str, int] = {}
+        self.unseen: set[str] = set()
+        self._said: set[str] = set()
+
+    def note(
+        self,
+        layers: Sequence[Layer],
+        reached: Collection[str],
+        gradients: Mapping[nn.Parameter, Tensor],
+        backend: CurvatureBackend,
+    ) -> None:
+        """Take in a step on which rows were wanted; a warning names the layers that turn out unseen, once.
+
+        Args:
+            layers: The covered ones whose rows were wanted.
+            reached: Names of those whose rows were delivered.
+            gradients: Of the step.
+            backend: Knows which layers have curvature.
+        """
+        for layer in layers:
+            if layer.name in reached:
+                self.missed[layer.name] = 0
+            elif not reached and backend.ready(layer):
+                continue  # no backward at all: gradients set by hand use the last curvature again, as is promised
+            elif any(bool(gradients[p].any()) for p in layer.parameters.values() if p in gradients):
+                self.missed[layer.name] = self.missed.get(layer.name, 0) + 1
+            limit = _PATIENCE if backend.ready(layer) else 0
+            (self.unseen.add if self.missed.get(layer.name, 0) > limit else self.unseen.discard)(layer.name)
+        new = sorted(self.unseen - self._said)
+        if new:
+            self._said |= self.unseen
+            nothing = "" if reached else " (no curvature has been captured at all)"
+            warnings.warn(
+                f"no backward shows the curvature of {', '.join(map(repr, new))}{nothing}: they get gradients, but no "
+                f"call of the modules in the model that the optimizer was given leads to a prediction. They train by "
+                f"AdamW, or by the curvature they had. Call the module itself (not its forward, not a copy, not one "
+                f"that was compiled and run before), with gradients enabled",
+                stacklevel=6,
+            )
