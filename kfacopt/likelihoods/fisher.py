@@ -66,7 +66,7 @@ class Fisher:
             )
         if self.samples != 1 and kind is not Curvature.MC:
             raise ValueError(
-                f"samples (mc_samples of an operator) must be 1 with {kind.value!r}, which draws none, got {self.samples}"
+                f"samples (mc_samples of operators) must be 1 with {kind.value!r}: it draws none, got {self.samples}"
             )
         object.__setattr__(self, "type", kind)
 
