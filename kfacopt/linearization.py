@@ -1,8 +1,7 @@
 """A step's forwards, run again with their graphs: the model as the loss saw it, linear around its parameters.
 
-Jacobian-vector products are made by differentiating twice (the gradient is linear in the cotangent, so its derivative
-with respect to the cotangent is the Jacobian), which needs nothing of the model but that its backward is
-differentiable. The graphs are kept from product to product.
+Products with the Jacobian need nothing of the model but that its backward is differentiable (see
+`kfacopt.double_backward`). The graphs are kept from product to product.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfacopt.double_backward import DoubleBackward, gradients, twice_differentiable
 from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Call, Replay
 from kfacopt.likelihoods import Gaussian, Likelihood, LossTerms
@@ -91,9 +90,8 @@ class BatchLinearization:
         self.estimator, self.recorder = estimator, recorder
         self._replays, self._scale = list(replays), gradient_scale
         self.pieces = self._run_again()
-        self._cotangents: list[Tensor] = []
-        self._used: list[int] = []
-        self._gradients: list[Tensor] = []
+        self._straight: DoubleBackward | None = None
+        self._curved: DoubleBackward | None = None
         self.loss_gradient = self.transposed([piece.gradient for piece in self.pieces])
 
     def match(self, gradient: Tensors) -> None:
@@ -118,8 +116,7 @@ class BatchLinearization:
         pieces = []
         for call, members in _by_call(self._replays):
             recording = nullcontext() if self.recorder is None else self.recorder.recording()
-            # The fused attention kernels have no second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), recording:
+            with torch.enable_grad(), twice_differentiable(), recording:
                 output = call.run()
             predictions = self.estimator.predictions(output)
             for replay in members:
@@ -136,87 +133,49 @@ class BatchLinearization:
             prediction, terms, self.estimator.likelihoods[replay.name], share, gradient, replay.call, replay.name
         )
 
-    def _backward(self, cotangents: Tensors, create_graph: bool = False) -> Sequence[Tensor | None]:
-        predictions = [piece.prediction for piece in self.pieces]
-        return torch.autograd.grad(
-            predictions,
-            self.parameters,
-            list(cotangents),
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-
     def transposed(self, rows: Tensors) -> list[Tensor]:
         """`Jᵀ w`, for `w` as rows `[m c]` of each piece."""
         largest = max((float(w.abs().amax()) for w in rows if w.numel()), default=0.0)
         # Half precision would lose small numbers.
         half = any(p.prediction.dtype in (torch.float16, torch.bfloat16) for p in self.pieces)
         scale = largest if half and largest > 0.0 else 1.0
-        found = self._backward([p.terms.restore(w[None] / scale)[0] for p, w in zip(self.pieces, rows, strict=True)])
-        return [
-            torch.zeros_like(p) if g is None else g * scale if scale != 1.0 else g
-            for p, g in zip(self.parameters, found, strict=True)
-        ]
+        cotangents = [p.terms.restore(w[None] / scale)[0] for p, w in zip(self.pieces, rows, strict=True)]
+        found = gradients(self._predictions, self.parameters, cotangents)
+        return list(torch._foreach_mul(found, scale)) if scale != 1.0 else found
 
-    def jacobian(self, vectors: Tensors) -> list[Tensor]:
-        """`J v` as rows `[m c]` of each piece, for `v` shaped as the parameters."""
-        return [self._rows_or_zero(p, g) for p, g in zip(self.pieces, self._second(vectors, ()), strict=True)]
+    def jacobian(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+        """`J v` as rows `[m c]` of each piece, for `v` shaped as the parameters; None stands for zeros."""
+        if self._straight is None:
+            self._straight = DoubleBackward(self._predictions, self.parameters)
+        return self._rows(self._straight.jacobian(vectors))
 
     def both(self, vectors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         """`J v`, and the second derivative of the predictions along `v` weighted by the loss' gradient."""
-        found = self._second(vectors, self.parameters)
-        head, tail = found[: len(self.pieces)], found[len(self.pieces) :]
-        rows = [self._rows_or_zero(piece, g) for piece, g in zip(self.pieces, head, strict=True)]
-        bent = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, tail, strict=True)]
-        return rows, bent
+        if self._curved is None:
+            weights = [p.terms.restore(p.gradient[None])[0] for p in self.pieces]
+            # Its graph serves `jacobian` as well.
+            self._straight = self._curved = DoubleBackward(self._predictions, self.parameters, weights)
+        along, bent = self._curved.both(vectors)
+        return self._rows(along), bent
 
     def jacobian_columns(self, index: int, columns: slice) -> list[Tensor]:
         """Columns `[k m c]` of the Jacobian with respect to one parameter, for each piece."""
-        self._differentiate_backward()
-        parameter = self.parameters[index]
-        chosen = range(*columns.indices(parameter.numel()))
-        if index not in self._used:
-            return [p.gradient.new_zeros(len(chosen), *p.gradient.shape) for p in self.pieces]
-        position = self._used.index(index)
-        result: list[list[Tensor]] = [[] for _ in self.pieces]
+        parameter, tangents = self.parameters[index], list[Tensor | None]([None] * len(self.parameters))
         unit = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-        for column in chosen:
+        tangents[index] = unit.view_as(parameter)
+        found = []
+        for column in range(*columns.indices(parameter.numel())):
             unit[column] = 1.0
-            found = torch.autograd.grad(
-                [self._gradients[position]],
-                self._cotangents,
-                [unit.view_as(parameter)],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            found.append(self.jacobian(tangents))
             unit[column] = 0.0
-            for rows, piece, g in zip(result, self.pieces, found, strict=True):
-                rows.append(self._rows_or_zero(piece, g))
-        return [torch.stack(rows) for rows in result]
+        return [torch.stack(rows) for rows in zip(*found, strict=True)]
 
-    def _differentiate_backward(self) -> None:
-        """Make the graph of the gradient as a function of its cotangents, once."""
-        if self._cotangents:
-            return
-        restored = [p.terms.restore(p.gradient[None])[0] for p in self.pieces]
-        self._cotangents = [c.detach().requires_grad_() for c in restored]
-        with torch.enable_grad():
-            found = self._backward(self._cotangents, create_graph=True)
-        self._used = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
-        self._gradients = [g for g in found if g is not None and g.requires_grad]
+    @property
+    def _predictions(self) -> list[Tensor]:
+        return [piece.prediction for piece in self.pieces]
 
-    def _second(self, vectors: Tensors, more: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        self._differentiate_backward()
-        chosen = [vectors[i] for i in self._used]
-        inputs = [*self._cotangents, *more]
-        if not chosen:
-            return [None] * len(inputs)
-        return torch.autograd.grad(self._gradients, inputs, chosen, retain_graph=True, allow_unused=True)
-
-    @staticmethod
-    def _rows_or_zero(piece: Piece, gradient: Tensor | None) -> Tensor:
-        return torch.zeros_like(piece.gradient) if gradient is None else piece.rows(gradient)
+    def _rows(self, found: Tensors) -> list[Tensor]:
+        return [piece.rows(tensor) for piece, tensor in zip(self.pieces, found, strict=True)]
 
     def loss_change(self) -> float:
         """The loss at the parameters as they are now, minus the loss at those of the linearization.
