@@ -18,7 +18,7 @@ from kfacopt.double_backward import DoubleBackward, gradients, twice_differentia
 from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Call, Replay
 from kfacopt.likelihoods import Gaussian, Likelihood, LossTerms
-from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.tensors import inner_product
 from kfacopt.products import ProductRecorder
 
 Tensors = Sequence[Tensor]

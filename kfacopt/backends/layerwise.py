@@ -14,6 +14,7 @@ from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
 from kfacopt.blocks.base import Block
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
 
 
@@ -107,13 +108,13 @@ class LayerwiseBackend(CurvatureBackend):
         for layer, parts in gradients.items():
             block = self.blocks[layer.name]
             if block.ready:
-                matrix = _statistic(layer.pack(parts))
+                matrix = as_statistic(layer.pack(parts))
                 result[layer] = layer.unpack(block.solve(matrix, settings[layer].damping))
         return result
 
     def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
         return {
-            layer: layer.unpack(self.blocks[layer.name].matvec(_statistic(layer.pack(parts))))
+            layer: layer.unpack(self.blocks[layer.name].matvec(as_statistic(layer.pack(parts))))
             for layer, parts in tensors.items()
         }
 
@@ -194,7 +195,3 @@ class _OwnShare:
 
     def __call__(self, step: int) -> int:
         return self._schedule.interval(self._kind)
-
-
-def _statistic(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -81,21 +81,6 @@ def loss_hessian_product(loss: Callable[[Tensor], Tensor], prediction: Tensor) -
     return lambda vector: multiply([vector])[0]
 
 
-def by_columns(multiply: Callable[[Sequence[Tensor]], Sequence[Tensor]], matrix: Sequence[Tensor]) -> list[Tensor]:
-    """A product with vectors for every column of a matrix; tensors have the columns along their last axis.
-
-    >>> by_columns(lambda vector: [2 * vector[0]], [torch.eye(2)])
-    [tensor([[2., 0.],
-            [0., 2.]])]
-    """
-    # Every column for itself: as columns lie in memory, neither reading nor writing one alone is fast.
-    columns = [m.movedim(-1, 0).contiguous() for m in matrix]
-    products = [multiply(column) for column in zip(*columns, strict=True)]
-    if len(products) == 1:  # spares a copy
-        return [part.unsqueeze(-1) for part in products[0]]
-    return [torch.stack(parts).movedim(0, -1) for parts in zip(*products, strict=True)]
-
-
 def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -> Function:
     """A model's output on one batch as a function of some of its parameters; buffers are left as they are.
 

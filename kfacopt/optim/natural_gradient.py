@@ -18,7 +18,7 @@ from kfacopt.coverage import find_layers
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
 from kfacopt.layers.layer import Layer
-from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.tensors import inner_product
 from kfacopt.linearization import BatchLinearization
 from kfacopt.metric import Curvature, Metric
 from kfacopt.optim import path, rule

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.tensors import inner_product
 from kfacopt.linearization import BatchLinearization, moved
 from kfacopt.optim import rule
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Replay
-from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.tensors import inner_product
 from kfacopt.linearization import BatchLinearization
 from kfacopt.metric import Curvature, Metric
 from kfacopt.optim import path
