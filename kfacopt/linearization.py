@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kfacopt.double_backward import DoubleBackward, gradients, twice_differentiable
 from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Call, Replay
-from kfacopt.likelihoods import Gaussian, Likelihood, LossTerms
+from kfacopt.likelihoods import Likelihood, LossTerms
 from kfacopt.linalg.tensors import inner_product
 from kfacopt.products import ProductRecorder
 
@@ -50,7 +50,7 @@ class Piece:
     def loss_gradient(self) -> Tensor:
         """The gradient, free of loss scaling and clipping where the likelihood could read the labels."""
         known = self.terms.gradient
-        return self.gradient if known is None or isinstance(self.likelihood, Gaussian) else known * self.share
+        return known * self.share if known is not None and self.terms.reads_target else self.gradient
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the prediction's shape as rows `[m c]`."""

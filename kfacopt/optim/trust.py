@@ -13,7 +13,6 @@ from kfacopt.damping import compare_losses
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Replay
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import Gaussian
 from kfacopt.optim import rule
 
 
@@ -57,7 +56,8 @@ def outcome_of_step(
     )
     moved = [p for p in step if p in gradients]
     promised = float(rule.inner_product([step[p] for p in moved], [gradients[p] for p in moved]))
-    if isinstance(estimator.likelihood, Gaussian) and promised < 0.0 and change.linear < 8.0 * promised:
+    told = all(replay.terms.reads_target for replay in replays)
+    if not told and promised < 0.0 and change.linear < 8.0 * promised:
         return Outcome(math.nan, change.divergence, comparable=False)
     by_layer = {
         layer: {role: step[p] for role, p in layer.parameters.items()}
