@@ -32,7 +32,7 @@ def train(accumulate: int, autocast: bool) -> list[float]:
         lr=0.3,
         damping=0.01,
         kl_clip=0.03,
-        fisher_type="type-2",
+        curvature="ggn",
         factor_every=5,
         refresh_every=20,
     )

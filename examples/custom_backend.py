@@ -115,7 +115,7 @@ def make_optimizer(name: str, model: nn.Module, criterion: nn.Module, loader: It
             backend = DiagonalFisher()
         case _:
             backend = Curvlinops(model, criterion, loader, refresh_every=10)
-    return kfacopt.SecondOrderOptimizer(model, criterion, backend, lr=0.3, damping=0.01, kl_clip=0.03)
+    return kfacopt.SecondOrderOptimizer(model, criterion, backend=backend, lr=0.3, damping=0.01, kl_clip=0.03)
 
 
 def train(name: str) -> tuple[list[float], float]:

@@ -18,7 +18,6 @@ from kfacopt.backends import Solver as Solver
 from kfacopt.blocks import Block as Block
 from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
 from kfacopt.damping import RelativeDamping as RelativeDamping
-from kfacopt.estimator import CurvatureOptions as CurvatureOptions
 from kfacopt.layers import LayerHandler as LayerHandler
 from kfacopt.layers import OneHot as OneHot
 from kfacopt.layers import Rows as Rows
@@ -26,23 +25,31 @@ from kfacopt.layers import register_handler as register_handler
 from kfacopt.layers.layer import Layer as Layer
 from kfacopt.likelihoods import Bernoulli as Bernoulli
 from kfacopt.likelihoods import Categorical as Categorical
+from kfacopt.likelihoods import Curvature as Curvature
+from kfacopt.likelihoods import Fisher as Fisher
 from kfacopt.likelihoods import FisherType as FisherType
 from kfacopt.likelihoods import Gaussian as Gaussian
 from kfacopt.likelihoods import KFACType as KFACType
 from kfacopt.likelihoods import Likelihood as Likelihood
 from kfacopt.linalg.cg import RelativeProgress as RelativeProgress
-from kfacopt.metric import Curvature as Curvature
 from kfacopt.optim import EKFAC as EKFAC
 from kfacopt.optim import KFAC as KFAC
+from kfacopt.optim import CapturingOptimizer as CapturingOptimizer
+from kfacopt.optim import Direction as Direction
 from kfacopt.optim import ExactTrustRegion as ExactTrustRegion
 from kfacopt.optim import GaussNewton as GaussNewton
 from kfacopt.optim import GeodesicAcceleration as GeodesicAcceleration
 from kfacopt.optim import GridLineSearch as GridLineSearch
 from kfacopt.optim import NaturalGradient as NaturalGradient
+from kfacopt.optim import Preconditioned as Preconditioned
 from kfacopt.optim import QuadraticModel as QuadraticModel
 from kfacopt.optim import SaddleFree as SaddleFree
 from kfacopt.optim import SecondOrderOptimizer as SecondOrderOptimizer
+from kfacopt.optim import Step as Step
+from kfacopt.optim import StepLength as StepLength
+from kfacopt.optim import TrustRegion as TrustRegion
 from kfacopt.optim import TrustRegionNewton as TrustRegionNewton
 from kfacopt.optim import TrustRegionStrategy as TrustRegionStrategy
+from kfacopt.optim import Updates as Updates
 
 __version__ = "0.1.0"

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfacopt.likelihoods import FisherType, KFACType, Likelihood, LossTerms, likelihood_from
+from kfacopt.likelihoods import KFACType, Likelihood, LossTerms, likelihood_from
+from kfacopt.likelihoods.fisher import Curvature, Fisher
 
 Loss = nn.Module | Likelihood
 LossFunction = Loss | Mapping[str, Loss | tuple[float, Loss]]
 """A loss; or losses by the names in the output of a model that returns a dict, alone or as `(weight, loss)`."""
-
-
-class CurvatureOptions(TypedDict, total=False):
-    """How the curvature is estimated; every optimizer takes these as keyword arguments.
-
-    Args:
-        fisher_type: `"mc"` (default), `"type-2"` or `"empirical"` (`kfacopt.FisherType`).
-        mc_samples: Labels drawn per loss term for `"mc"`; default 1.
-        seed: Seed of the generator that draws them; default 0. The global generators are never touched.
-        kfac_approx: `"expand"` (default) or `"reduce"` for layers that share weights (`kfacopt.KFACType`).
-        separate_weight_and_bias: Weight and bias of a layer get a block each; default False: one block for both.
-        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
-    """
-
-    fisher_type: FisherType | str
-    mc_samples: int
-    seed: int
-    kfac_approx: KFACType | str
-    separate_weight_and_bias: bool
-    prediction: Callable[[Any], Tensor] | None
 
 
 class FisherEstimator:
@@ -40,7 +21,10 @@ class FisherEstimator:
 
     Args:
         loss_func: torch's `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, or a `Likelihood`.
-        options: See `CurvatureOptions`.
+        fisher: Which curvature, and how it is sampled.
+        kfac_approx: `"expand"` or `"reduce"` for layers that share weights (`kfacopt.KFACType`).
+        separate_weight_and_bias: Weight and bias of a layer get a block each; otherwise one block for both.
+        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
 
     Raises:
         TypeError: If the loss or an option is of no supported kind.
@@ -52,31 +36,27 @@ class FisherEstimator:
     weights: Mapping[str, float]
     """What each term counts in the whole loss."""
 
-    def __init__(self, loss_func: nn.Module | Likelihood, **options: Any) -> None:
-        unknown = set(options) - set(CurvatureOptions.__annotations__)
-        if unknown:
-            known = ", ".join(sorted(CurvatureOptions.__annotations__))
-            raise TypeError(f"unknown curvature option {', '.join(sorted(unknown))}: there are {known}")
+    def __init__(
+        self,
+        loss_func: nn.Module | Likelihood,
+        *,
+        fisher: Fisher = Fisher(),  # noqa: B008 - it is frozen
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = False,
+        prediction: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if fisher.kind is Curvature.HESSIAN:
+            raise ValueError(
+                "curvature='hessian' is indefinite, so Kronecker factors cannot stand for it: use 'mc', 'ggn' or "
+                "'empirical', or kfacopt.NaturalGradient with solver=kfacopt.CG()"
+            )
         self.likelihood = likelihood_from(loss_func)
         self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
-        self.fisher_type = _member(FisherType, "fisher_type", options.get("fisher_type", FisherType.MC))
-        self.kfac_approx = _member(KFACType, "kfac_approx", options.get("kfac_approx", KFACType.EXPAND))
-        self.mc_samples = int(options.get("mc_samples", 1))
-        self.separate_weight_and_bias = bool(options.get("separate_weight_and_bias", False))
-        self.prediction: Callable[[Any], Tensor] | None = options.get("prediction")
-        if self.mc_samples < 1:
-            raise ValueError(f"mc_samples must be at least 1, got {self.mc_samples}")
-        if self.fisher_type == FisherType.FORWARD_ONLY:
-            raise ValueError(
-                "fisher_type='forward-only' is there for kfacopt.operators.KFACLinearOperator only: an optimizer needs "
-                "'mc', 'type-2' or 'empirical'"
-            )
-        if self.fisher_type != FisherType.MC and self.mc_samples != 1:
-            raise ValueError(
-                f"mc_samples={self.mc_samples} has no meaning with fisher_type={self.fisher_type.value!r}: "
-                f"only 'mc' draws samples"
-            )
-        self._seed = int(options.get("seed", 0))
+        self.fisher_type, self.mc_samples = fisher.kind.fisher_type, fisher.samples
+        self.kfac_approx = _member(KFACType, "kfac_approx", kfac_approx)
+        self.separate_weight_and_bias = bool(separate_weight_and_bias)
+        self.prediction = prediction
+        self._seed = fisher.seed
         self._generator: torch.Generator | None = None
 
     def predictions(self, output: Any) -> dict[str, Tensor]:
@@ -129,7 +109,7 @@ class TermsEstimator(FisherEstimator):
     Args:
         loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, each alone
             (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum of their means.
-        options: See `CurvatureOptions`.
+        options: As for `FisherEstimator`.
 
     Raises:
         TypeError, ValueError: A loss or weight that cannot be handled, by name.

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
 from kfacopt.likelihoods import FisherType
+from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linearization import BatchLinearization, Piece, Tensors
-
-
-class Curvature(StrEnum):
-    """Which curvature a natural gradient step divides by.
-
-    >>> Curvature("ggn") is Curvature.GGN
-    True
-    """
-
-    GGN = "ggn"
-    """Generalised Gauss-Newton, `Jᵀ H J`: for these losses the Fisher information (Martens 2020)."""
-    MC = "mc"
-    """The Fisher estimated from labels that the model draws itself, anew at each step."""
-    EMPIRICAL = "empirical"
-    """Second moment of the gradients of the loss terms at the data's labels."""
-    HESSIAN = "hessian"
-    """The loss' own second derivative, which may be negative."""
-
-    @property
-    def fisher_type(self) -> FisherType:
-        """As the likelihoods name it."""
-        return FisherType.TYPE2 if self in (Curvature.GGN, Curvature.HESSIAN) else FisherType(self.value)
 
 
 class Metric:

@@ -90,7 +90,7 @@ def contestants() -> dict[str, Factory]:
         "Muon": partial(rivals.muon, lr=1e-3),
     }
     for name, optimizer in ours.items():
-        found[name] = partial(optimizer, loss_func=loss_func, fisher_type="mc", **SCHEDULE)
+        found[name] = partial(optimizer, loss_func=loss_func, curvature="mc", **SCHEDULE)
     peers = {
         "SINGD": ("singd.optim.optimizer", singd),
         "SOAP": ("pytorch_optimizer", soap),

@@ -395,7 +395,7 @@ def made_of(backend: type[kfacopt.LayerwiseBackend]) -> Callable[..., Optimizer]
 
     def make(model: nn.Module, loss: Any, params: Any = None, **options: Any) -> Optimizer:
         intervals = {name: options.pop(name) for name in ("factor_every", "refresh_every") if name in options}
-        return Optimizer(model, loss, backend(**intervals), params, **options)
+        return Optimizer(model, loss, params, backend=backend(**intervals), **options)
 
     return make
 
@@ -409,7 +409,7 @@ OPTIMIZERS = {"kfac": kfacopt.KFAC, "ekfac": kfacopt.EKFAC, "exact-kfac": exact_
 def still(**options: Any) -> dict[str, Any]:
     """Options of an optimizer that estimates curvature with every step and moves nothing."""
     fixed = {"lr": 0.0, "adamw_lr": 0.0, "kl_clip": None, "momentum": 0.0, "ema_decay": 0.0}
-    return fixed | {"factor_every": 1, "refresh_every": 1000, "fisher_type": "type-2"} | options
+    return fixed | {"factor_every": 1, "refresh_every": 1000, "curvature": "ggn"} | options
 
 
 def backward(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def whole(block: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("separate", [False, True])
 def test_factors(case: Case, fisher_type: str, approx: str, separate: bool) -> None:
     options = {"kfac_approx": approx, "separate_weight_and_bias": separate}
-    blocks = estimate(case, kfacopt.KFAC, fisher_type=fisher_type, **options)
+    blocks = estimate(case, kfacopt.KFAC, curvature=fisher_type, **options)
     theirs = operator(case, kfac.KFACLinearOperator, fisher_type, **options)
     theirs.compute_kronecker_factors()
     scale = gradient_scale(case, fisher_type)
@@ -111,7 +111,7 @@ def test_factors(case: Case, fisher_type: str, approx: str, separate: bool) -> N
 def test_corrected_eigenvalues(case: Case, fisher_type: str, approx: str, separate: bool) -> None:
     """In our eigenbasis, since that of a degenerate eigenspace is anybody's choice."""
     options = {"kfac_approx": approx, "separate_weight_and_bias": separate}
-    blocks = estimate(case, exact_ekfac, fisher_type=fisher_type, **options)
+    blocks = estimate(case, exact_ekfac, curvature=fisher_type, **options)
     theirs = operator(case, ekfac.EKFACLinearOperator, fisher_type, **options)
     modules = {name: parts_of(name, blocks, separate) for name in theirs._mapping}
     for name, ours in modules.items():
@@ -167,7 +167,7 @@ def test_eigenbases_span_the_same(name: str) -> None:
 def test_the_operators_agree_as_linear_maps(name: str, fisher_type: str) -> None:
     case = next(case for case in CASES if case.name == name)
     model, loss, x, y = case.make()
-    made = kfacopt.KFAC(model, loss, **still(fisher_type=fisher_type))
+    made = kfacopt.KFAC(model, loss, **still(curvature=fisher_type))
     backward(model, loss, x, y)
     made.step()
     theirs = operator(case, kfac.KFACLinearOperator, fisher_type, separate_weight_and_bias=False)

@@ -121,8 +121,8 @@ def test_type_2_factors(case: Case, approx: str) -> None:
 @pytest.mark.parametrize("approx", BOTH)
 @pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
 def test_sampled_factors(case: Case, approx: str, fisher_type: str) -> None:
-    samples = {"mc_samples": 3} if fisher_type == "mc" else {}
-    found = Estimate(case, kfacopt.KFAC, fisher_type=fisher_type, kfac_approx=approx, ema_decay=0.0, **samples)
+    fisher = kfacopt.Fisher(fisher_type, samples=3 if fisher_type == "mc" else 1)
+    found = Estimate(case, kfacopt.KFAC, curvature=fisher, kfac_approx=approx, ema_decay=0.0)
     cotangents = torch.cat(found.cotangents)
     if fisher_type == "empirical":
         expected = reference.term_gradients(found.loss, found.model(found.x), found.y)
@@ -152,7 +152,7 @@ def test_corrected_eigenvalues_are_the_diagonal_of_the_ggn(case: Case, approx: s
 @pytest.mark.parametrize("fisher_type", ["mc", "empirical"])
 @pytest.mark.parametrize("optimizer", EKFACS.values(), ids=EKFACS)
 def test_corrected_eigenvalues_of_samples(case: Case, fisher_type: str, optimizer: Any) -> None:
-    found = Estimate(case, optimizer, fisher_type=fisher_type, separate_weight_and_bias=True)
+    found = Estimate(case, optimizer, curvature=fisher_type, separate_weight_and_bias=True)
     cotangents = torch.cat(found.cotangents)
     for layer, block in found.blocks(CORRECTED):
         basis = dense_basis(block)
@@ -214,7 +214,7 @@ def test_a_duplicated_batch_changes_nothing(case: Case, optimizer: Any, fisher_t
         made = optimizer(
             model,
             loss,
-            fisher_type=fisher_type,
+            curvature=fisher_type,
             factor_every=1,
             refresh_every=2 if optimizer is kfacopt.KFAC else 1000,
             lr=0.1,
@@ -248,7 +248,7 @@ def test_monte_carlo_tends_to_type_2(name: str, optimizer: Any) -> None:
     """500 samples of each of a few data: the standard error is a few percent of a factor's norm."""
     case = BY_NAME[name]
     exact = Estimate(case, optimizer)
-    sampled = Estimate(case, optimizer, fisher_type="mc", mc_samples=500)
+    sampled = Estimate(case, optimizer, curvature=kfacopt.Fisher("mc", samples=500))
     for (layer, a), (_, b) in zip(exact.blocks(), sampled.blocks(), strict=True):
         for kind in a.averages():
             if kind == "corrected":

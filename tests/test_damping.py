@@ -20,7 +20,7 @@ EVERY = LevenbergMarquardt(every=1)
 
 def options(**more: Any) -> dict[str, Any]:
     fixed = {"lr": 0.5, "damping": 0.2, "momentum": 0.0, "kl_clip": None, "damping_rule": EVERY}
-    return fixed | {"factor_every": 1, "refresh_every": 1, "fisher_type": "type-2", "ema_decay": 0.0} | more
+    return fixed | {"factor_every": 1, "refresh_every": 1, "curvature": "ggn", "ema_decay": 0.0} | more
 
 
 # -- the rule itself -------------------------------------------------------------------------------

@@ -64,6 +64,13 @@ def test_swap() -> None:
     assert ekfac < 0.5 * adamw
 
 
+def test_custom_direction() -> None:
+    found = numbers(run("custom_direction"), r"loss (\d\S*), largest divergence of a step (\d\S*)")
+    (newton, _), (sign, divergence) = zip(found[::2], found[1::2], strict=True)
+    assert newton < sign < 2.0
+    assert divergence <= 0.5 * 0.03 + 1e-4  # half of kl_clip
+
+
 def test_custom_backend() -> None:
     table = dict(re.findall(r"^(\S.*?) {2,}(.*)$", run("custom_backend"), re.MULTILINE))
     losses = {name: [float(x) for x in row.split()[:-1]] for name, row in table.items() if "epoch" not in name}
@@ -86,7 +93,7 @@ def test_diagonal_fisher_of_custom_backend_is_the_diagonal(shared: bool) -> None
     model = nn.Sequential(*layers).double()
     x = torch.randn(4, *((1, 3, 3) if shared else (9,)), dtype=torch.float64)
     criterion, backend = nn.CrossEntropyLoss(), DiagonalFisher()
-    optimizer = kfacopt.SecondOrderOptimizer(model, criterion, backend, damping=0.01, fisher_type="type-2")
+    optimizer = kfacopt.SecondOrderOptimizer(model, criterion, backend=backend, damping=0.01, curvature="ggn")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     prediction = model(x)
     criterion(prediction, torch.tensor([0, 1, 2, 0])).backward()

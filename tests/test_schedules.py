@@ -171,7 +171,7 @@ def test_an_optimizer_with_max_overhead_stays_within_it(
     _, loss, x, y = BY_NAME["mlp-ce"].make()
     schedule = MaxOverhead(share)
     backend = kfacopt.KFACBackend(schedule, schedule, stagger=stagger)
-    made = kfacopt.SecondOrderOptimizer(model, loss, backend, lr=1e-4)
+    made = kfacopt.SecondOrderOptimizer(model, loss, backend=backend, lr=1e-4)
     spent = {"factors": 0.0, "refresh": 0.0}
 
     def slow(kind: str, inner: Any, seconds: float) -> Any:
@@ -212,7 +212,7 @@ def test_refreshes_in_an_optimizer(backend: Any, stagger: bool) -> None:
     model = nn.Sequential(*layers).double()
     _, loss, x, y = BY_NAME["mlp-ce"].make()
     every = 3
-    made = kfacopt.SecondOrderOptimizer(model, loss, backend(2, every, stagger=stagger), lr=1e-3)
+    made = kfacopt.SecondOrderOptimizer(model, loss, backend=backend(2, every, stagger=stagger), lr=1e-3)
     counts = []
     for block in made.backend.blocks.values():
 

@@ -45,6 +45,9 @@ class CurvatureBackend(ABC):
     all_places: ClassVar[bool] = False
     """Whether rows of every place are wanted under KFAC-reduce too (`Rows.reduce` is set then)."""
 
+    newton: bool = True
+    """Whether `solve` is `(C + damping I)⁻¹`: a trust region then takes `uᵀm` for `uᵀ (C + damping I) u`."""
+
     def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
         """Take note of the layers to come. Called again when parameters are frozen, unfrozen or added."""
 
@@ -74,10 +77,27 @@ class CurvatureBackend(ABC):
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         """Precondition; the gradients are not to be written to."""
 
-    def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
-        """`C tensors`, undamped; the Levenberg-Marquardt rule needs it."""
+    def ready(self, layer: Layer) -> bool:
+        """Whether `layer` has curvature to solve with; without it takes AdamW's step."""
+        return True
+
+    def whiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        """`Sᵀ tensors` for each layer, with any S such that `S Sᵀ = (C + damping I)⁻¹`; unready layers are left out."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no multiply(): it is needed by damping_rule= (the quadratic model's value)"
+            f"{type(self).__name__} has no whiten(): a direction in the curvature's metric needs it"
+        )
+
+    def unwhiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        """`S tensors` for each layer, with the S of `whiten`: `unwhiten(whiten(g)) = solve(g)`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no unwhiten(): a direction in the curvature's metric needs it"
+        )
+
+    def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
+        """`C tensors`, undamped, of the layers that are `ready`; the Levenberg-Marquardt rule needs it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no multiply(): damping_rule= needs it (the quadratic model's value), and so "
+            f"does kl_clip= where the direction is not Newton's"
         )
 
     def treatment(self, layer: Layer) -> str:

@@ -93,6 +93,7 @@ class EKFACBackend(LayerwiseBackend):
         if not 0.0 < exponent <= 1.0:
             raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
         self._tail, self._exponent = tail, exponent
+        self.newton = exponent == 1.0
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kfacopt.backends.samples import SampleSpace
 from kfacopt.backends.solver import Problem, Solved, Solver
+from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.least_squares import DampedKernel, DampedLeastSquares
 from kfacopt.linalg.tensors import flat, inner_product, split_like
-from kfacopt.metric import Curvature
 
 
 class Gram(Solver):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,19 +103,35 @@ class LayerwiseBackend(CurvatureBackend):
         block.refresh(damping)
         return time.perf_counter() - start
 
+    def ready(self, layer: Layer) -> bool:
+        return self.blocks[layer.name].ready
+
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
-        result = {}
-        for layer, parts in gradients.items():
-            block = self.blocks[layer.name]
-            if block.ready:
-                matrix = as_statistic(layer.pack(parts))
-                result[layer] = layer.unpack(block.solve(matrix, settings[layer].damping))
-        return result
+        return self._applied(lambda block, matrix, damping: block.solve(matrix, damping), gradients, settings)
+
+    def whiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        return self._applied(lambda block, matrix, damping: block.whiten(matrix, damping), tensors, settings)
+
+    def unwhiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
+        return self._applied(lambda block, matrix, damping: block.unwhiten(matrix, damping), tensors, settings)
 
     def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
+        undamped = dict.fromkeys(tensors, Settings(0.0, 0.0))
+        return self._applied(lambda block, matrix, damping: block.matvec(matrix), tensors, undamped)
+
+    def _applied(
+        self,
+        function: Callable[[Block, Tensor, float], Tensor],
+        tensors: LayerTensors,
+        settings: Mapping[Layer, Settings],
+    ) -> dict[Layer, dict[str, Tensor]]:
+        """A function of each block and matrix, for the layers that have a cache: the one place that decides."""
         return {
-            layer: layer.unpack(self.blocks[layer.name].matvec(as_statistic(layer.pack(parts))))
+            layer: layer.unpack(
+                function(self.blocks[layer.name], as_statistic(layer.pack(parts)), settings[layer].damping)
+            )
             for layer, parts in tensors.items()
+            if self.blocks[layer.name].ready
         }
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:

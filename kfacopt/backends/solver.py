@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend
+from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linearization import BatchLinearization
-from kfacopt.metric import Curvature, Metric
+from kfacopt.metric import Metric
 
 
 @dataclass(eq=False)

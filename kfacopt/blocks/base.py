@@ -48,6 +48,17 @@ class Block(ABC):
         """`(C + damping I)^-1 matrix` from the cache, `[*k o i]`."""
 
     @abstractmethod
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        """`Sᵀ matrix` with any S such that `S Sᵀ` is what `solve` multiplies with, `[*k o i]`.
+
+        A direction can then work where the curvature is the identity: `unwhiten(f(whiten(M)))`.
+        """
+
+    @abstractmethod
+    def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
+        """`S matrix` with the S of `whiten`, `[*k o i]`: `unwhiten(whiten(M)) = solve(M)`."""
+
+    @abstractmethod
     def matvec(self, matrix: Tensor) -> Tensor:
         """`C matrix`, undamped, `[*k o i]`."""
 

@@ -139,15 +139,25 @@ class DataSetEigenBlock(EigenBlock):
         return kronecker.rotate_back(left, kronecker.rotate(left, matrix, right) * self._values(), right)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        return self._power(matrix, damping, -1.0)
+
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        return self._power(matrix, damping, -0.5)
+
+    unwhiten = whiten  # S is the symmetric root
+
+    def _power(self, matrix: Tensor, damping: float, exponent: float) -> Tensor:
+        """A power of `C + damping I` times `matrix`."""
         left, right = self.basis()
-        coordinates, damped = kronecker.rotate(left, matrix, right), self._values() + damping
+        coordinates, powers = kronecker.rotate(left, matrix, right), (self._values() + damping).pow(exponent)
         if right is None or right.shape[-1] == right.shape[-2]:
-            return kronecker.rotate_back(left, coordinates / damped, right)
-        # Outside the range of A only the damping is inverted, which takes orthonormal vectors inside.
+            return kronecker.rotate_back(left, coordinates * powers, right)
+        # Outside the range of A there is only the damping, which takes orthonormal vectors inside.
         if not self._polished:
             self._right, self._polished = orthonormal(right), True
-            return self.solve(matrix, damping)
-        return matrix / damping + kronecker.rotate_back(left, coordinates * (1.0 / damped - 1.0 / damping), right)
+            return self._power(matrix, damping, exponent)
+        outside = float(damping**exponent)
+        return matrix * outside + kronecker.rotate_back(left, coordinates * (powers - outside), right)
 
 
 def _few(kept: Sequence[Rows]) -> Tensor | None:

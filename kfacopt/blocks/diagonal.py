@@ -49,6 +49,11 @@ class DiagonalBlock(Block):
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         return matrix / (self.eigenvalues() + damping)
 
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        return matrix * (self.eigenvalues() + damping).rsqrt()
+
+    unwhiten = whiten  # S is diagonal
+
     def matvec(self, matrix: Tensor) -> Tensor:
         return matrix * self.eigenvalues()
 

@@ -79,11 +79,22 @@ class EigenBlock(FactoredBlock):
         return self.eigenvalues() + damping
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
-        if self._reciprocal is None or self._reciprocal[0] != damping:
-            self._reciprocal = damping, self.damped_eigenvalues(damping).reciprocal_()
         left, right = self.basis()
         coordinates = kronecker.rotate(left, matrix, right)
-        return kronecker.rotate_back(left, coordinates.mul_(self._reciprocal[1]), right)
+        return kronecker.rotate_back(left, coordinates.mul_(self._reciprocals(damping)), right)
+
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        return kronecker.rotate(self.basis()[0], matrix, self.basis()[1]) * self._reciprocals(damping).sqrt()
+
+    def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self.basis()
+        return kronecker.rotate_back(left, matrix * self._reciprocals(damping).sqrt(), right)
+
+    def _reciprocals(self, damping: float) -> Tensor:
+        """What `solve` multiplies the coordinates with, `[*k o i]`; kept while statistics and damping stay."""
+        if self._reciprocal is None or self._reciprocal[0] != damping:
+            self._reciprocal = damping, self.damped_eigenvalues(damping).reciprocal_()
+        return self._reciprocal[1]
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.basis()

@@ -26,6 +26,7 @@ class KroneckerBlock(FactoredBlock):
     def __init__(self) -> None:
         super().__init__()
         self._inverses: tuple[Tensor, Tensor] | None = None
+        self._roots: tuple[Tensor, Tensor] | None = None
 
     def refresh(self, damping: float) -> None:
         left, right = self.factors()
@@ -37,7 +38,7 @@ class KroneckerBlock(FactoredBlock):
             self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += inverse_left.retries + inverse_right.retries
-        self._inverses = inverse_left.value, _aligned(inverse_right.value)
+        self._inverses, self._roots = (inverse_left.value, _aligned(inverse_right.value)), None
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         if self._inverses is None:
@@ -46,6 +47,25 @@ class KroneckerBlock(FactoredBlock):
         size = matrix.shape[-1]
         padded = functional.pad(matrix, (0, right.shape[-1] - size)) if right.shape[-1] > size else matrix
         return kronecker.multiply(left, padded, right)[..., :size]
+
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self._root()
+        return kronecker.transposed_sandwich(left, matrix, right)
+
+    def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self._root()
+        return kronecker.sandwich(left, matrix, right)
+
+    def _root(self) -> tuple[Tensor, Tensor]:
+        """S_G and S_A whose Kronecker product is the S of `whiten`; made when first asked for."""
+        if self._inverses is None:
+            raise RuntimeError("this block has no inverse yet: refresh() comes before whiten()")
+        if self._roots is None:
+            left, right = self._inverses
+            size = self.factors()[1].shape[-1]
+            unpadded = right if right.ndim == 1 else right[..., :size, :size]
+            self._roots = kronecker.root(left), kronecker.root(unpadded)
+        return self._roots
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.factors()
@@ -78,7 +98,7 @@ class KroneckerBlock(FactoredBlock):
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         left, right = cache["inverse_gradient_factor"], cache["inverse_input_factor"]
-        self._inverses = None if left is None or right is None else (left, right)
+        self._inverses, self._roots = None if left is None or right is None else (left, right), None
 
 
 def _aligned(inverse: Tensor) -> Tensor:

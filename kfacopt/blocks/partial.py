@@ -42,7 +42,7 @@ class PartialEigenBlock(FactoredBlock):
         self.corrected = RunningAverage()
         self._left: _Side | None = None
         self._right: _Side | None = None
-        self._solver: tuple[float, Coefficients, WholeSide] | None = None
+        self._powers: dict[tuple[float, float], tuple[Coefficients, WholeSide]] = {}
 
     def averages(self) -> dict[str, RunningAverage]:
         return super().averages() | {"corrected": self.corrected}
@@ -61,7 +61,7 @@ class PartialEigenBlock(FactoredBlock):
 
     def fold(self, decay: float) -> None:
         super().fold(decay)
-        self._solver = None
+        self._powers.clear()
 
     def refresh(self, damping: float) -> None:
         left, right = self.factors()
@@ -76,7 +76,8 @@ class PartialEigenBlock(FactoredBlock):
             # diag of the held operator in the new directions: squared overlaps with the old ones and with their rest.
             overlap_left, overlap_right = self._left.overlaps(new_left), self._right.overlaps(new_right)
             self.corrected.value = overlap_left @ self._extended(self.corrected.value) @ overlap_right.mT
-        self._left, self._right, self._solver = new_left, new_right, None
+        self._left, self._right = new_left, new_right
+        self._powers.clear()
 
     def _kept(self) -> Tensor:
         left, right = self.sides()
@@ -99,11 +100,22 @@ class PartialEigenBlock(FactoredBlock):
         return Coefficients(values[:-1, :-1], values[:-1, -1], values[-1, :-1], values[-1, -1])
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        return self._power(matrix, damping, -self._exponent)
+
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        return self._power(matrix, damping, -0.5 * self._exponent)
+
+    unwhiten = whiten  # S is the symmetric root
+
+    def _power(self, matrix: Tensor, damping: float, exponent: float) -> Tensor:
+        """A power of the damped operator times `matrix`; coefficients are kept while statistics and damping stay."""
         left, right = self.sides()
-        if self._solver is None or self._solver[0] != damping:
-            at = Coefficients(*(value.pow(-self._exponent) for value in self._coefficients(damping)))
-            self._solver = damping, at, whole_sides(left.basis, right.basis, at)
-        return apply(matrix, left.basis, right.basis, *self._solver[1:])
+        key = damping, exponent
+        if key not in self._powers:
+            self._powers = {k: v for k, v in self._powers.items() if k[0] == damping}
+            at = Coefficients(*(value.pow(exponent) for value in self._coefficients(damping)))
+            self._powers[key] = at, whole_sides(left.basis, right.basis, at)
+        return apply(matrix, left.basis, right.basis, *self._powers[key])
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.sides()
@@ -139,7 +151,8 @@ class PartialEigenBlock(FactoredBlock):
             basis, values, rest = (cache[f"{name}_{part}"] for part in ("basis", "eigenvalues", "rest"))
             whole = basis is not None and values is not None and rest is not None
             sides.append(_Side(basis, values, rest) if whole else None)  # type: ignore[arg-type]
-        (self._left, self._right), self._solver = sides, None
+        self._left, self._right = sides
+        self._powers.clear()
 
 
 class _Side:

@@ -11,14 +11,14 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from kfacopt.lightning.rebind import rebind_schedulers
-from kfacopt.optim.base import SecondOrderOptimizer
+from kfacopt.optim.capturing import CapturingOptimizer
 
 
 class CurvatureCallback(Callback):
     """Logs the health of second-order optimizers, and takes their hooks off when a run ends.
 
     The first way to train with Lightning is to return `kfacopt.EKFAC` (or any other
-    `SecondOrderOptimizer`) from ``configure_optimizers``, over the LightningModule itself or over a
+    optimizer of kfacopt) from ``configure_optimizers``, over the LightningModule itself or over a
     module in it. Nothing else is needed to train; this callback adds what `health()` knows, as
     ``curvature/<name>``, to every logger, on the steps on which Lightning logs
     (``log_every_n_steps``), shows some of it in the progress bar, and closes the optimizers at the
@@ -157,14 +157,14 @@ class CurvatureCallback(Callback):
             close(optimizer)
 
 
-def second_order_optimizers(trainer: Trainer) -> list[SecondOrderOptimizer]:
+def second_order_optimizers(trainer: Trainer) -> list[CapturingOptimizer]:
     """The trainer's optimizers that are kfacopt's, without Lightning's wrapping.
 
     Args:
         trainer: one whose optimizers are configured, else there are none.
     """
     optimizers = [_unwrapped(optimizer) for optimizer in trainer.optimizers]
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, SecondOrderOptimizer)]
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, CapturingOptimizer)]
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -175,5 +175,5 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
 def close(optimizer: Optimizer) -> None:
     """Remove an optimizer's hooks if it is a kfacopt optimizer."""
     optimizer = _unwrapped(optimizer)
-    if isinstance(optimizer, SecondOrderOptimizer):
+    if isinstance(optimizer, CapturingOptimizer):
         optimizer.close()

@@ -8,12 +8,16 @@ from kfacopt.likelihoods.base import Likelihood as Likelihood
 from kfacopt.likelihoods.base import LossTerms as LossTerms
 from kfacopt.likelihoods.bernoulli import Bernoulli as Bernoulli
 from kfacopt.likelihoods.categorical import Categorical as Categorical
+from kfacopt.likelihoods.fisher import Curvature as Curvature
+from kfacopt.likelihoods.fisher import Fisher as Fisher
 from kfacopt.likelihoods.from_loss import likelihood_from as likelihood_from
 from kfacopt.likelihoods.gaussian import Gaussian as Gaussian
 
 __all__ = [
     "Bernoulli",
     "Categorical",
+    "Curvature",
+    "Fisher",
     "FisherType",
     "Gaussian",
     "KFACType",

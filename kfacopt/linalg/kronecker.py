@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg.symmetric import Inverse, damped_inverse, eigh
+from kfacopt.linalg.symmetric import root as symmetric_root
 
 
 def multiply(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
@@ -66,6 +67,21 @@ def inverse(factor: Tensor, damping: Tensor | float) -> Inverse:
     if factor.ndim == 1:
         return Inverse(1.0 / (factor + damping), 0)
     return damped_inverse(factor, damping)
+
+
+def root(factor: Tensor) -> Tensor:
+    """Some S with `S Sᵀ = factor`, diagonal where the factor is."""
+    return factor.sqrt() if factor.ndim == 1 else symmetric_root(factor)
+
+
+def sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """`left @ matrix @ rightᵀ` for roots left `[*k o o]` and right `[*k i i]` or diagonal `[i]`."""
+    return left @ (matrix * right if right.ndim == 1 else matrix @ right.mT)
+
+
+def transposed_sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ @ matrix @ right`, the adjoint of `sandwich`."""
+    return left.mT @ (matrix * right if right.ndim == 1 else matrix @ right)
 
 
 def pi_split(left: Tensor, right: Tensor, damping: float) -> tuple[Tensor, Tensor]:

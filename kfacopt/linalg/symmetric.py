@@ -96,6 +96,27 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
     return Inverse((vectors / shifted.clamp_min(smallest).unsqueeze(-2)) @ vectors.mT, 2 + more)
 
 
+def root(matrix: Tensor) -> Tensor:
+    """Some S with `S Sᵀ = matrix`, `[*k d d]`: Cholesky's, or the symmetric one where that fails.
+
+    Args:
+        matrix: Symmetric positive semi-definite up to rounding, `[*k d d]`.
+
+    Raises:
+        LinAlgError: If the matrix has an entry that is not finite.
+
+    >>> root(torch.tensor([[4.0]])).item()
+    2.0
+    """
+    _require_finite(matrix, "take the root of")
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not bool(info.any()):
+        return factor
+    values, vectors, _ = eigh(matrix)
+    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+
+
 def refine_basis(matrix: Tensor, vectors: Tensor) -> Tensor:
     """Bring an eigenbasis nearer to that of a matrix that moved a little: one step of orthogonal iteration by QR.
 

@@ -15,6 +15,7 @@ from kfacopt.coverage import find_layers
 from kfacopt.estimator import FisherEstimator
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, KFACType
+from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.operators import state
 from kfacopt.operators.block_diagonal import BlockDiagonalLinearOperator
 from kfacopt.operators.empirical_risk import Batches, Chained
@@ -94,7 +95,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             "seed": seed,
             "kfac_approx": str(kfac_approx),
         }
-        self._estimator = FisherEstimator(loss_func, **self._options)
+        self._estimator = self._made_estimator(loss_func)
         self._separate, self._uncovered, self._byte_budget = separate_weight_and_bias, uncovered, byte_budget
         self._terms_per_datum = num_per_example_loss_terms
         super().__init__(
@@ -183,7 +184,11 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     def _restart_sampling(self) -> None:
         """Draw the same labels again."""
         assert isinstance(self._loss_func, nn.Module)
-        self._estimator = FisherEstimator(self._loss_func, **self._options)
+        self._estimator = self._made_estimator(self._loss_func)
+
+    def _made_estimator(self, loss_func: nn.Module) -> FisherEstimator:
+        fisher = Fisher(self._options["fisher_type"], self._options["mc_samples"], self._options["seed"])
+        return FisherEstimator(loss_func, fisher=fisher, kfac_approx=self._options["kfac_approx"])
 
     def _chunks(self, desc: str, data: Batches | None = None) -> Iterator[Chunk]:
         """The rows of all data, mini-batch by mini-batch; counts data and loss terms."""

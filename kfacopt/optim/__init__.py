@@ -1,13 +1,20 @@
-"""The optimizers: one file each, on the step in `base`."""
+"""The optimizers: one file each, on the lifecycle in `capturing`; what a step is made of is in `step`."""
 
-from kfacopt.optim.acceleration import GeodesicAcceleration as GeodesicAcceleration
-from kfacopt.optim.base import SecondOrderOptimizer as SecondOrderOptimizer
+from kfacopt.optim.capturing import CapturingOptimizer as CapturingOptimizer
 from kfacopt.optim.ekfac import EKFAC as EKFAC
 from kfacopt.optim.kfac import KFAC as KFAC
-from kfacopt.optim.line_search import GridLineSearch as GridLineSearch
 from kfacopt.optim.natural_gradient import NaturalGradient as NaturalGradient
 from kfacopt.optim.newton import TrustRegionNewton as TrustRegionNewton
-from kfacopt.optim.quadratic_model import QuadraticModel as QuadraticModel
+from kfacopt.optim.second_order import SecondOrderOptimizer as SecondOrderOptimizer
+from kfacopt.optim.step import Direction as Direction
+from kfacopt.optim.step import GridLineSearch as GridLineSearch
+from kfacopt.optim.step import Preconditioned as Preconditioned
+from kfacopt.optim.step import QuadraticModel as QuadraticModel
+from kfacopt.optim.step import Step as Step
+from kfacopt.optim.step import StepLength as StepLength
+from kfacopt.optim.step import TrustRegion as TrustRegion
+from kfacopt.optim.step import Updates as Updates
+from kfacopt.optim.step.acceleration import GeodesicAcceleration as GeodesicAcceleration
 from kfacopt.optim.subproblem import ExactTrustRegion as ExactTrustRegion
 from kfacopt.optim.subproblem import GaussNewton as GaussNewton
 from kfacopt.optim.subproblem import SaddleFree as SaddleFree

@@ -61,6 +61,25 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+def check_number(name: str, value: Any) -> None:
+    """Refuse a hyper-parameter that is no number or out of its range.
+
+    Raises:
+        TypeError: If it is not one number.
+        ValueError: If it is out of range.
+    """
+    low, high = _BOUNDS[name]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be one number, got {value!r}") from None
+    inside = low <= number and (number < high if name in ("momentum", "ema_decay") else number <= high)
+    if not inside or math.isinf(number):
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {number}")
+    if name == "damping" and number == 0.0:
+        raise ValueError("damping must be positive: directions that no datum excites have no curvature to divide by")
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Refuse hyper-parameters out of range.
 
@@ -68,19 +87,24 @@ def check_group(group: Mapping[str, Any]) -> None:
         TypeError: If one is not a number, or `curvature` not a bool.
         ValueError: If one is out of its range.
     """
-    for name, (low, high) in _BOUNDS.items():
-        try:
-            value = float(group[name])
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"{name} must be one number, got {group[name]!r}") from None
-        inside = low <= value and (value < high if name in ("momentum", "ema_decay") else value <= high)
-        if not inside or math.isinf(value):
-            raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
-    if float(group["damping"]) == 0.0:
-        raise ValueError("damping must be positive: directions that no datum excites have no curvature to divide by")
-    if not float(group["kl_clip"]) > 0.0:
-        raise ValueError(f"kl_clip must be positive, or None for no bound, got {group['kl_clip']}")
-    if not float(group["relative_clip"]) > 0.0:
-        raise ValueError(f"relative_clip must be positive, or None for no bound, got {group['relative_clip']}")
-    if not isinstance(group["curvature"], bool):
+    for name in _BOUNDS:
+        if name in group:
+            check_number(name, group[name])
+    for name in ("kl_clip", "relative_clip"):
+        if name in group and not float(group[name]) > 0.0:
+            raise ValueError(f"{name} must be positive, or None for no bound, got {group[name]}")
+    if not isinstance(group.get("curvature", True), bool):
         raise TypeError(f"a param group's 'curvature' must be True or False, got {group['curvature']!r}")
+
+
+def check_params(params: Any) -> None:
+    """Refuse a number or a string where parameters belong: a learning rate that was passed by position.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if isinstance(params, (int, float, str)):
+        raise TypeError(
+            f"params must be parameters or param groups (default: all of the model's), got {params!r}: "
+            f"hyper-parameters are keywords, so say lr={params!r}"
+        )

@@ -51,9 +51,24 @@ def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBacke
     return result
 
 
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """The highest learning rate that a group has had at a step, or that its scheduler announces (`OneCycleLR`).
+
+    It is the unit of what does not follow schedules: bounds on a step, and AdamW's rate over `adamw_lr`.
+
+    >>> peak_rate({"base_lr": 0.1, "lr": 0.01, "max_lr": 0.3})
+    0.3
+    """
+    return max(float(group[name]) for name in ("base_lr", "lr", "initial_lr", "max_lr") if name in group)
+
+
 def adamw_rate(group: Mapping[str, Any]) -> float:
-    """AdamW's learning rate: the group's own without curvature, else `adamw_lr` in proportion to the scheduled `lr`."""
+    """AdamW's learning rate: the group's own without curvature, else `adamw_lr · lr / peak_rate`.
+
+    >>> adamw_rate({"curvature": True, "adamw_lr": 1e-3, "base_lr": 0.4, "lr": 0.1})
+    0.00025
+    """
     if not group["curvature"]:
         return float(group["lr"])
-    base = float(group["base_lr"])
-    return float(group["adamw_lr"]) * (float(group["lr"]) / base if base > 0.0 else 1.0)
+    peak = peak_rate(group)
+    return float(group["adamw_lr"]) * float(group["lr"]) / peak if peak > 0.0 else 0.0

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
-
-from torch import Tensor, nn
-
 from kfacopt.backends.kfac import KFACBackend
-from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
-from kfacopt.estimator import CurvatureOptions
-from kfacopt.likelihoods import Likelihood
-from kfacopt.optim.base import Params, SecondOrderOptimizer
-from kfacopt.optim.quadratic_model import QuadraticModel
-from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
+from kfacopt.optim.second_order import SecondOrderOptimizer
 
 
 class KFAC(SecondOrderOptimizer):
     """K-FAC (Martens & Grosse 2015): the cheapest second-order step here, about two SGD steps.
 
-    Args:
-        factor_every: Steps between two updates of the Kronecker factors: an int, a callable of the step, or a schedule
-            of `kfacopt.schedules`.
-        refresh_every: Steps between two inversions, likewise; the layers' inversions are spread over the interval.
-
-    All other arguments are those of `SecondOrderOptimizer`. Options of the backend itself go through it:
-    `SecondOrderOptimizer(model, loss_func, KFACBackend(..., stagger=False))`, or `ExactKFACBackend` for damping that is
-    added to the eigenvalues.
+    The arguments are those of `SecondOrderOptimizer`; options of the curvature go through the backend, as in
+    `KFAC(model, loss_func, backend=KFACBackend(stagger=False))`.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
@@ -34,38 +19,4 @@ class KFAC(SecondOrderOptimizer):
     >>> optimizer.step()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_func: nn.Module | Likelihood,
-        params: Params | None = None,
-        *,
-        lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
-        damping: float | RelativeDamping = RELATIVE_DAMPING,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        ema_decay: float = 0.8,
-        kl_clip: float | None = 0.03,
-        relative_clip: float | None = None,
-        factor_every: Interval = FACTOR_EVERY,
-        refresh_every: Interval = KFAC_REFRESH_EVERY,
-        adamw_lr: float = 1e-3,
-        damping_rule: LevenbergMarquardt | None = None,
-        **curvature: Unpack[CurvatureOptions],
-    ) -> None:
-        super().__init__(
-            model,
-            loss_func,
-            KFACBackend(factor_every, refresh_every),
-            params,
-            lr=lr,
-            damping=damping,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            ema_decay=ema_decay,
-            kl_clip=kl_clip,
-            relative_clip=relative_clip,
-            adamw_lr=adamw_lr,
-            damping_rule=damping_rule,
-            **curvature,
-        )
+    backend_type = KFACBackend

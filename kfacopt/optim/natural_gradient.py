@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfacopt.backends.base import Settings
+from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.backends.gram import Gram
-from kfacopt.backends.preconditioner import Preconditioner
-from kfacopt.backends.solver import Problem, Solver
-from kfacopt.capture import Capture, without_autocast
-from kfacopt.coverage import find_layers
+from kfacopt.backends.solver import Solver
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
-from kfacopt.layers.layer import Layer
-from kfacopt.linalg.tensors import inner_product
-from kfacopt.linearization import BatchLinearization
-from kfacopt.metric import Curvature, Metric
-from kfacopt.optim import path, rule
-from kfacopt.optim.acceleration import GeodesicAcceleration
-from kfacopt.optim.base import Params
-from kfacopt.optim.checks import check_model
-from kfacopt.optim.line_search import GridLineSearch
-from kfacopt.optim.replaying import ReplayingOptimizer, evaluated
+from kfacopt.likelihoods.fisher import Fisher
+from kfacopt.linalg.tensors import all_finite, inner_product
+from kfacopt.optim import deprecated
+from kfacopt.optim.capturing import CapturingOptimizer, Params
+from kfacopt.optim.checks import check_group
+from kfacopt.optim.step import GridLineSearch, Step, Updates
+from kfacopt.optim.step.acceleration import GeodesicAcceleration
+from kfacopt.optim.step.solved import Solves
 from kfacopt.products import ProductRecorder
 
 
-class NaturalGradient(ReplayingOptimizer):
+class NaturalGradient(CapturingOptimizer):
     r"""Descends along `(C + damping I)⁻¹ g`, with `C` the curvature of the loss on the step's own batches.
 
     .. code-block:: text
@@ -51,7 +46,7 @@ class NaturalGradient(ReplayingOptimizer):
         model: The model whose forward is called in training; hooks watch it until `close()`.
         loss_func: The loss, as torch's module or a `Likelihood`; or a dict of losses, each alone or `(weight, loss)`.
         params: torch's params or param groups, with `lr` and `weight_decay`; default: all of the model's.
-        curvature: `"ggn"` (default), `"mc"`, `"empirical"` or `"hessian"` (`kfacopt.Curvature`).
+        curvature: `"ggn"` (default), `"mc"`, `"empirical"`, `"hessian"`, or a `kfacopt.Fisher`.
         solver: `kfacopt.CG()` or `kfacopt.Gram()`; default: `Gram()`.
         lr: Learning rate: step size, or the unit of the line search's.
         damping: Added to the curvature of the mean loss, in its units.
@@ -59,7 +54,6 @@ class NaturalGradient(ReplayingOptimizer):
         line_search: A `kfacopt.GridLineSearch`; default: the step size is `lr`.
         acceleration: A `kfacopt.GeodesicAcceleration`; default: steps are straight.
         damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
-        mc_samples, seed: Of `curvature="mc"`: labels drawn for each loss term, and the generator's seed.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
 
     Raises:
@@ -76,13 +70,16 @@ class NaturalGradient(ReplayingOptimizer):
     True
     """
 
+    _own_attributes = ("fisher", "solver", "line_search", "damping_rule", "direction")
+    _own_state_key = "solver"
+
     def __init__(
         self,
         model: nn.Module,
         loss_func: LossFunction,
         params: Params | None = None,
         *,
-        curvature: Curvature | str = Curvature.GGN,
+        curvature: Fisher | str = "ggn",
         solver: Solver | None = None,
         lr: float = 1.0,
         damping: float = 1e-3,
@@ -90,162 +87,100 @@ class NaturalGradient(ReplayingOptimizer):
         line_search: GridLineSearch | None = None,
         acceleration: GeodesicAcceleration | None = None,
         damping_rule: LevenbergMarquardt | None = None,
-        mc_samples: int = 1,
-        seed: int = 0,
         prediction: Callable[[Any], Tensor] | None = None,
+        **old: Any,
     ) -> None:
-        check_model(model)
-        self.model = model
-        self.curvature = _curvature(curvature)
+        self.fisher = deprecated.fisher_of(type(self), curvature, old)
         self.solver = Gram() if solver is None else solver
-        self.line_search, self.acceleration, self.damping_rule = line_search, acceleration, damping_rule
-        self.solver.check(self.curvature)
-        if mc_samples != 1 and self.curvature is not Curvature.MC:
-            raise ValueError(
-                f"mc_samples={mc_samples} has no meaning with curvature={self.curvature.value!r}: only 'mc'"
-            )
-        self._estimator = TermsEstimator(loss_func, mc_samples=mc_samples, seed=seed, prediction=prediction)
-        if self.solver.backend is not None and "" not in self._estimator.likelihoods:
+        self.solver.check(self.fisher.kind)
+        self.line_search, self.damping_rule = line_search, damping_rule
+        self.direction = Solves(self.solver, self.fisher.kind, acceleration, line_search)
+        # A preconditioner's statistics are sampled, whatever the curvature is.
+        sampled = Fisher("mc", self.fisher.samples, self.fisher.seed)
+        estimator = TermsEstimator(loss_func, fisher=sampled, prediction=prediction)
+        if self.solver.backend is not None and "" not in estimator.likelihoods:
             raise ValueError("a preconditioner needs a single loss term, but loss_func is a dict: leave it out of CG()")
-        self._layers: list[Layer] = []
-        self._step, self._last_size, self._report = 0, 0.0, {"skipped_steps": 0.0}
-        defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
-        super().__init__(model.parameters() if params is None else params, defaults)
-        self._attach()
+        super().__init__(model, estimator, params, {"lr": lr, "damping": damping, "weight_decay": weight_decay})
 
-    def _attach(self) -> None:
-        backend = self.solver.backend
-        if backend is None:
-            self._capture = Capture(self.model, [], self._estimator, _nothing, _nothing)
-        else:
-            wanted = [p for group in self.param_groups for p in group["params"]]
-            self._layers, _ = find_layers(self.model, wanted, [], self._estimator.separate_weight_and_bias)
-            backend.attach(self._layers)
-            self._capture = Capture(self.model, self._layers, self._estimator, backend.update, backend.discard)
-            self._capture.all_places = backend.all_places
-        self._arm()
+    @property
+    def _fed(self) -> CurvatureBackend | None:
+        return self.solver.backend
 
-    def _arm(self) -> None:
-        capture, backend = self._open_capture(), self.solver.backend
-        capture.wants_rows = backend is not None and backend.wants_rows(self._step)
-        capture.wants_terms = capture.wants_replays = True
+    def _wants_replays(self) -> bool:
+        return True
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. All groups share one linear system and so one damping."""
-        super().add_param_group(param_group)
-        try:
-            _check_groups(self.param_groups)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    def _wants_terms(self) -> bool:
+        return True
+
+    def _check_groups(self) -> None:
+        """All groups share one linear system and so one damping."""
+        for group in self.param_groups:
+            check_group(group)
+        dampings = {float(group["damping"]) for group in self.param_groups}
+        if len(dampings) > 1:
+            raise ValueError(f"all parameters share one linear system, but param groups have the dampings {dampings}")
 
     # -- the step --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters.
-
-        Args:
-            closure: Evaluates the loss and calls `backward`, as for torch's optimizers; called once.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: If no backward through the model has arrived since the last step, or a forward cannot be run
-                again as it was.
-        """
-        loss = evaluated(closure)
-        capture = self._open_capture()
-        _check_groups(self.param_groups)
-        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not rule.all_finite(gradients):
-            if self.solver.backend is not None:
-                self.solver.backend.discard()
-            self._report["skipped_steps"] += 1.0
-        elif parameters:
-            if not capture.tally.replays:
+    def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        self._check_groups()
+        tally = self._open_capture().tally
+        if not tally.replays:
+            if any(bool(g.any()) for g in gradients.values()):
                 raise RuntimeError(self._nothing_seen())
-            with capture.paused(), without_autocast(gradients[0].device):
-                self._take_step(parameters, gradients)
-            self._step += 1
-        capture.reset()
-        self._arm()
-        return loss
-
-    def _take_step(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
-        tally, damping = self._open_capture().tally, float(self.param_groups[0]["damping"])
-        scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
-        gradients = [g * scale for g in gradients] if scale != 1.0 else gradients
-        recorder = ProductRecorder() if self.solver.records else None
-        linearization = BatchLinearization(parameters, tally.replays, self._estimator, scale, recorder)
-        linearization.match(gradients)
-        problem = Problem(Metric(linearization, self.curvature), gradients, damping, self._preconditioner(parameters))
-        solved = self.solver.solve(problem)
-        if not rule.all_finite(solved.direction):
-            self._report["skipped_steps"] += 1.0
-            self._adapt(damping, math.nan)
             return
-        damping = damping if solved.damping is None else solved.damping
-        steps = [self._scaled(parameters, direction) for direction in (*solved.earlier, solved.direction)]
-        step = path.backtracked(linearization, steps, solved.stats)
-        bend = None
-        if self.acceleration is not None and solved.again is not None:
-            probe, limit = self.acceleration.probe * (self._last_size or 1.0), self.acceleration.limit
-            bend = path.bend(linearization, step, solved.again, probe, math.inf if self.line_search else limit)
-        length = self._length(linearization, step, bend)
-        self._report |= {"damping": damping, "step_size": length} | solved.stats
-        rho = self._write(problem, parameters, path.at(step, bend, length), damping)
-        self._adapt(damping, rho)
+        scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
+        gradients = {p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients
+        step = Step(
+            self._step,
+            gradients,
+            self._layers,
+            self.solver.backend,
+            dict.fromkeys(self._layers, Settings(float(self.param_groups[0]["damping"]), _EMA_DECAY)),
+            self.param_groups,
+            self.state,
+            self._estimator,
+            tally.replays,
+            scale,
+            ProductRecorder() if self.solver.records else None,
+        )
+        updates = self.direction.updates(step)
+        if not all_finite(list(updates.tensors.values())):
+            self._report["skipped_steps"] += 1.0
+            self._adapt(math.nan)
+            return
+        if self.line_search is not None:
+            updates = self.line_search.scaled(step, updates)
+        self._report |= {"damping": self.direction.damping, "step_size": updates.scale} | self.direction.health()
+        self._adapt(self._write(step, updates))
 
-    def _preconditioner(self, parameters: list[nn.Parameter]) -> Preconditioner | None:
-        """The backend's solve with what this step's batches told it, or None."""
-        backend, damping = self.solver.backend, float(self.param_groups[0]["damping"])
-        if backend is None:
-            return None
-        settings = dict.fromkeys(self._layers, Settings(damping, _EMA_DECAY))
-        backend.fold(self._step, settings)
-        backend.refresh(self._step, settings)
-        return Preconditioner(backend, settings, parameters)
-
-    def _length(self, linearization: BatchLinearization, step: list[Tensor], bend: list[Tensor] | None) -> float:
-        """How far to go along the path: 1, or the line search's choice."""
-        if self.line_search is None:
-            return 1.0
-
-        def loss_change(size: float) -> float:
-            return path.loss_change(linearization, path.at(step, bend, size))
-
-        self._last_size = self.line_search.best(loss_change, self._last_size, self._step)
-        return self._last_size
-
-    def _scaled(self, parameters: list[nn.Parameter], direction: list[Tensor]) -> list[Tensor]:
-        """The step of size one: minus the direction, times each group's learning rate."""
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
-        return [-rates[id(p)] * x for p, x in zip(parameters, direction, strict=True)]
-
-    def _write(self, problem: Problem, parameters: list[nn.Parameter], step: list[Tensor], damping: float) -> float:
+    def _write(self, step: Step, updates: Updates) -> float:
         """Move the parameters; the reduction ratio where the damping rule wants it."""
+        parameters, delta = list(updates.tensors), step.displacement(updates)
+        linearization, promised = step.linearization(parameters), 0.0
         judged = self.damping_rule is not None and self.damping_rule.due(self._step)
-        promised = 0.0
         if judged:
-            curved = inner_product(step, problem.metric.multiply(step)) + damping * inner_product(step, step)
-            promised = inner_product(step, problem.gradient) + 0.5 * curved
-        torch._foreach_add_(list(parameters), step)
-        rho = problem.linearization.loss_change() / promised if judged and promised < 0.0 else math.nan
-        for group in self.param_groups:
-            decay = float(group["lr"]) * float(group["weight_decay"])
-            present = [p for p in group["params"] if p.grad is not None]
-            if decay > 0.0 and present:
-                # What is decayed are the parameters before the step.
-                by_id = {id(p): s for p, s in zip(parameters, step, strict=True)}
-                torch._foreach_add_(present, [p - by_id[id(p)] for p in present], alpha=-decay)
+            metric, gradient = step.metric(parameters, self.fisher.kind), [step.gradients[p] for p in parameters]
+            curved = inner_product(delta, metric.multiply(delta)) + self.direction.damping * inner_product(delta, delta)
+            promised = inner_product(delta, gradient) + 0.5 * curved
+        before = [p.clone() for p in parameters] if any(g["weight_decay"] for g in self.param_groups) else []
+        torch._foreach_add_(list[Tensor](parameters), delta)
+        rho = linearization.loss_change() / promised if judged and promised < 0.0 else math.nan
+        self._decay(dict(zip(parameters, before, strict=False)))
         return rho
 
-    def _adapt(self, damping: float, rho: float) -> None:
+    def _decay(self, before: Mapping[nn.Parameter, Tensor]) -> None:
+        """Decoupled weight decay of the parameters as they were before the step."""
+        for group in self.param_groups:
+            rate = float(group["lr"]) * float(group["weight_decay"])
+            present = [p for p in group["params"] if p in before]
+            if rate > 0.0 and present:
+                torch._foreach_add_(present, [before[p] for p in present], alpha=-rate)
+
+    def _adapt(self, rho: float) -> None:
         if self.damping_rule is None:
             return
+        damping = self.direction.damping
         if self.damping_rule.due(self._step):
             self._report["rho"] = rho
             damping = self.damping_rule.adjusted(damping, rho)
@@ -262,74 +197,20 @@ class NaturalGradient(ReplayingOptimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, and `curvature`: tensors and plain Python only, resuming bit for bit."""
-        result: dict[str, Any] = super().state_dict()
-        result["curvature"] = {
+    def _own_state(self) -> dict[str, Any]:
+        search = {} if self.line_search is None else self.line_search.state_dict()
+        return super()._own_state() | {
             "solver": self.solver.state_dict(),
-            "estimator": self._estimator.state_dict(),
-            "step": self._step,
-            "last_size": self._last_size,
-            "skipped_steps": self._report["skipped_steps"],
+            "step_length": search,
         }
-        return result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Raises:
-            KeyError: If it has no `curvature` section: it is another optimizer's.
-        """
-        if "curvature" not in state_dict or "solver" not in state_dict["curvature"]:
-            raise KeyError("this state dict has no 'curvature' section with a solver: it is not a NaturalGradient's")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
-        own = state_dict["curvature"]
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self.solver.load_state_dict(own["solver"])
-        self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
-        self._step, self._last_size = int(own["step"]), float(own["last_size"])
-        self._report["skipped_steps"] = float(own["skipped_steps"])
-        self._open_capture().reset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ["model", "curvature", "solver", "line_search", "acceleration", "damping_rule"]
-        own += ["_estimator", "_step", "_last_size", "_report", "_layers"]
-        state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
-            self._capture = None
-            self._attach()
+        super()._load_own_state(own)
+        if self.line_search is not None:
+            # Before 0.2 the line search's state was one number.
+            self.line_search.load_state_dict(own.get("step_length") or {"last": own["last_size"]})
 
 
 _EMA_DECAY = 0.8
 """Of a preconditioner's statistics."""
-
-
-def _nothing(*_: Any) -> None:
-    """No layer is captured, so nothing is delivered."""
-
-
-def _curvature(value: Curvature | str) -> Curvature:
-    try:
-        return Curvature(value)
-    except ValueError:
-        known = ", ".join(repr(member.value) for member in Curvature)
-        raise ValueError(f"curvature must be one of {known}, got {value!r}") from None
-
-
-def _check_groups(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
-        for name in ("lr", "damping", "weight_decay"):
-            try:
-                value = float(group[name])
-            except (TypeError, ValueError, RuntimeError):
-                raise TypeError(f"{name} must be one number, got {group[name]!r}") from None
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"{name} must lie in [0, inf), got {value}")
-        if float(group["damping"]) == 0.0:
-            raise ValueError("damping must be positive: directions that no datum excites have no curvature")
-    dampings = {float(group["damping"]) for group in groups}
-    if len(dampings) > 1:
-        raise ValueError(f"all parameters share one linear system, but param groups have the dampings {dampings}")

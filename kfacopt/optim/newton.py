@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfacopt.capture import Capture, without_autocast
 from kfacopt.damping import compare_losses
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Replay
 from kfacopt.likelihoods import Likelihood
+from kfacopt.linalg.tensors import flat, split_like
 from kfacopt.operators.chain import ChainHessian
 from kfacopt.operators.chain_loss import TermsLoss
 from kfacopt.operators.chain_parse import elements_of
-from kfacopt.optim import rule
+from kfacopt.optim.capturing import CapturingOptimizer
 from kfacopt.optim.checks import check_model
-from kfacopt.optim.replaying import ReplayingOptimizer, evaluated
 from kfacopt.optim.subproblem import Curvatures, ExactTrustRegion, GaussNewton, TrustRegionStrategy
 
 DEFAULT_STRATEGIES = (GaussNewton(), ExactTrustRegion())
 """Gauss-Newton leads; where it stalls, the exact Hessian shows the way."""
 
 
-class TrustRegionNewton(ReplayingOptimizer):
+class TrustRegionNewton(CapturingOptimizer):
     r"""Newton's method for an `nn.Sequential`, with exact curvature made safe by a trust region.
 
     With `g` the gradient of the batch's loss and `C` its Gauss-Newton matrix, or its exact and indefinite Hessian:
@@ -69,6 +68,8 @@ class TrustRegionNewton(ReplayingOptimizer):
     1.0
     """
 
+    _own_attributes = ("strategies",)
+
     def __init__(
         self,
         model: nn.Module,
@@ -94,10 +95,7 @@ class TrustRegionNewton(ReplayingOptimizer):
             raise ValueError(f"attempts must be at least 1, got {attempts}")
         if not 0.0 <= progress < 1.0:
             raise ValueError(f"progress must lie in [0, 1), got {progress}")
-        self.model = model
         self.strategies = strategies
-        self._estimator = FisherEstimator(loss_func)
-        self._report: dict[str, float] = {"skipped_steps": 0.0}
         defaults = {
             "radius": [radius] * len(strategies),
             "shift": [1e-3] * len(strategies),
@@ -105,12 +103,15 @@ class TrustRegionNewton(ReplayingOptimizer):
             "attempts": attempts,
             "progress": progress,
         }
-        super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
-        self._attach()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model, FisherEstimator(loss_func), trained, defaults)
 
-    def _attach(self) -> None:
-        self._capture = Capture(self.model, [], self._estimator, lambda layer, rows: None, lambda: None)
-        self._capture.wants_rows, self._capture.wants_replays = False, True
+    @property
+    def _fed(self) -> None:
+        return None
+
+    def _wants_replays(self) -> bool:
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; refused but for the first: a trust region is one for all parameters.
@@ -130,48 +131,27 @@ class TrustRegionNewton(ReplayingOptimizer):
         """
         return super().health()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters, or leave them exactly as they are.
-
-        Args:
-            closure: Evaluates the loss and calls `backward`, as for torch's optimizers; called once.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: If not exactly one backward reached the model since the last step, or the gradients are not
-                those of its loss alone.
-        """
-        loss = evaluated(closure)
-        capture = self._open_capture()
-        parameters = self._parameters()
-        try:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if not rule.all_finite(gradients):
-                self._report["skipped_steps"] += 1.0
-            else:
-                replay = _only(capture.tally.replays, self.model)
-                if len(gradients) < len(parameters):
-                    raise RuntimeError("a parameter of the chain has no gradient: call backward before step")
-                with capture.paused(), without_autocast(parameters[0].device):
-                    self._take_step(replay, torch.cat([g.double().flatten() for g in gradients]))
-        finally:
-            capture.reset()
-        return loss
-
-    def _parameters(self) -> list[nn.Parameter]:
+    def _trained(self) -> list[nn.Parameter]:
         parameters: list[nn.Parameter] = self.param_groups[0]["params"]
         if [id(p) for p in parameters] != [id(p) for p in self.model.parameters() if p.requires_grad]:
             raise RuntimeError("which parameters are trainable has changed: make a new TrustRegionNewton")
         return parameters
 
-    def _take_step(self, replay: Replay, gradient: Tensor) -> None:
-        group = self.param_groups[0]
+    def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        """Move the parameters, or leave them exactly as they are.
+
+        Raises:
+            RuntimeError: If not exactly one backward reached the model since the last step, or the gradients are not
+                those of its loss alone.
+        """
+        parameters, group = self._trained(), self.param_groups[0]
         self._report |= {"accepted": 0.0, "attempts": 0.0, "cost": 0.0, "rho": math.nan}
-        if not bool(gradient.any()):
+        if not any(bool(g.any()) for g in gradients.values()):
             return
+        replay = _only(self._open_capture().tally.replays, self.model)
+        if len(gradients) < len(parameters):
+            raise RuntimeError("a parameter of the chain has no gradient: call backward before step")
+        gradient = flat([gradients[p].double() for p in parameters])
         scale = _scale_of_terms(replay, self._estimator.likelihood)
         at_output = TermsLoss(self._estimator.likelihood, replay.terms, replay.gradient, scale)
 
@@ -231,10 +211,8 @@ class TrustRegionNewton(ReplayingOptimizer):
         return found
 
     def _write(self, before: list[Tensor], step: Tensor) -> None:
-        parameters = self.param_groups[0]["params"]
-        pieces = step.split([p.numel() for p in parameters])
-        for p, old, piece in zip(parameters, before, pieces, strict=True):
-            p.copy_(old + piece.view_as(old))
+        for p, old, piece in zip(self.param_groups[0]["params"], before, split_like(step, before), strict=True):
+            p.copy_(old + piece)
 
     def _loss_change(self, replay: Replay) -> float:
         """Of the mean loss; not a number where a prediction is not finite."""
@@ -244,17 +222,6 @@ class TrustRegionNewton(ReplayingOptimizer):
             estimator.likelihood, [replay], lambda output: find_prediction(output, estimator.prediction), scale
         )
         return change.loss_change
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "strategies", "_estimator", "_report")
-        state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
-            self._capture = None
-            self._attach()
 
 
 class _Trial(NamedTuple):
@@ -309,7 +276,7 @@ def _check_gradient(hessian: ChainHessian, gradient: Tensor) -> None:
     Raises:
         RuntimeError: If they differ by more than rounding.
     """
-    own = torch.cat([g.flatten() for g in hessian.gradient])
+    own = flat(hessian.gradient)
     difference = float((own - gradient).norm())
     if difference > 1e-2 * float(gradient.norm()):
         raise RuntimeError(

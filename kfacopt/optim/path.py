@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.tensors import inner_product
+from kfacopt.linalg.tensors import all_finite, inner_product
 from kfacopt.linearization import BatchLinearization, moved
-from kfacopt.optim import rule
 
 
 def at(step: Sequence[Tensor], bend: Sequence[Tensor] | None, size: float) -> list[Tensor]:
@@ -30,20 +29,15 @@ def loss_change(linearization: BatchLinearization, step: Sequence[Tensor]) -> fl
         return linearization.loss_change()
 
 
-def backtracked(
-    linearization: BatchLinearization, steps: Sequence[list[Tensor]], stats: dict[str, float]
-) -> list[Tensor]:
-    """The last of `steps`, or an earlier one as long as the loss is lower there (Martens 2010, section 4.6)."""
-    best = steps[-1]
+def backtracked(linearization: BatchLinearization, steps: Sequence[list[Tensor]], stats: dict[str, float]) -> int:
+    """Place of the last of `steps`, or of an earlier one as long as the loss is lower (Martens 2010, section 4.6)."""
+    place = len(steps) - 1
     if len(steps) > 1:
-        lowest, used = loss_change(linearization, best), 0
-        for earlier in reversed(steps[:-1]):
-            found = loss_change(linearization, earlier)
-            if not found < lowest:
-                break
-            best, lowest, used = earlier, found, used + 1
-        stats["backtracked"] = float(used)
-    return best
+        lowest = loss_change(linearization, steps[place])
+        while place > 0 and (found := loss_change(linearization, steps[place - 1])) < lowest:
+            place, lowest = place - 1, found
+        stats["backtracked"] = float(len(steps) - 1 - place)
+    return place
 
 
 def bend(
@@ -63,8 +57,8 @@ def bend(
         limit: Largest `2 |a| / |v|`.
     """
     along = linearization.second_difference(step, probe)
-    if not rule.all_finite(along):
+    if not all_finite(along):
         return None
     result = [-x for x in solve(along)]
     large = not 4.0 * inner_product(result, result) <= limit**2 * inner_product(step, step)
-    return None if large or not rule.all_finite(result) else result
+    return None if large or not all_finite(result) else result

@@ -2,84 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-
-
-def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Sum of the inner products of pairs of tensors, a tensor without axes.
-
-    >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])]).item()
-    3.0
-    """
-    products = [torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype)) for a, b in zip(left, right, strict=True)]
-    return torch.stack([p.to(torch.promote_types(p.dtype, torch.float32)) for p in products]).sum()
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every entry of every tensor is finite; one synchronisation with the device.
-
-    >>> all_finite([torch.tensor([1.0, float("nan")])])
-    False
-    """
-    if not tensors:
-        return True
-    # A sum of absolute values is finite exactly if every entry is (barring overflow, which is as bad).
-    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum().isfinite())
-
-
-def kl_scale(squared_length: float, kl_clip: float) -> float:
-    """Factor that keeps a step of squared length `lr² uᵀ m` within `kl_clip`.
-
-    `min(1, sqrt(kl_clip / squared_length))`: `½ squared_length` is the step's Kullback-Leibler divergence under the
-    damped quadratic model (Ba et al. 2017, section 5; Osawa et al. 2019).
-
-    >>> kl_scale(4.0, kl_clip=1.0), kl_scale(0.5, kl_clip=1.0)
-    (0.5, 1.0)
-    """
-    if not math.isfinite(squared_length):
-        return math.nan
-    if squared_length <= kl_clip or squared_length <= 0.0:
-        return 1.0
-    return float((kl_clip / squared_length) ** 0.5)
-
-
-def relative_scales(
-    parameters: Sequence[Sequence[Tensor]], updates: Sequence[Sequence[Tensor]], *, lr: float, relative_clip: float
-) -> list[float]:
-    """For each layer, the factor that keeps its step within `relative_clip` times the length of its parameters.
-
-    A layer-wise trust region in the manner of LARS (You et al. 2017). It bounds steps that stale curvature, for which a
-    bound on the quadratic model is no bound, would make too long. Parameters count as at least 0.01 on average, so that
-    a layer that starts at zero can leave it.
-
-    Args:
-        parameters: Of each layer.
-        updates: `u` of each, the step being `lr u`.
-        lr: Learning rate.
-        relative_clip: Bound on the length of the step over that of the parameters.
-
-    >>> relative_scales([[torch.ones(4)]], [[torch.full((4,), 2.0)]], lr=0.5, relative_clip=0.1)
-    [0.1]
-    """
-    flat_parameters = [p for layer in parameters for p in layer]
-    flat_updates = [u for layer in updates for u in layer]
-    norms = torch._foreach_norm([*flat_parameters, *flat_updates])
-    lengths = torch.stack([norm.double() for norm in norms]).square().tolist()
-    scales, start = [], 0
-    for layer in parameters:
-        held = slice(start, start + len(layer))
-        moved = slice(len(flat_parameters) + start, len(flat_parameters) + start + len(layer))
-        floor = 1e-4 * sum(p.numel() for p in layer)
-        allowed = relative_clip * max(sum(lengths[held]), floor) ** 0.5
-        length = lr * sum(lengths[moved]) ** 0.5
-        scales.append(min(1.0, allowed / length) if length > 0.0 else 1.0)
-        start += len(layer)
-    return scales
 
 
 def averaged_gradients(

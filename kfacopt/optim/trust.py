@@ -13,7 +13,7 @@ from kfacopt.damping import compare_losses
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Replay
 from kfacopt.layers.layer import Layer
-from kfacopt.optim import rule
+from kfacopt.linalg.tensors import inner_product
 
 
 class Outcome(NamedTuple):
@@ -55,7 +55,7 @@ def outcome_of_step(
         gradient_scale,
     )
     moved = [p for p in step if p in gradients]
-    promised = float(rule.inner_product([step[p] for p in moved], [gradients[p] for p in moved]))
+    promised = inner_product([step[p] for p in moved], [gradients[p] for p in moved])
     told = all(replay.terms.reads_target for replay in replays)
     if not told and promised < 0.0 and change.linear < 8.0 * promised:
         return Outcome(math.nan, change.divergence, comparable=False)

@@ -58,7 +58,7 @@ class Recorder(CurvatureBackend):
 def made_with(backend: CurvatureBackend, **options: Any) -> tuple[nn.Module, nn.Module, Tensor, Tensor, Any]:
     model, loss, x, y = BY_NAME["mlp-ce"].make()
     fixed = {"lr": 0.1, "momentum": 0.0, "kl_clip": None, "damping": 0.1}
-    return model, loss, x, y, kfacopt.SecondOrderOptimizer(model, loss, backend, **fixed | options)
+    return model, loss, x, y, kfacopt.SecondOrderOptimizer(model, loss, backend=backend, **fixed | options)
 
 
 def test_the_order_of_calls() -> None:
@@ -277,7 +277,7 @@ def test_a_registered_handler(optimizer: Any) -> None:
     _, loss, x, y = BY_NAME["mlp-ce"].make()
     unknown = optimizer(build(), loss)
     assert "register a handler" in str(unknown.coverage())
-    options = {"factor_every": 1, "refresh_every": 2, "fisher_type": "type-2", "damping": 1e-3}
+    options = {"factor_every": 1, "refresh_every": 2, "curvature": "ggn", "damping": 1e-3}
     with kfacopt.register_handler(Scaled, ScaledHandler()):
         model = build()
         made = optimizer(model, loss, **options)
@@ -288,7 +288,7 @@ def test_a_registered_handler(optimizer: Any) -> None:
         plain[0].weight *= 2
         plain[0].bias *= 2
     train_step(made, model, loss, x, y)
-    other = kfacopt.KFAC(plain, loss, factor_every=1, fisher_type="type-2")
+    other = kfacopt.KFAC(plain, loss, factor_every=1, curvature="ggn")
     train_step(other, plain, loss, x, y)
     torch.testing.assert_close(
         made.backend.blocks["0"].averages()["input_factor"].value,

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import kfacopt
 from kfacopt.lightning import CurvatureCallback
 from kfacopt.lightning.callback import second_order_optimizers
 from kfacopt.lightning.rivals import muon
@@ -284,3 +285,17 @@ def test_manual_optimization_with_two_optimizers_is_logged_by_number(tmp_path: P
     for number in (0, 1):
         assert len(fitted.logger.series(f"curvature/{number}/kl")) == 18
     assert isinstance(fitted.logger, Trace)
+
+
+@pytest.mark.parametrize("make", [kfacopt.NaturalGradient, kfacopt.TrustRegionNewton])
+def test_every_optimizer_is_logged_and_closed(make: Any, tmp_path: Path) -> None:
+    class Plain(Module):
+        def __init__(self) -> None:
+            super().__init__(lambda module: make(module.net, nn.MSELoss()))
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    module, trace = Plain(), Trace()
+    fit(module, tmp_path, CurvatureCallback(), logger=trace)
+    logged = "curvature/damping" if make is kfacopt.NaturalGradient else "curvature/radius"
+    assert len(trace.series(logged)) == 18
+    assert hooks(module) == 0

@@ -71,10 +71,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "factor_every-float": ({"factor_every": 2.5}, "factor_every"),
     "refresh_every": ({"refresh_every": -3}, "refresh_every"),
     "refresh_every-bool": ({"refresh_every": True}, "refresh_every"),
-    "fisher_type": ({"fisher_type": "type-3"}, "fisher_type.*type-2"),
+    "curvature-kind": ({"curvature": "type-3"}, "curvature.*ggn"),
     "kfac_approx": ({"kfac_approx": "shrink"}, "kfac_approx.*expand"),
-    "mc_samples": ({"mc_samples": 0}, "mc_samples"),
-    "mc_samples-type-2": ({"mc_samples": 2, "fisher_type": "type-2"}, "mc_samples"),
+    "hessian": ({"curvature": "hessian"}, "NaturalGradient"),
+    "lr-by-position": ({"params": 1e-3}, "lr=0.001"),
+    "backend": ({"backend": kfacopt.KFACBackend}, "backend"),
+    "backend-and-interval": ({"backend": kfacopt.KFACBackend(), "factor_every": 2}, "factor_every"),
+    "auto-and-length": ({"lr": "auto", "step_length": kfacopt.TrustRegion()}, "step_length"),
     "unknown": ({"kfac_aprox": "expand"}, "kfac_aprox"),
     "curvature": ({"params": [{"params": [], "curvature": "no"}]}, "curvature"),
 }
@@ -127,7 +130,7 @@ def test_a_wrong_backward_changes_nothing(optimizer: Any, name: str, steps: int)
     _, _, x, y = BY_NAME["mlp-ce"].make()
     for disturbed in (False, True):
         model = BY_NAME["mlp-ce"].make()[0]
-        used = optimizer(model, loss, factor_every=1, refresh_every=2, fisher_type="type-2")
+        used = optimizer(model, loss, factor_every=1, refresh_every=2, curvature="ggn")
         for turn in range(4):
             if disturbed and turn == steps:
                 state, before = copy.deepcopy(used.state_dict()), parameters_of(model)

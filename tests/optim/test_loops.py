@@ -26,7 +26,7 @@ def setup(
 ) -> tuple[nn.Module, nn.Module, Tensor, Tensor, Any]:
     model, _, x, y = BY_NAME["mlp-ce"].make()
     loss = nn.CrossEntropyLoss(reduction=reduction)
-    fixed = {"lr": 0.1, "damping": 0.05, "factor_every": 1, "refresh_every": 2, "fisher_type": "type-2"}
+    fixed = {"lr": 0.1, "damping": 0.05, "factor_every": 1, "refresh_every": 2, "curvature": "ggn"}
     return model, loss, x, y, optimizer(model, loss, **(fixed | options))
 
 
@@ -159,18 +159,39 @@ def test_a_step_without_gradients_does_nothing(optimizer: Any) -> None:
 
 
 @both
-def test_a_step_without_curvature_says_so_and_changes_nothing(optimizer: Any) -> None:
+def test_a_step_without_curvature_says_so_and_is_adamws(optimizer: Any) -> None:
+    """Gradients set by hand before any backward; torch's optimizers step, and so do these."""
     model, loss, x, y, made = setup(optimizer)
+    twin = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
     other = copy.deepcopy(model)  # not watched
     loss(other(x), y).backward()
     for parameter, source in zip(model.parameters(), other.parameters(), strict=True):
         parameter.grad = source.grad
-    before, state = parameters_of(model), copy.deepcopy(made.state_dict())
-    with pytest.raises(RuntimeError, match="no curvature"):
+    for parameter, source in zip(twin.parameters(), other.parameters(), strict=True):
+        parameter.grad = source.grad
+    with pytest.warns(UserWarning, match="no curvature"):
         made.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert made.state_dict()["state"] == state["state"] == {}
+    adamw.step()
+    assert_equal(model, twin)
+    assert {row.treatment for row in made.coverage().rows} == {"AdamW"}
+    assert made.health()["unseen_layers"] == len(made.coverage().rows)
+    made.step()  # said once
     train_step(made, model, loss, x, y)
+    assert "AdamW" not in {row.treatment for row in made.coverage().rows}
+    assert made.health()["unseen_layers"] == 0.0
+
+
+@pytest.mark.parametrize("make", [kfacopt.KFAC, kfacopt.EKFAC, kfacopt.NaturalGradient, kfacopt.TrustRegionNewton])
+@pytest.mark.filterwarnings("ignore:no curvature has been captured")
+def test_a_step_of_zero_gradients_before_any_backward_does_nothing(make: Any) -> None:
+    model = mlp()
+    made, before = make(model, nn.CrossEntropyLoss()), parameters_of(model)
+    made.step()  # no gradients at all
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @both
@@ -229,8 +250,8 @@ def poison(kind: str, x: Tensor, y: Tensor, model: nn.Module, loss: nn.Module) -
 def test_a_batch_that_is_not_finite_is_skipped(optimizer: Any, kind: str, fisher_type: str, first: bool) -> None:
     """As if it had never been, but for the count; also as the very first."""
     # Momentum and the running averages would carry a poison on.
-    model, loss, x, y, made = setup(optimizer, fisher_type=fisher_type)
-    twin, _, _, _, plain = setup(optimizer, fisher_type=fisher_type)
+    model, loss, x, y, made = setup(optimizer, curvature=fisher_type)
+    twin, _, _, _, plain = setup(optimizer, curvature=fisher_type)
     skipped = 0
     for turn in range(5):
         if turn == 3 or (turn == 0 and first):
@@ -368,7 +389,7 @@ def test_stochastic_weight_averaging() -> None:
 @both
 def test_groups_have_their_own_numbers(optimizer: Any) -> None:
     """Two groups with other numbers each act as two optimizers with these numbers (but for the common clip)."""
-    common = {"kl_clip": None, "factor_every": 1, "refresh_every": 1, "fisher_type": "type-2"}
+    common = {"kl_clip": None, "factor_every": 1, "refresh_every": 1, "curvature": "ggn"}
     numbers = (
         {"lr": 0.1, "damping": 0.1, "momentum": 0.9, "weight_decay": 0.0, "ema_decay": 0.9},
         {"lr": 0.02, "damping": 0.5, "momentum": 0.0, "weight_decay": 0.1, "ema_decay": 0.5},
@@ -456,7 +477,7 @@ def test_named_parameters_and_generators() -> None:
             "generator": (p for p in model.parameters()),
             "list": list(model.parameters()),
         }[kind]
-        made = kfacopt.KFAC(model, loss, params, factor_every=1, fisher_type="type-2")
+        made = kfacopt.KFAC(model, loss, params, factor_every=1, curvature="ggn")
         for _ in range(2):
             train_step(made, model, loss, x, y)
         made.load_state_dict(made.state_dict())
@@ -560,8 +581,8 @@ def test_gradient_clipping(optimizer: Any) -> None:
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
 def test_loss_scaling(optimizer: Any, fisher_type: str) -> None:
     """GradScaler's scale reaches neither statistics nor step; a skipped step leaves nothing behind."""
-    model, loss, x, y, made = setup(optimizer, fisher_type=fisher_type)
-    twin, _, _, _, plain = setup(optimizer, fisher_type=fisher_type)
+    model, loss, x, y, made = setup(optimizer, curvature=fisher_type)
+    twin, _, _, _, plain = setup(optimizer, curvature=fisher_type)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for turn in range(5):
         if turn == 2 and fisher_type == "type-2":  # overflow

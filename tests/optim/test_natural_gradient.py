@@ -84,10 +84,10 @@ def test_the_empirical_fisher_step_is_the_dense_one(name: str, solver: str) -> N
 @pytest.mark.parametrize("name", ["mlp-ce", "mlp-mse", "mlp-bce", "transformer"])
 def test_sampled_curvature_is_the_same_for_both_solvers_and_near_to_the_exact_one(name: str) -> None:
     case = BY_NAME[name]
-    *_, gram = taken(case, SOLVERS["gram"](), curvature="mc", mc_samples=3, seed=5)
-    *_, cg = taken(case, SOLVERS["cg"](), curvature="mc", mc_samples=3, seed=5)
+    *_, gram = taken(case, SOLVERS["gram"](), curvature=kfacopt.Fisher("mc", samples=3, seed=5))
+    *_, cg = taken(case, SOLVERS["cg"](), curvature=kfacopt.Fisher("mc", samples=3, seed=5))
     assert_near(gram, cg)
-    *_, many = taken(case, SOLVERS["cg"](), curvature="mc", mc_samples=20_000)
+    *_, many = taken(case, SOLVERS["cg"](), curvature=kfacopt.Fisher("mc", samples=20_000))
     *_, exact = taken(case, SOLVERS["cg"]())
     assert (many - exact).norm() < 0.05 * exact.norm()  # 1/sqrt(20,000), times the condition
 
@@ -387,7 +387,7 @@ def test_parts_called_one_after_the_other_are_refused() -> None:
         (nn.MSELoss(), {"curvature": "hessian"}, ValueError, "no sum of squares"),
         (nn.MSELoss(), {"damping": 0.0}, ValueError, "damping must be positive"),
         (nn.MSELoss(), {"lr": -1.0}, ValueError, "lr must lie in"),
-        (nn.MSELoss(), {"mc_samples": 2}, ValueError, "mc_samples=2 has no meaning with curvature='ggn'"),
+        (nn.MSELoss(), {"curvatur": "ggn"}, TypeError, "unknown keyword argument curvatur"),
         (nn.L1Loss(), {}, TypeError, "L1Loss is not supported"),
         ({}, {}, ValueError, "empty dict"),
         ({"a": (-1.0, nn.MSELoss())}, {}, ValueError, "weight of loss term 'a' must be positive"),
@@ -422,10 +422,28 @@ def test_what_is_not_finite_is_skipped() -> None:
     assert torch.equal(before, dense.flat(model.parameters()))
 
 
+def test_zero_grad_forgets_what_a_preconditioner_was_fed() -> None:
+    """An abandoned backward is not in its statistics."""
+    found = []
+    for abandoned in (False, True):
+        torch.manual_seed(0)
+        model, x, y = data(6)
+        backend = kfacopt.KFACBackend(1, 1)
+        optimizer = NaturalGradient(model, nn.MSELoss(), solver=CG(preconditioner=backend))
+        if abandoned:
+            backward(model, nn.MSELoss(), 5 * x, y)
+        train_step(optimizer, model, nn.MSELoss(), x, y)
+        found.append([block.factors()[1] for block in backend.blocks.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("factor_every", [1, 3])
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
-def test_resuming_repeats_bit_for_bit(copied: str) -> None:
+def test_resuming_repeats_bit_for_bit(copied: str, factor_every: int) -> None:
+    """With an interval of 3, four steps end in its middle."""
+
     def made(model: nn.Module) -> NaturalGradient:
-        solver = CG(warm_start=0.9, max_iterations=3, preconditioner=kfacopt.KFACBackend())
+        solver = CG(warm_start=0.9, max_iterations=3, preconditioner=kfacopt.KFACBackend(factor_every, 2))
         rule = LevenbergMarquardt(every=1)
         search = GridLineSearch(points=5, scan_every=3)
         return NaturalGradient(model, nn.MSELoss(), solver=solver, damping_rule=rule, line_search=search)

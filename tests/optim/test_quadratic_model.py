@@ -23,7 +23,7 @@ def test_the_step_minimises_the_damped_model_over_its_two_directions(name: str, 
     """At its minimum, the model's gradient is orthogonal to the direction and to the last step."""
     model, loss, x, y = BY_NAME[name].make()
     rule = QuadraticModel(damping_rule=LevenbergMarquardt(every=100))
-    made = OPTIMIZERS[optimizer](model, loss, lr=rule, damping=0.1, fisher_type="type-2")
+    made = OPTIMIZERS[optimizer](model, loss, lr=rule, damping=0.1, curvature="ggn")
     covered = {id(p) for layer in made._layers for p in layer.parameters.values()}
     keep = torch.cat([torch.full((p.numel(),), id(p) in covered) for p in model.parameters()])
     last = None
@@ -64,7 +64,7 @@ def test_accumulation_chooses_the_same_step() -> None:
     for parts in (1, 3):
         torch.manual_seed(0)
         model, loss, x, y = BY_NAME["mlp-ce"].make()
-        made = KFAC(model, loss, lr="auto", fisher_type="type-2")
+        made = KFAC(model, loss, lr="auto", curvature="ggn")
         before = dense.flat(model.parameters())
         for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (loss(model(xs), ys) / parts).backward()

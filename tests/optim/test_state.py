@@ -61,7 +61,7 @@ def batches(case: Case, count: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("steps", [0, 1, 4, 5])
 def test_resuming_at_any_step(way: Callable[..., Pair], optimizer: Any, steps: int) -> None:
     case = BY_NAME["norms"]
-    options = {**INTERVALS, "lr": 0.1, "fisher_type": "mc", "mc_samples": 2, "seed": 3}
+    options = {**INTERVALS, "lr": 0.1, "curvature": kfacopt.Fisher("mc", samples=2, seed=3)}
     model, loss, _, _ = case.make()
     made = optimizer(model, loss, **options)
     data = batches(case, 10)
@@ -101,7 +101,7 @@ def test_resuming_in_the_middle_of_an_accumulation(
 ) -> None:
     """The user keeps the gradients; what waits in the statistics, and the count of a sum, is ours to keep."""
     case = BY_NAME["mlp-ce" if reduction == "mean" else "mlp-ce-sum"]
-    options = {**INTERVALS, "lr": 0.1, "fisher_type": "type-2"}
+    options = {**INTERVALS, "lr": 0.1, "curvature": "ggn"}
     model, loss, _, _ = case.make()
     made = optimizer(model, loss, **options)
     data = batches(case, 7)
@@ -150,7 +150,7 @@ def test_refinements_resume(way: Callable[..., Pair]) -> None:
 
     def make(model: nn.Module, loss: nn.Module, **options: Any) -> Any:
         backend = kfacopt.ExactEKFACBackend(1, 6, refine_every=2)
-        return kfacopt.SecondOrderOptimizer(model, loss, backend, lr=0.1)
+        return kfacopt.SecondOrderOptimizer(model, loss, backend=backend, lr=0.1)
 
     model, loss, _, _ = case.make()
     made = make(model, loss)
@@ -266,7 +266,7 @@ def test_the_generator_is_its_own() -> None:
     results = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
         model, loss, x, y = case.make()
-        made = kfacopt.KFAC(model, loss, factor_every=1, seed=seed)
+        made = kfacopt.KFAC(model, loss, factor_every=1, curvature=kfacopt.Fisher("mc", seed=seed))
         torch.manual_seed(noise)
         before = torch.get_rng_state()
         for _ in range(2):

@@ -34,7 +34,7 @@ EXACT = [pytest.param(case, id=case.name) for case in CASES if "expand" in case.
 def plain(**options: Any) -> dict[str, Any]:
     """Nothing but the preconditioned gradient."""
     fixed = {"lr": 1.0, "damping": DAMPING, "momentum": 0.0, "kl_clip": None, "ema_decay": 0.0}
-    return fixed | {"factor_every": 1, "refresh_every": 1, "fisher_type": "type-2"} | options
+    return fixed | {"factor_every": 1, "refresh_every": 1, "curvature": "ggn"} | options
 
 
 def moved(case: Case, optimizer: Any, **options: Any) -> tuple[nn.Module, Any, dict[Any, Tensor]]:
@@ -192,7 +192,7 @@ def test_momentum_weight_decay_and_clip() -> None:
         damping=DAMPING,
         factor_every=1,
         refresh_every=1,
-        fisher_type="type-2",
+        curvature="ggn",
     )
     seen: list[list[Tensor]] = []
     scales = []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kfacopt.optim import path
+from kfacopt.optim.step.base import Step, StepLength, Updates
 
 
-@dataclass(frozen=True)
-class GridLineSearch:
+@dataclass
+class GridLineSearch(StepLength):
     """The step size with the lowest loss on the step's own batches, of a grid (Müller & Zeinhofer 2023).
 
     The grid is `longest · ratio^i`; each size costs a forward. The whole grid is searched at first and every
@@ -29,6 +33,8 @@ class GridLineSearch:
     ratio: float = 0.5
     longest: float = 1.0
     scan_every: int = 50
+    last: float = field(default=0.0, init=False, repr=False, compare=False)
+    """The step size that was chosen last; 0: none yet, or no size lowered the loss."""
 
     def __post_init__(self) -> None:
         for name in ("points", "scan_every"):
@@ -38,6 +44,28 @@ class GridLineSearch:
             raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}")
         if not self.longest > 0.0:
             raise ValueError(f"longest must be positive, got {self.longest}")
+
+    def wants_replays(self, step: int) -> bool:
+        return True
+
+    def scaled(self, step: Step, updates: Updates) -> Updates:
+        linearization = step.linearization(list(updates.tensors))
+
+        def loss_change(size: float) -> float:
+            return path.loss_change(linearization, step.displacement(updates.scaled(size)))
+
+        self.last = self.best(loss_change, self.last, step.number)
+        return updates.scaled(self.last)
+
+    def health(self) -> dict[str, float]:
+        """`step_size`, the one that was chosen."""
+        return {"step_size": self.last}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.last = float(state["last"])
 
     def best(self, loss_change: Callable[[float], float], near: float = 0.0, step: int = 0) -> float:
         """The step size with the lowest loss change, or 0 where none is negative.

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfacopt.damping import LevenbergMarquardt
-from kfacopt.estimator import FisherEstimator
-from kfacopt.forwards import Replay
+from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.tensors import inner_product
-from kfacopt.linearization import BatchLinearization
-from kfacopt.metric import Curvature, Metric
+from kfacopt.metric import Metric
 from kfacopt.optim import path
+from kfacopt.optim.step.base import Direction, Step, StepLength, Updates
+from kfacopt.optim.step.preconditioned import Preconditioned
 
 
-class QuadraticModel:
+class QuadraticModel(StepLength):
     """Chooses the step among `α Δ + μ δ₀`, Δ the preconditioned gradient and δ₀ the last step.
 
     The two numbers minimise `gᵀδ + ½ δᵀ(F + damping I)δ`, `F` the exact Gauss-Newton matrix of the step's own batches
@@ -48,59 +48,35 @@ class QuadraticModel:
         self._chosen = (0.0, 0.0)
         self._report: dict[str, float] = {}
 
-    def due(self, step: int) -> bool:
-        """Whether the forwards of step `step` are needed."""
+    def direction(self) -> Direction:
+        """The preconditioned gradient, without momentum: the last step is the model's own second direction."""
+        return Preconditioned(momentum=None)
+
+    def wants_replays(self, step: int) -> bool:
         return step % self.every == 0
 
-    def updates(
-        self,
-        step: int,
-        estimator: FisherEstimator,
-        replays: Sequence[Replay],
-        gradients: Mapping[nn.Parameter, Tensor],
-        directions: Mapping[nn.Parameter, Tensor],
-        state: MutableMapping[Any, Any],
-        gradient_scale: float,
-    ) -> dict[nn.Parameter, Tensor]:
-        """What to subtract from each parameter of `directions`, at learning rate one.
-
-        Args:
-            step: Number of the step.
-            estimator: Of the loss.
-            replays: The step's forwards.
-            gradients: Of the mean loss.
-            directions: `(C + damping I)⁻¹ g` of the parameters with curvature.
-            state: Of the optimizer; the last step is kept there.
-            gradient_scale: Brings the user's gradient at the prediction to that of the mean loss.
-        """
-        parameters = list(directions)
+    def scaled(self, step: Step, updates: Updates) -> Updates:
+        """`α Δ + μ δ₀`, at learning rate one; the last step is kept in the optimizer's state."""
+        parameters = list(updates.tensors)
         if not parameters:
-            return {}
-        candidates = [[-directions[p] for p in parameters]]
-        if all("last_step" in state[p] for p in parameters):
-            candidates.append([state[p]["last_step"] for p in parameters])
-        if replays and self.due(step):
-            g = [gradients[p] for p in parameters]
-            linearization = BatchLinearization(parameters, replays, estimator, gradient_scale)
-            linearization.match(g)
-            self._choose(step, linearization, g, candidates)
+            return updates
+        candidates = [[-updates.tensors[p] for p in parameters]]
+        if all("last_step" in step.state[p] for p in parameters):
+            candidates.append([step.state[p]["last_step"] for p in parameters])
+        if step.replays and self.wants_replays(step.number):
+            gradient = [step.gradients[p] for p in parameters]
+            self._choose(step.number, step.metric(parameters, Curvature.GGN), gradient, candidates)
         delta = _combined(candidates, self._chosen)
         for p, d in zip(parameters, delta, strict=True):
-            state[p]["last_step"] = d
-        return {p: -d for p, d in zip(parameters, delta, strict=True)}
+            step.state[p]["last_step"] = d
+        return Updates({p: -d for p, d in zip(parameters, delta, strict=True)})
 
     def health(self) -> dict[str, float]:
         """Numbers worth logging: both coefficients, the model's damping, the last reduction ratio."""
         return dict(self._report)
 
-    def _choose(
-        self,
-        step: int,
-        linearization: BatchLinearization,
-        gradient: list[Tensor],
-        candidates: list[list[Tensor]],
-    ) -> None:
-        metric = Metric(linearization, Curvature.GGN)
+    def _choose(self, step: int, metric: Metric, gradient: list[Tensor], candidates: list[list[Tensor]]) -> None:
+        linearization = metric.linearization
         rows = [linearization.jacobian(c) for c in candidates]
         curved = torch.tensor([[metric.inner(a, b) for b in rows] for a in rows], dtype=torch.float64)
         lengths = torch.tensor([[inner_product(a, b) for b in candidates] for a in candidates], dtype=torch.float64)
@@ -132,24 +108,6 @@ class QuadraticModel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state."""
         self._damping, self._chosen = float(state["damping"]), (float(state["chosen"][0]), float(state["chosen"][1]))
-
-
-def step_rule_of(lr: float | Tensor | QuadraticModel | str) -> QuadraticModel | None:
-    """The step rule that a learning rate stands for; None for a number.
-
-    Raises:
-        ValueError: If it is a string other than "auto".
-
-    >>> step_rule_of("auto").every, step_rule_of(0.1)
-    (1, None)
-    """
-    if isinstance(lr, QuadraticModel):
-        return lr
-    if isinstance(lr, str):
-        if lr != "auto":
-            raise ValueError(f"lr must be a number, 'auto' or a kfacopt.QuadraticModel, got {lr!r}")
-        return QuadraticModel()
-    return None
 
 
 def _combined(candidates: Sequence[list[Tensor]], factors: tuple[float, float]) -> list[Tensor]:

@@ -1,0 +1,362 @@
+"""Preconditioned descent on any curvature backend: what KFAC and EKFAC are."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.backends.base import CurvatureBackend
+from kfacopt.coverage import Coverage, CoverageRow, covered_rows
+from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
+from kfacopt.estimator import FisherEstimator
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import KFACType, Likelihood
+from kfacopt.likelihoods.fisher import Fisher
+from kfacopt.optim import deprecated, groups, memory, rule
+from kfacopt.optim.capturing import CapturingOptimizer, Params
+from kfacopt.optim.checks import check_group
+from kfacopt.optim.step import Direction, Preconditioned, QuadraticModel, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.trust import outcome_of_step
+from kfacopt.schedules import Interval
+
+
+class SecondOrderOptimizer(CapturingOptimizer):
+    r"""Preconditioned gradient descent with momentum, weight decay and a trust region, on any curvature backend.
+
+    With `g` the gradient in `.grad`, `C` the backend's curvature of the mean loss:
+
+    .. code-block:: text
+
+        m ← momentum · m + (1 - momentum) g           bias-corrected, with Nesterov's look-ahead
+        u ← (C + damping I)⁻¹ m                       the direction: layer by layer, or as the backend will
+        ν ← min(1, sqrt(kl_clip / Σ lr² uᵀm))         the length: one number for all layers, lr before any schedule
+        θ ← (1 - lr · weight_decay) θ - lr · ν u
+
+    Parameters without curvature (see `coverage`) are updated by AdamW with learning rate `adamw_lr`, which follows
+    `lr` in proportion when a scheduler changes it; in a param group with `"curvature": False` AdamW's rate is `lr`.
+
+    What a step does in the cases nobody plans:
+
+    - No backward reached the model since the last step: the last curvature is used again. If there has been none at
+      all, every layer takes AdamW's step; a warning says so once.
+    - A parameter has no gradient: it is left alone; its layer's other parameters take AdamW's step.
+    - A gradient is not finite: the step is skipped as a whole, statistics included, and counted (`health()`).
+    - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
+
+    Args:
+        model: The model whose parameters are trained; hooks watch every module of it until `close()`.
+        loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`.
+            It is not called: the loop may use the functional form.
+        params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
+            `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
+        lr: Learning rate; a float or a tensor without axes. Or `"auto"`, short for `step_length=QuadraticModel()`:
+            learning rate and momentum minimise the exact quadratic model in each step, and `momentum`, `kl_clip` and
+            `relative_clip` are not used. (`lr` is then 1, for schedules to multiply.)
+        damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
+            each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
+            factor, as long as the group's `"relative_damping"` is True).
+        momentum: Of the gradient, before it is preconditioned.
+        weight_decay: Decoupled.
+        ema_decay: Decay of the statistics' running averages, for each update of them.
+        kl_clip: Bound on `lr² uᵀ m`, twice the step's Kullback-Leibler divergence, with the `lr` before any schedule
+            (so that a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
+        relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
+            schedule; `None`: no bound.
+        adamw_lr: AdamW's learning rate where there is no curvature.
+        factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
+            `kfacopt.schedules`; None: the backend's default.
+        refresh_every: Steps between two refreshes of a layer's inverse or eigenbasis, likewise; the layers' refreshes
+            are spread over the interval.
+        damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
+        curvature: `"mc"` (Monte-Carlo Fisher), `"ggn"` (exact), `"empirical"`, or a `kfacopt.Fisher`.
+        kfac_approx: `"expand"` or `"reduce"` for layers that share weights (Eschenhagen et al. 2023).
+        separate_weight_and_bias: Weight and bias of a layer get a block each, not one together.
+        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        backend: The curvature, with options of its own; default: the class's, with `factor_every`, `refresh_every`.
+        direction: Where a step goes; default: `Preconditioned(momentum)`, or the step length's own.
+        step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
+
+    Raises:
+        TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
+    """
+
+    backend_type: ClassVar[type[CurvatureBackend] | None] = None
+    """The backend of a subclass; it takes `factor_every` and `refresh_every`."""
+
+    _own_attributes = ("backend", "damping_rule", "direction", "step_length", "_terms", "_without_curvature")
+    _own_state_key = "backend"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: nn.Module | Likelihood,
+        params: Params | None = None,
+        *,
+        lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
+        damping: float | RelativeDamping = RELATIVE_DAMPING,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.8,
+        kl_clip: float | None = 0.03,
+        relative_clip: float | None = None,
+        adamw_lr: float = 1e-3,
+        factor_every: Interval | None = None,
+        refresh_every: Interval | None = None,
+        damping_rule: LevenbergMarquardt | None = None,
+        curvature: Fisher | str = "mc",
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        separate_weight_and_bias: bool = False,
+        prediction: Callable[[Any], Tensor] | None = None,
+        backend: CurvatureBackend | None = None,
+        direction: Direction | None = None,
+        step_length: StepLength | None = None,
+        **old: Any,
+    ) -> None:
+        params, backend = deprecated.backend_by_position(type(self), params, backend)
+        fisher = deprecated.fisher_of(type(self), curvature, old)
+        intervals = {"factor_every": factor_every, "refresh_every": refresh_every}
+        self.backend = self._backend(backend, {k: v for k, v in intervals.items() if v is not None})
+        self.damping_rule = damping_rule
+        rate, self.step_length = _rate_and_length(lr, step_length, TrustRegion(kl_clip, relative_clip))
+        self.direction = direction or self.step_length.direction() or Preconditioned(momentum)
+        self._terms, self._ended_at = 0.0, math.nan
+        self._without_curvature = False
+        defaults = groups.with_plain_damping({"damping": damping}) | {
+            "lr": rate,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "ema_decay": ema_decay,
+            **TrustRegion(kl_clip, relative_clip).defaults(),
+            "adamw_lr": adamw_lr,
+            "adamw_betas": (0.9, 0.999),
+            "adamw_eps": 1e-8,
+            "curvature": True,
+            **self.direction.defaults(),
+            **self.step_length.defaults(),
+        }
+        estimator = FisherEstimator(
+            loss_func,
+            fisher=fisher,
+            kfac_approx=kfac_approx,
+            separate_weight_and_bias=separate_weight_and_bias,
+            prediction=prediction,
+        )
+        super().__init__(model, estimator, params, defaults)
+
+    def _backend(self, backend: CurvatureBackend | None, intervals: Mapping[str, Interval]) -> CurvatureBackend:
+        if backend is None:
+            if self.backend_type is None:
+                raise TypeError(
+                    f"{type(self).__name__} has no curvature of its own: pass backend=, or use kfacopt.KFAC"
+                )
+            return self.backend_type(**intervals)
+        if not isinstance(backend, CurvatureBackend):
+            raise TypeError(f"backend must be a kfacopt.CurvatureBackend object, got {backend!r}")
+        if intervals:
+            raise ValueError(f"{' and '.join(intervals)} must be set on the backend that was passed, {backend!r}")
+        return backend
+
+    # -- what is covered -------------------------------------------------------------------------------------------
+
+    @property
+    def _fed(self) -> CurvatureBackend:
+        return self.backend
+
+    def _wants_replays(self) -> bool:
+        judged = self.damping_rule is not None and self.damping_rule.due(self._step)
+        return judged or self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
+
+    def _attach(self) -> None:
+        if any(group["relative_damping"] for group in self.param_groups):
+            self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step
+        super()._attach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; parameters that the model holds get curvature from the next forward on."""
+        super().add_param_group(groups.with_plain_damping(param_group))
+        self.param_groups[-1].setdefault("base_lr", float(self.param_groups[-1]["lr"]))
+
+    def _check_groups(self) -> None:
+        check_group(self.param_groups[-1])
+
+    def coverage(self) -> Coverage:
+        """How every parameter of the model is treated, and why: a table when printed.
+
+        A layer that steps were taken of, but that no backward has shown yet, is said to train by AdamW: it does.
+        """
+        rows = covered_rows(self._layers, [self.backend.treatment(layer) for layer in self._layers])
+        rows = [
+            row if self._has_curvature(layer) else _unseen(row) for row, layer in zip(rows, self._layers, strict=True)
+        ]
+        held = {id(p) for p in self.model.parameters()}
+        foreign = sum(id(p) not in held for group in self.param_groups for p in group["params"])
+        outside = [CoverageRow("(outside)", (f"{foreign} of params=",), "AdamW", "not held by the model")]
+        return Coverage([*rows, *self._rest, *(outside if foreign else [])])
+
+    def _has_curvature(self, layer: Layer) -> bool:
+        """Whether a layer has curvature; before the first step every covered one is to have it."""
+        return self._step == 0 or self.backend.ready(layer)
+
+    def health(self) -> dict[str, float]:
+        """Numbers worth logging, of the last step: damping, Kullback-Leibler divergence, condition, overhead, ...
+
+        `unseen_layers` is how many covered layers train by AdamW as no backward has shown their curvature.
+        """
+        settings = groups.settings_of(self._layers, self.param_groups, self.backend)
+        unseen = sum(not self._has_curvature(layer) for layer in self._layers)
+        return self._report | {"unseen_layers": float(unseen)} | self.backend.health(settings)
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
+        started, tally = time.perf_counter(), self._open_capture().tally
+        for group in self.param_groups:
+            group["base_lr"] = groups.peak_rate(group)
+        self._terms = float(tally.terms) or self._terms
+        scale = self._estimator.likelihood.gradient_scale(self._terms)
+        if scale != 1.0:
+            gradients = {p: g * scale for p, g in gradients.items()}
+        settings = groups.settings_of(self._layers, self.param_groups, self.backend)
+        self.backend.fold(self._step, settings)
+        if tally.passes:
+            settings = groups.settings_of(self._layers, self.param_groups, self.backend)
+        elif not self._without_curvature and self.backend.wants_rows(0) and not self._any_ready(gradients):
+            self._without_curvature = True
+            warnings.warn(_NO_CURVATURE, stacklevel=5)
+        with torch.enable_grad():  # a backend of the user's may differentiate
+            self.backend.refresh(self._step, settings)
+        refreshed = time.perf_counter()
+        step = Step(
+            self._step,
+            gradients,
+            self._layers,
+            self.backend,
+            settings,
+            self.param_groups,
+            self.state,
+            self._estimator,
+            tally.replays,
+            scale,
+        )
+        updates = self.step_length.scaled(step, self.direction.updates(step))
+        self._report |= self.direction.health() | self.step_length.health()
+        if updates is None:
+            self._report["skipped_steps"] += 1.0
+        else:
+            self._write(step, updates)
+        self._note_times(tally.seconds, refreshed - started)
+
+    def _any_ready(self, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
+        covered = [layer for layer in self._layers if any(p in gradients for p in layer.parameters.values())]
+        return not covered or any(self.backend.ready(layer) for layer in covered)
+
+    def _write(self, step: Step, updates: Updates) -> None:
+        """Move the parameters, and the damping where its rule judges this step."""
+        rule_, replayable = self.damping_rule, self._open_capture().tally.replayable
+        judged = rule_ is not None and rule_.due(self._step) and bool(step.replays) and replayable
+        before = {p: p.clone() for p in step.gradients} if judged else {}
+        for group in self.param_groups:
+            self._descend(group, step.gradients, updates)
+        if rule_ is None or not judged:
+            return
+        delta = {p: p - old for p, old in before.items()}
+        outcome = outcome_of_step(
+            self._estimator,
+            self.backend,
+            step.replays,
+            delta,
+            step.gradients,
+            step.settings,
+            step.gradient_scale,
+        )
+        self._report |= {"rho": outcome.rho, "kl": outcome.divergence}
+        for group in self.param_groups if outcome.comparable else []:
+            group["damping"] = rule_.adjusted(float(group["damping"]), outcome.rho)
+
+    def _descend(self, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
+        second = [p for p in group["params"] if p in updates.tensors]
+        rest = [p for p in group["params"] if p in gradients and p not in updates.tensors]
+        rule.descend(
+            second,
+            [updates.tensors[p] for p in second],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=updates.scale,
+        )
+        rule.adamw_step(
+            rest,
+            [gradients[p] for p in rest],
+            [memory.adamw_state(self.state, p) for p in rest],
+            lr=groups.adamw_rate(group),
+            betas=group["adamw_betas"],
+            eps=group["adamw_eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _note_times(self, factor_seconds: float, refresh_seconds: float) -> None:
+        now = time.perf_counter()
+        whole, self._ended_at = now - self._ended_at, now
+        curvature = factor_seconds + refresh_seconds
+        if math.isfinite(whole):
+            share = min(1.0, curvature / whole)
+            # Averaged: the last step alone would show a spike or nothing, as the logging interval has it.
+            self._report["overhead"] = 0.95 * self._report.get("overhead", share) + 0.05 * share
+            self.backend.observe(factor_seconds, max(whole - curvature, 1e-9))
+        self._report |= {"factor_ms": 1e3 * factor_seconds, "damping": float(self.param_groups[0]["damping"])}
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> dict[str, Any]:
+        return super()._own_state() | {
+            "backend": self.backend.state_dict(),
+            "direction": self.direction.state_dict(),
+            "step_length": self.step_length.state_dict(),
+            "terms": self._terms,
+        }
+
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        self.backend.load_state_dict(own["backend"])
+        super()._load_own_state(own)
+        self.direction.load_state_dict(own.get("direction", {}))
+        # Before 0.2 the quadratic model's state was called "step_rule", and no other length had one.
+        if length := own.get("step_length", own.get("step_rule")):
+            self.step_length.load_state_dict(length)
+        self._terms = float(own["terms"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._ended_at = math.nan
+        super().__setstate__(state)
+
+
+_NO_CURVATURE = (
+    "no curvature has been captured: no loss.backward() through the model's modules has reached a prediction since "
+    "the optimizer was made, so all layers take AdamW's step. Call the model itself (not a copy or a compiled one made "
+    "before), with gradients enabled"
+)
+
+
+def _unseen(row: CoverageRow) -> CoverageRow:
+    return CoverageRow(row.module, row.parameters, "AdamW", f"no backward has shown its curvature yet ({row.why})")
+
+
+def _rate_and_length(
+    lr: float | Tensor | QuadraticModel | str, step_length: StepLength | None, default: StepLength
+) -> tuple[float | Tensor, StepLength]:
+    """The learning rate and the step length that `lr` and `step_length` stand for."""
+    if isinstance(lr, str):
+        if lr != "auto":
+            raise ValueError(f"lr must be a number, 'auto' or a kfacopt.QuadraticModel, got {lr!r}")
+        lr = QuadraticModel()
+    if isinstance(lr, QuadraticModel):
+        if step_length is not None:
+            raise ValueError("lr='auto' chooses the step length itself: leave step_length out, or give lr a number")
+        return 1.0, lr
+    if isinstance(step_length, QuadraticModel):
+        return 1.0, step_length
+    return lr, default if step_length is None else step_length

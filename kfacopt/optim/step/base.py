@@ -1,0 +1,205 @@
+"""The seam of a step: what a direction and a step length read, and what they hand on.
+
+.. code-block:: text
+
+    Direction     step -> updates at length one
+    StepLength    step, updates -> updates, or None: the step is skipped
+    optimizer     θ ← (1 - lr · weight_decay) θ - lr · scale · update
+
+A new one is one new file: subclass `Direction` or `StepLength` and pass an object of it to an optimizer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.estimator import FisherEstimator
+from kfacopt.forwards import Replay
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.fisher import Curvature
+from kfacopt.linearization import BatchLinearization
+from kfacopt.metric import Metric
+from kfacopt.optim import path
+from kfacopt.optim.groups import Groups
+from kfacopt.products import ProductRecorder
+
+ByParameter = Mapping[nn.Parameter, Tensor]
+"""A tensor shaped as the parameter, for each of some parameters."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of an optimizer, as its direction and its length see it.
+
+    Attributes:
+        number: Counted from 0.
+        gradients: Of the mean loss, for every parameter that has one; not to be written to.
+        layers: The layers with curvature.
+        backend: The curvature, with fresh caches.
+        settings: Each layer's damping and decay.
+        groups: The optimizer's `param_groups`.
+        state: The optimizer's `state`: a dict for each parameter, saved with it.
+        estimator: Of the loss.
+        replays: The step's forwards, where `wants_replays` asked for them.
+        gradient_scale: What brought the user's gradients to those of the mean loss.
+        recorder: Records the products of forwards that are run again, where the direction wants that.
+    """
+
+    number: int
+    gradients: ByParameter
+    layers: Sequence[Layer]
+    backend: CurvatureBackend | None
+    settings: Mapping[Layer, Settings]
+    groups: Groups
+    state: MutableMapping[Any, Any]
+    estimator: FisherEstimator
+    replays: Sequence[Replay] = ()
+    gradient_scale: float = 1.0
+    recorder: ProductRecorder | None = None
+    _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
+    _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
+
+    # -- the curvature ---------------------------------------------------------------------------------------------
+
+    def solve(self, tensors: ByParameter) -> dict[nn.Parameter, Tensor]:
+        """`(C + damping I)⁻¹ tensors`, of the layers that are there as a whole and have curvature."""
+        with torch.enable_grad():  # a backend of the user's may differentiate
+            return _by_parameter(self._backend.solve(self.by_layer(tensors), self.settings))
+
+    def multiply(self, tensors: ByParameter) -> dict[nn.Parameter, Tensor]:
+        """`(C + damping I) tensors`, likewise."""
+        by_layer = self.by_layer(tensors)
+        with torch.enable_grad():
+            products = self._backend.multiply(by_layer)
+        damped = {
+            layer: {role: c + self.settings[layer].damping * by_layer[layer][role] for role, c in parts.items()}
+            for layer, parts in products.items()
+        }
+        return _by_parameter(damped)
+
+    def by_layer(self, tensors: ByParameter) -> dict[Layer, dict[str, Tensor]]:
+        """Tensors by layer and role; layers of which a parameter is missing are left out."""
+        return {
+            layer: {role: tensors[p] for role, p in layer.parameters.items()}
+            for layer in self.layers
+            if all(p in tensors for p in layer.parameters.values())
+        }
+
+    @property
+    def _backend(self) -> CurvatureBackend:
+        if self.backend is None:
+            raise RuntimeError("this step's optimizer holds no curvature backend: its direction cannot ask for one")
+        return self.backend
+
+    # -- the step's own batches ------------------------------------------------------------------------------------
+
+    def linearization(self, parameters: Sequence[nn.Parameter]) -> BatchLinearization:
+        """The step's forwards as functions of some parameters: run again once, for all who ask for the same."""
+        key = tuple(id(p) for p in parameters)
+        if key not in self._linearizations:
+            made = BatchLinearization(parameters, self.replays, self.estimator, self.gradient_scale, self.recorder)
+            made.match([self.gradients[p] for p in parameters])
+            self._linearizations[key] = made
+        return self._linearizations[key]
+
+    def metric(self, parameters: Sequence[nn.Parameter], curvature: Curvature) -> Metric:
+        """The curvature of the step's own batches, undamped: one for all who ask for the same (its samples are too)."""
+        linearization = self.linearization(parameters)
+        key = id(linearization), curvature
+        if key not in self._metrics:
+            self._metrics[key] = Metric(linearization, curvature)
+        return self._metrics[key]
+
+    def displacement(self, updates: Updates) -> list[Tensor]:
+        """What the updates add to their parameters at the groups' learning rates, in the order of the updates."""
+        rates = {id(p): float(group["lr"]) for group in self.groups for p in group["params"]}
+        straight = [-rates[id(p)] * u for p, u in updates.tensors.items()]
+        return path.at(straight, updates.bend, updates.scale)
+
+
+@dataclass(eq=False)
+class Updates:
+    """What is subtracted from parameters at learning rate one; parameters that are left out take AdamW's step.
+
+    Attributes:
+        tensors: By parameter, shaped as it.
+        image: `(C + damping I) u` by parameter, where the direction knows it: for `u = (C + damping I)⁻¹ m` it is m.
+            None: whoever wants it asks `Step.multiply`.
+        scale: The length that was chosen so far; everything is to be multiplied with it.
+        bend: Second derivative of the step's path, what is added to the parameters is
+            `scale · (-lr u) + ½ scale² · bend`, in the order of `tensors`; None: the path is straight.
+    """
+
+    tensors: dict[nn.Parameter, Tensor]
+    image: ByParameter | None = None
+    scale: float = 1.0
+    bend: list[Tensor] | None = None
+
+    def scaled(self, factor: float) -> Updates:
+        """The same direction, `factor` times as long."""
+        return replace(self, scale=factor * self.scale)
+
+    def scaled_apart(self, factors: Mapping[nn.Parameter, float]) -> Updates:
+        """Each parameter's own factor; those that are left out stay."""
+        if all(factor == 1.0 for factor in factors.values()):
+            return self
+        image = None if self.image is None else _times(self.image, factors)
+        return replace(self, tensors=_times(self.tensors, factors), image=image)
+
+
+class _Part:
+    """What directions and lengths have in common: an optimizer asks them for defaults, health and state."""
+
+    def defaults(self) -> dict[str, float]:
+        """Scalars for the optimizer's param groups, where schedulers and users write them; read them from there."""
+        return {}
+
+    def wants_replays(self, step: int) -> bool:
+        """Whether the forwards of step `step` are to be kept, to be run again (`Step.linearization`)."""
+        return False
+
+    def health(self) -> dict[str, float]:
+        """Numbers worth logging, of the last step."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain Python; what belongs to a parameter is better kept in `Step.state`."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state."""
+
+
+class Direction(_Part, ABC):
+    """Where a step goes."""
+
+    @abstractmethod
+    def updates(self, step: Step) -> Updates:
+        """What to subtract at learning rate and length one."""
+
+
+class StepLength(_Part, ABC):
+    """How far a step goes."""
+
+    def direction(self) -> Direction | None:
+        """The direction that this length is made for, where the user names none; None: any will do."""
+        return None
+
+    @abstractmethod
+    def scaled(self, step: Step, updates: Updates) -> Updates | None:
+        """The updates at their length; None: the step is not taken (and counted as skipped)."""
+
+
+def _by_parameter(tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
+    return {layer.parameters[role]: t for layer, parts in tensors.items() for role, t in parts.items()}
+
+
+def _times(tensors: ByParameter, factors: Mapping[nn.Parameter, float]) -> dict[nn.Parameter, Tensor]:
+    return {p: t * factors[p] if factors.get(p, 1.0) != 1.0 else t for p, t in tensors.items()}
