@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfacopt.damping import compare_losses
-from kfacopt.estimator import FisherEstimator, find_prediction
+from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Replay
 from kfacopt.likelihoods import Likelihood
 from kfacopt.linalg.tensors import flat, split_like
+from kfacopt.loss_change import loss_change, parts_of, reduction_ratio
 from kfacopt.operators.chain import ChainHessian
 from kfacopt.operators.chain_loss import TermsLoss
 from kfacopt.operators.chain_parse import elements_of
@@ -196,7 +196,7 @@ class TrustRegionNewton(CapturingOptimizer):
             finally:
                 for p, old in zip(group["params"], before, strict=True):
                     p.copy_(old)
-            rho, length = change / promised if promised < 0.0 else math.nan, float(step.norm())
+            rho, length = reduction_ratio(change, promised), float(step.norm())
             if not rho >= 0.25:
                 radii[place] = max(0.25 * min(length, radius), _SMALLEST_RADIUS)
             elif rho > 0.75 and length > 0.7 * radius:
@@ -215,13 +215,10 @@ class TrustRegionNewton(CapturingOptimizer):
             p.copy_(old + piece)
 
     def _loss_change(self, replay: Replay) -> float:
-        """Of the mean loss; not a number where a prediction is not finite."""
+        """Of the mean loss; infinite where a prediction is not finite."""
         estimator = self._estimator
         scale = estimator.likelihood.gradient_scale(float(replay.terms.count))
-        change = compare_losses(
-            estimator.likelihood, [replay], lambda output: find_prediction(output, estimator.prediction), scale
-        )
-        return change.loss_change
+        return loss_change(parts_of([replay], estimator, scale), estimator).total
 
 
 class _Trial(NamedTuple):
