@@ -118,7 +118,7 @@ class BatchLinearization:
     def both(self, vectors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         """`J v`, and the second derivative of the predictions along `v` weighted by the loss' gradient."""
         if self._curved is None:
-            weights = [p.terms.restore(p.gradient[None])[0] for p in self.pieces]
+            weights = [p.terms.restore(p.loss_gradient[None])[0] for p in self.pieces]
             # Its graph serves `jacobian` as well.
             self._straight = self._curved = DoubleBackward(self._predictions, self.parameters, weights)
         along, bent = self._curved.both(vectors)
