@@ -108,7 +108,7 @@ def test_gradients_are_bit_identical(case: Case, fisher_type: str) -> None:
     for optimizer in (kfacopt.KFAC, kfacopt.EKFAC):
 
         def attach(model: nn.Module, loss: nn.Module, kind: Any = optimizer) -> Any:
-            return kind(model, loss, **still(fisher_type=fisher_type))
+            return kind(model, loss, **still(curvature=fisher_type))
 
         watched = gradients(case, attach)
         assert len(bare) == len(watched)
@@ -132,13 +132,13 @@ def test_activation_checkpointing(reentrant: bool, fisher_type: str) -> None:
     for active in (False, True):
         for watched in (False, True):
             model = fresh(lambda active=active: Checkpointed(active))
-            optimizer = attached(model, fisher_type=fisher_type) if watched else None
+            optimizer = attached(model, curvature=fisher_type) if watched else None
             inputs = x.clone().requires_grad_()
             backward(model, nn.CrossEntropyLoss(), inputs, y)
             results.append([p.grad for p in [*model.parameters(), inputs]])
             if optimizer is not None and active and not reentrant:
                 plain = fresh(lambda: Checkpointed(False))
-                twin = attached(plain, fisher_type=fisher_type)
+                twin = attached(plain, curvature=fisher_type)
                 backward(plain, nn.CrossEntropyLoss(), x, y)
                 optimizer.step()
                 twin.step()
@@ -153,7 +153,7 @@ def test_retained_gradients_of_activations(fisher_type: str) -> None:
 
     def retained(watch: bool) -> list[Tensor]:
         model, kept = fresh(), []
-        held = attached(model, fisher_type=fisher_type) if watch else None
+        held = attached(model, curvature=fisher_type) if watch else None
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
             output.retain_grad()
@@ -247,7 +247,7 @@ def test_a_refused_optimizer_leaves_no_hook() -> None:
     model = fresh()
     for arguments in (
         {"loss_func": nn.NLLLoss()},
-        {"loss_func": nn.CrossEntropyLoss(), "fisher_type": "type-3"},
+        {"loss_func": nn.CrossEntropyLoss(), "curvature": "type-3"},
         {"loss_func": nn.CrossEntropyLoss(), "lr": -1.0},
         {"loss_func": nn.CrossEntropyLoss(), "factor_every": 0},
     ):
@@ -550,7 +550,7 @@ def test_several_roots_are_one_model(fisher_type: str, reduction: str, factor_ev
     x, y = batch()
     model, plain = fresh(Parts), fresh()
     loss = nn.CrossEntropyLoss(reduction=reduction)
-    options = {"fisher_type": fisher_type, "lr": 0.1, "factor_every": factor_every}
+    options = {"curvature": fisher_type, "lr": 0.1, "factor_every": factor_every}
     optimizer, other = attached(model, loss, **options), attached(plain, loss, **options)
     for _ in range(4):
         optimizer.zero_grad()
@@ -752,10 +752,10 @@ def test_a_compiled_model() -> None:
 def test_two_optimizers_on_one_model(fisher_type: str) -> None:
     x, y = batch()
     both, alone = fresh(), fresh()
-    first = attached(both, fisher_type=fisher_type)
-    second = kfacopt.EKFAC(both, nn.CrossEntropyLoss(), **still(fisher_type=fisher_type))
-    one = attached(alone, fisher_type=fisher_type)
-    two = kfacopt.EKFAC(alone, nn.CrossEntropyLoss(), **still(fisher_type=fisher_type))
+    first = attached(both, curvature=fisher_type)
+    second = kfacopt.EKFAC(both, nn.CrossEntropyLoss(), **still(curvature=fisher_type))
+    one = attached(alone, curvature=fisher_type)
+    two = kfacopt.EKFAC(alone, nn.CrossEntropyLoss(), **still(curvature=fisher_type))
     assert two is not None
     backward(both, nn.CrossEntropyLoss(), x, y)
     backward(alone, nn.CrossEntropyLoss(), x, y)
@@ -871,7 +871,7 @@ def test_half_precision_models_have_float32_statistics(dtype: torch.dtype, fishe
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(inplace=True), nn.Linear(8, 3)).to(dtype)
     x, y = batch()
     loss = nn.CrossEntropyLoss()
-    optimizer = kfacopt.EKFAC(model, loss, factor_every=1, refresh_every=2, lr=0.1, fisher_type=fisher_type)
+    optimizer = kfacopt.EKFAC(model, loss, factor_every=1, refresh_every=2, lr=0.1, curvature=fisher_type)
     for _ in range(4):
         value = train_step(optimizer, model, loss, x.to(dtype), y)
     assert value.isfinite()
