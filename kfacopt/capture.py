@@ -33,7 +33,6 @@ from kfacopt.forwards import Call, Forward, Replay, Site, Tally
 from kfacopt.hooks import drop_inert_hooks, hook_type
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import Gaussian
 from kfacopt.passes import CotangentPass
 from kfacopt.rows import rows_of_layer
 
@@ -248,7 +247,7 @@ class Capture:
         self.tally.terms = self.tally.terms + terms.count
         if forward.call is not None:
             self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
-            scaled = forward.call.autocast_dtype is torch.float16 and isinstance(likelihood, Gaussian)
+            scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
             self.tally.replayable &= len(forwards) == 1 and not scaled
         # The tensors of an ambiguous output may each have kept the same call.
         sites = list({site.number: site for one in forwards for site in one.sites}.values())

@@ -1,15 +1,8 @@
-"""Damping that follows the trust in the quadratic model (Levenberg-Marquardt)."""
+"""Rules of damping: in units of the curvature, or after the trust in the quadratic model (Levenberg-Marquardt)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from kfacopt.forwards import Replay
-from kfacopt.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
@@ -21,7 +14,7 @@ class LevenbergMarquardt:
     `gᵀδ + ½ δᵀ(C + damping I)δ` predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by
     `decay ** every`; `ρ < 1/4`: divided by it (Martens & Grosse 2015, section 6.5). Where the loss cannot be measured
     again the damping stays: several roots on the way to one prediction (an encoder and a decoder called separately),
-    or a float16 loss scaling that cannot be told from the gradient (`MSELoss`).
+    or a float16 loss scaling that cannot be told from the gradient (`MSELoss`, soft targets).
 
     Args:
         every: Steps between two adjustments; each costs a forward.
@@ -78,59 +71,3 @@ class RelativeDamping:
 
 RELATIVE_DAMPING = RelativeDamping()
 """The default of every optimizer."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The loss after a step against the loss before it, on the same batches, in units of the mean loss."""
-
-    linear: float
-    divergence: float
-
-    @property
-    def loss_change(self) -> float:
-        """`u·(f' - f) + KL(p_f ‖ p_f')`."""
-        return self.linear + self.divergence
-
-
-def compare_losses(
-    likelihood: Likelihood,
-    replays: Sequence[Replay],
-    prediction_of: Callable[[object], Tensor],
-    gradient_scale: float,
-) -> Comparison:
-    """Run the forwards of a step again, at the parameters after it, and compare.
-
-    A loss that is a likelihood with natural parameters f changes by `u·(f' - f) + KL(p_f ‖ p_f')`, u the gradient at
-    the prediction: no target is needed, and the divergence of the step comes with it. Buffers (running statistics of
-    normalisation layers) and the random state are put back.
-
-    Args:
-        likelihood: Of the loss.
-        replays: The forwards; their gradients are the user's own, so they carry accumulation's 1/k.
-        prediction_of: Finds the prediction in a model's output.
-        gradient_scale: Brings the user's gradient to that of the mean loss.
-    """
-    linear, divergence, count = 0.0, 0.0, sum(float(replay.terms.count) for replay in replays)
-    for replay in replays:
-        old = replay.terms
-        with torch.no_grad():
-            new = old.at(prediction_of(replay.call.run()))
-        linear += float((_term_gradient(replay, count, gradient_scale) * (new.parameters - old.parameters)).sum())
-        divergence += float(likelihood.divergence(old, new)) / count
-    return Comparison(linear, divergence)
-
-
-def _term_gradient(replay: Replay, count: float, gradient_scale: float) -> Tensor:
-    """Gradient of the mean loss over all replays with respect to this one's prediction, as rows `[m c]`.
-
-    The user's, which carries accumulation's 1/k; or the likelihood's own where it knows better: then a factor between
-    the two is loss scaling or 1/k, and neither is part of the mean loss.
-    """
-    terms = replay.terms
-    assert terms.rows is not None
-    of_user = gradient_scale * terms.rows(replay.gradient).to(terms.parameters.dtype)
-    if terms.gradient is None:
-        return of_user
-    factor = float((of_user * terms.gradient).sum() / terms.gradient.square().sum()) * float(terms.count)
-    return of_user if abs(factor - 1.0) < 1e-3 else terms.gradient / count

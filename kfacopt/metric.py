@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from kfacopt.likelihoods import FisherType
 from kfacopt.likelihoods.fisher import Curvature
+from kfacopt.linalg.operator import LinearOperator, by_columns
 from kfacopt.linearization import BatchLinearization, Piece, Tensors
 
 
-class Metric:
-    """Products with the curvature of the mean loss, undamped.
+class Metric(LinearOperator):
+    """The curvature of the mean loss on a step's own batches, undamped: a linear operator on the parameters.
+
+    Inverses, traces and spectra of `kfacopt.operators` apply to it as to an operator over a data set. It is valid until
+    the parameters change.
 
     Args:
         linearization: Of the step's forwards.
@@ -21,9 +27,25 @@ class Metric:
         ValueError: If the empirical Fisher is asked of terms whose gradient cannot be known.
     """
 
+    SELF_ADJOINT = True
+
     def __init__(self, linearization: BatchLinearization, curvature: Curvature) -> None:
+        shapes = [p.shape for p in linearization.parameters]
+        super().__init__(shapes, shapes)
         self.linearization, self.curvature = linearization, curvature
-        self._columns = [None if self._exact else self._scaled_columns(p) for p in linearization.pieces]
+        self._roots = [None if self._exact else self._scaled_columns(p) for p in linearization.pieces]
+
+    @property
+    def device(self) -> torch.device:
+        return self.linearization.parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return functools.reduce(torch.promote_types, (p.dtype for p in self.linearization.parameters))
+
+    def _matmat(self, M: list[Tensor]) -> list[Tensor]:
+        own = [m.to(p.dtype) for m, p in zip(M, self.linearization.parameters, strict=True)]
+        return [x.to(m.dtype) for x, m in zip(by_columns(self.multiply, own), M, strict=True)]
 
     @property
     def _exact(self) -> bool:
@@ -31,9 +53,9 @@ class Metric:
 
     def columns(self, index: int) -> Tensor:
         """Vectors `[k m c]` of one piece: the curvature is the sum over pieces of `Jᵀ (Σ_k v_k v_kᵀ) J`, row by row."""
-        found = self._columns[index]
+        found = self._roots[index]
         if found is None:
-            found = self._columns[index] = self._scaled_columns(self.linearization.pieces[index])
+            found = self._roots[index] = self._scaled_columns(self.linearization.pieces[index])
         return found
 
     def multiply(self, vectors: Tensors) -> list[Tensor]:
@@ -76,6 +98,8 @@ class Metric:
                     f"curvature='empirical': the gradients of the loss terms of {piece.likelihood!r} cannot be read "
                     f"from the gradient of the whole loss; use 'ggn' or 'mc'"
                 )
-            columns = piece.terms.gradient[None]
+            # The user's gradient, brought to the scale of the parameters' own, carries no loss scale or accumulation.
+            known = piece.terms.gradient if piece.terms.reads_target else piece.gradient / piece.share
+            columns = known[None]
         scaled: Tensor = columns * piece.share**0.5
         return scaled

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import kfacopt
+from kfacopt.likelihoods import Likelihood, LossTerms
+from kfacopt.likelihoods.base import independent_columns
+from kfacopt.likelihoods.layout import RowLayout
 
 Optimizer = kfacopt.SecondOrderOptimizer
 
@@ -189,6 +192,36 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x).tanh())
+
+
+class Squares(Likelihood):
+    """What a user writes for squared errors: it knows the terms' gradients only as the user's times their number."""
+
+    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
+        layout = RowLayout.of(prediction.detach(), prediction.ndim - 1)
+        means = layout.rows(prediction.detach())
+        count = means.new_tensor(float(len(means)))
+        rows = None if gradient is None else layout.rows(gradient) * count
+        return LossTerms.of(layout, means, scale=torch.ones_like(means[:, 0]), count=count, gradient=rows)
+
+    def sample(self, terms: LossTerms, mc_samples: int, generator: torch.Generator | None) -> Tensor:
+        noise = torch.randn(mc_samples, *terms.parameters.shape, generator=generator, dtype=terms.parameters.dtype)
+        return noise * self._deviation(terms) / mc_samples**0.5
+
+    def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
+        return independent_columns(terms.parameters.new_full(terms.parameters.shape, self._deviation(terms)), columns)
+
+    def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
+        return 0.5 * self._deviation(old) ** 2 * (new.parameters - old.parameters).square().sum()
+
+    @staticmethod
+    def _deviation(terms: LossTerms) -> float:
+        return (2.0 / terms.parameters.shape[1]) ** 0.5  # of a mean over the outputs, as `MSELoss` has it
+
+
+def soft(targets: Tensor) -> Tensor:
+    """Probabilities from class indices of three."""
+    return nn.functional.one_hot(targets, 3).double() * 0.7 + 0.1
 
 
 def mlp(outputs: int = 3) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import kfacopt
 from kfacopt import LevenbergMarquardt
 from tests import reference
-from tests.cases import BY_NAME, CASES, Case, exact_ekfac, exact_kfac, parameters_of, train_step
+from tests.cases import BY_NAME, CASES, Case, Squares, exact_ekfac, exact_kfac, parameters_of, soft, train_step
 
 EVERY = LevenbergMarquardt(every=1)
 
@@ -142,10 +142,28 @@ def test_rho_under_loss_scaling() -> None:
         assert rhos[0] == pytest.approx(rhos[1], rel=1e-9)
 
 
-def test_rho_of_mse_under_loss_scaling_is_right_or_left_alone() -> None:
-    model, loss, x, y = BY_NAME["mlp-mse"].make()
-    made = exact_kfac(model, loss, **options())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+# Of these the gradient at the prediction does not tell how the loss was scaled: likelihood, loss, what becomes of y.
+UNTOLD: dict[str, tuple[Any, nn.Module, str, Any]] = {
+    "mse": (nn.MSELoss(), nn.MSELoss(), "mlp-mse", lambda y: y),
+    "a user's": (Squares(), nn.MSELoss(), "mlp-mse", lambda y: y),
+    "soft classes": (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), "mlp-ce", soft),
+    "soft bits": (
+        kfacopt.Bernoulli(soft_targets=True, reduction="mean"),
+        nn.BCEWithLogitsLoss(),
+        "mlp-bce",
+        lambda y: 0.8 * y + 0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**12])
+@pytest.mark.parametrize("kind", UNTOLD)
+def test_rho_where_the_scale_cannot_be_told_is_right_or_left_alone(kind: str, factor: float) -> None:
+    likelihood, loss, name, of_target = UNTOLD[kind]
+    model, _, x, y = BY_NAME[name].make()
+    y = of_target(y)
+    made = exact_kfac(model, likelihood, **options())
+    scaler = torch.amp.GradScaler("cpu", init_scale=factor)
 
     def step() -> None:
         made.zero_grad()
@@ -155,7 +173,26 @@ def test_rho_of_mse_under_loss_scaling_is_right_or_left_alone() -> None:
 
     rho = expected_rho(made, model, loss, [(x, y)], 0.2, step)
     reported = made.health().get("rho", math.nan)
-    assert reported == pytest.approx(rho, rel=1e-6) or (math.isnan(reported) and made.param_groups[0]["damping"] == 0.2)
+    if factor == 1.0:
+        assert reported == pytest.approx(rho, rel=1e-6)
+    else:
+        assert reported == pytest.approx(rho, rel=1e-6) or math.isnan(reported)
+        assert made.param_groups[0]["damping"] == 0.2 or not math.isnan(reported)
+
+
+@pytest.mark.parametrize("kind", [*UNTOLD, "classes"])
+def test_rho_in_float16_only_where_the_scale_can_be_told(kind: str) -> None:
+    """There a GradScaler is at work, by a factor that a short step would not show."""
+    likelihood, loss, name, of_target = UNTOLD.get(kind, (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), "mlp-ce", None))
+    model, _, x, y = BY_NAME[name].make()
+    y = y if of_target is None else of_target(y)
+    made = exact_kfac(model, likelihood, **options())
+    made.zero_grad()
+    with torch.autocast("cpu", dtype=torch.float16):
+        value = loss(model(x).double(), y)
+    value.backward()
+    made.step()
+    assert ("rho" in made.health()) is (kind == "classes")
 
 
 class Encoding(nn.Module):

@@ -229,6 +229,28 @@ def test_gradient_of_the_terms_is_autograds(case: Case) -> None:
         torch.testing.assert_close(vector[0] / terms.count, truth, rtol=0, atol=1e-10)
 
 
+@all_cases
+def test_terms_say_whether_their_gradient_is_free_of_the_loss_scale(case: Case) -> None:
+    exact = case.terms("target")
+    assert exact.reads_target
+    assert not exact.at(case.prediction).reads_target
+    for source in SOURCES[1:]:
+        terms = case.terms(source)
+        assert terms.reads_target is not isinstance(case.likelihood, Gaussian)
+        if terms.reads_target:
+            torch.testing.assert_close(terms.gradient, exact.gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [Categorical(), Bernoulli(soft_targets=True), Bernoulli(soft_targets=True, reduction="sum")], ids=repr
+)
+def test_soft_targets_are_read_only_if_given(likelihood: Likelihood) -> None:
+    prediction, target = float64(6, 3), float64(6, 3, seed=3).softmax(-1)
+    assert likelihood.terms(prediction, target=target).reads_target
+    gradient = prediction.softmax(-1) - target if isinstance(likelihood, Categorical) else prediction.sigmoid() - target
+    assert not likelihood.terms(prediction, gradient=gradient / 6).reads_target
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.likelihood.reduction != "none"], ids=name_of)
 def test_gradient_scale_makes_the_users_gradient_that_of_the_mean_loss(case: Case) -> None:
     prediction = case.prediction.clone().requires_grad_()

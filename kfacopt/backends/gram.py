@@ -11,8 +11,8 @@ from torch import Tensor
 from kfacopt.backends.samples import SampleSpace
 from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.likelihoods.fisher import Curvature
-from kfacopt.linalg.cg import inner_product
 from kfacopt.linalg.least_squares import DampedKernel, DampedLeastSquares
+from kfacopt.linalg.tensors import flat, inner_product, split_like
 
 
 class Gram(Solver):
@@ -139,6 +139,6 @@ class _InParameterSpace:
 
     def solve(self, residual: Tensor, rest: list[Tensor] | None) -> list[Tensor]:
         parameters, dtype = self._space.linearization.parameters, self._space.dtype
-        outside = None if rest is None else torch.cat([x.flatten() for x in rest]).to(dtype)
-        parts = self._factored.solve(residual, outside).split([p.numel() for p in parameters])
-        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+        outside = None if rest is None else flat(rest).to(dtype)
+        parts = split_like(self._factored.solve(residual, outside), parameters)
+        return [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]

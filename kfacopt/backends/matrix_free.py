@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.backends.solver import Problem, Solved, Solver
-from kfacopt.linalg.cg import CGResult, RelativeProgress, conjugate_gradient, inner_product
+from kfacopt.linalg.cg import CGResult, RelativeProgress, conjugate_gradient
+from kfacopt.linalg.tensors import inner_product
 
 _RAISE = 4.0
 """Factor of the damping where not even the first direction has positive curvature."""

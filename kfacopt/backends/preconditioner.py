@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.layers.layer import Layer
-from kfacopt.linalg.cg import inner_product
+from kfacopt.linalg.tensors import inner_product
 
 
 class Preconditioner:

@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from kfacopt.double_backward import gradients
+from kfacopt.linalg.tensors import flat
 from kfacopt.linearization import Piece, Tensors
 from kfacopt.metric import Metric
 from kfacopt.products import ProductRecorder
@@ -227,15 +229,8 @@ class SampleSpace:
             for k, t, n in torch.cartesian_prod(*(torch.arange(size) for size in v.shape[:-1])).tolist():
                 cotangent = torch.zeros_like(piece.gradient).unflatten(0, (-1, v.shape[1]))
                 cotangent[n, t] = v[k, t, n]
-                found = torch.autograd.grad(
-                    piece.prediction,
-                    chosen,
-                    piece.terms.restore(cotangent.flatten(0, 1)[None])[0],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                flat = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, found, strict=True)]
-                rows.append(torch.cat([g.flatten() for g in flat]).to(self.dtype))
+                at_prediction = piece.terms.restore(cotangent.flatten(0, 1)[None])[0]
+                rows.append(flat(gradients([piece.prediction], chosen, [at_prediction])).to(self.dtype))
         return torch.stack(rows)
 
 

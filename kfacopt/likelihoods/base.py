@@ -61,6 +61,9 @@ class LossTerms:
         scale: Hessian multiplier of every row `[m]`: class weights, 1/c of a mean over features, 0 for ignored rows.
         count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored (leave the batch out).
         gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known.
+        reads_target: Whether `gradient` was computed from targets, given or read, so that it is free of the user's
+            scaling of the loss (`GradScaler`, accumulation). False: it is only the user's gradient times a count, or
+            unknown, and that scaling cannot be told.
         restore: Brings vectors `[v m c]` to `[v, *prediction.shape]`, in the prediction's data type.
         output_scale: Further Hessian multiplier of every output `[m c]` (`pos_weight`); `None` for one.
         terms_per_datum: Rows that belong to one datum (positions of a sequence); they are contiguous.
@@ -75,6 +78,7 @@ class LossTerms:
     output_scale: Tensor | None = None
     terms_per_datum: int = 1
     rows: Callable[[Tensor], Tensor] | None = None
+    reads_target: bool = False
 
     @classmethod
     def of(
@@ -85,6 +89,7 @@ class LossTerms:
         scale: Tensor,
         count: Tensor,
         gradient: Tensor | None,
+        reads_target: bool = False,
         output_scale: Tensor | None = None,
     ) -> LossTerms:
         """Terms whose rows lie in the prediction as `layout` says."""
@@ -97,6 +102,7 @@ class LossTerms:
             output_scale=output_scale,
             terms_per_datum=layout.terms_per_datum,
             rows=layout.rows,
+            reads_target=reads_target,
         )
 
     def at(self, prediction: Tensor) -> LossTerms:
@@ -112,7 +118,7 @@ class LossTerms:
                 "these LossTerms cannot read another prediction, because their `rows` is None: "
                 "let the likelihood's `terms` pass rows=... (or build them with LossTerms.of)"
             )
-        return replace(self, parameters=self.rows(prediction.detach()), gradient=None)
+        return replace(self, parameters=self.rows(prediction.detach()), gradient=None, reads_target=False)
 
 
 class Likelihood(ABC):

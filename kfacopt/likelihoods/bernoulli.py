@@ -102,6 +102,7 @@ class Bernoulli(Likelihood):
             scale=scale,
             count=count,
             gradient=gradients,
+            reads_target=labels is not None,
             output_scale=output_scale,
         )
 

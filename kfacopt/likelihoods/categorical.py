@@ -201,6 +201,7 @@ class Categorical(Likelihood):
             scale=smoothing.curvature(labels, logits) * alive,
             count=(smoothing.label_weight(labels, logits) * alive).sum(),
             gradient=gradient.mul_(alive[:, None]),
+            reads_target=True,
         )
 
     def _from_probabilities(self, layout: RowLayout, logits: Tensor, target: Tensor) -> LossTerms:
@@ -214,6 +215,7 @@ class Categorical(Likelihood):
             scale=scale,
             count=logits.new_tensor(float(logits.shape[0])),  # torch: not the weights, for these
             gradient=scale[:, None] * logits.softmax(-1) - weighted,
+            reads_target=True,
         )
 
     def _without_gradient(self, layout: RowLayout, logits: Tensor, live: Tensor | None) -> LossTerms:

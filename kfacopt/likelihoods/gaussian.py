@@ -63,6 +63,7 @@ class Gaussian(Likelihood):
             scale=means.new_full((means.shape[0],), factor),
             count=means.new_tensor(float(count)),
             gradient=rows,
+            reads_target=target is not None,
         )
 
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfacopt.linalg.tensors import inner_product
+
 Product = Callable[[list[Tensor]], Sequence[Tensor]]
 """`v -> A v` on lists of tensors; it may return tensors that it reuses, but must not write to `v`."""
 
@@ -147,16 +149,6 @@ def conjugate_gradient(
         converged = rr <= target or (progress is not None and progress.reached(values))
     residual = math.sqrt(rr) / length if length > 0.0 else 0.0
     return CGResult(x, iteration, residual, converged, negative, values)
-
-
-def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Sum of the inner products of pairs of tensors.
-
-    >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])])
-    3.0
-    """
-    products = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return float(torch.stack(products).sum(dtype=torch.float64)) if products else 0.0
 
 
 def _checked_limit(

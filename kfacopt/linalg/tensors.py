@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -55,3 +55,22 @@ def as_statistic(tensor: Tensor) -> Tensor:
     torch.float32
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def flat_columns(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors with columns along their last axis, `[*shape k]`, as one matrix `[p k]`.
+
+    >>> flat_columns([torch.zeros(2, 1, 3), torch.ones(3)]).shape
+    torch.Size([3, 3])
+    """
+    return torch.cat([t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in tensors])
+
+
+def split_columns(matrix: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
+    """A matrix `[p k]` as tensors `[*shape k]`: the inverse of `flat_columns`.
+
+    >>> [t.shape for t in split_columns(torch.zeros(5, 3), [torch.Size([2, 2]), torch.Size([])])]
+    [torch.Size([2, 2, 3]), torch.Size([3])]
+    """
+    parts = matrix.split([shape.numel() for shape in shapes])
+    return [part.reshape(*shape, matrix.shape[1]) for part, shape in zip(parts, shapes, strict=True)]

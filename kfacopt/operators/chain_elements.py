@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.linalg.riccati import Fork, Join, Stage
+from kfacopt.linalg.tensors import flat_columns, split_columns
 
 
 class Element(Stage):
@@ -39,12 +40,11 @@ class Element(Stage):
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """Tensors `[*parameter m]` as controls `[p m]`."""
-        return torch.cat([part.flatten(0, -2) for part in parts])
+        return flat_columns(parts)
 
     def unpack(self, controls: Tensor) -> list[Tensor]:
         """Controls `[p m]` as tensors `[*parameter m]`."""
-        pieces = controls.split([parameter.numel() for parameter in self.parameters])
-        return [piece.reshape(*parameter.shape, -1) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+        return split_columns(controls, [parameter.shape for parameter in self.parameters])
 
 
 class Affine(Element):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kfacopt.linalg.operator import by_columns
 from kfacopt.operators.empirical_risk import CurvatureLinearOperator
-from kfacopt.operators.products import Linearization, as_function, by_columns, loss_hessian_product
+from kfacopt.operators.products import Linearization, as_function, loss_hessian_product
 
 
 class GaussNewtonLinearOperator(CurvatureLinearOperator):

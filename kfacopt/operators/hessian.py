@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kfacopt.linalg.operator import by_columns
 from kfacopt.operators.empirical_risk import CurvatureLinearOperator
-from kfacopt.operators.products import as_function, by_columns, hessian_products
+from kfacopt.operators.products import as_function, hessian_products
 
 
 class HessianLinearOperator(CurvatureLinearOperator):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kfacopt.linalg.column_cg import conjugate_gradient_columns
 from kfacopt.linalg.lsmr import LSMRInfo, lsmr
+from kfacopt.linalg.tensors import flat_columns, split_columns
 from kfacopt.operators.base import LinearOperator
 from kfacopt.operators.convergence import ConvergenceWarning
 
@@ -64,13 +65,6 @@ class _InverseLinearOperator(LinearOperator):
     def stats(self) -> Sequence[NamedTuple]:
         """How each column of the last product was found; empty before the first."""
 
-    def _flat(self, M: Sequence[Tensor]) -> Tensor:
-        return torch.cat([m.reshape(n, m.shape[-1]) for m, n in zip(M, self._in_shape_flat, strict=True)])
-
-    def _listed(self, matrix: Tensor) -> list[Tensor]:
-        parts = matrix.split(self._in_shape_flat)
-        return [part.reshape(*s, matrix.shape[1]) for part, s in zip(parts, self._in_shape, strict=True)]
-
     def _guess(self, guess: Tensor | Sequence[Tensor] | None, number: int, name: str) -> list[Tensor] | None:
         """A start for each of the columns, from one vector for all or a matrix."""
         if guess is None:
@@ -85,7 +79,7 @@ class _InverseLinearOperator(LinearOperator):
 
     def _relative(self, difference: Sequence[Tensor], M: Sequence[Tensor]) -> list[float]:
         """Lengths of the columns of `difference`, in units of those of `M`; 0 / 0 = 0."""
-        lengths, units = (torch.linalg.vector_norm(self._flat(x), dim=0).double() for x in (difference, M))
+        lengths, units = (torch.linalg.vector_norm(flat_columns(x), dim=0).double() for x in (difference, M))
         ratios: list[float] = torch.where(units > 0.0, lengths / units, lengths).tolist()
         return ratios
 
@@ -166,17 +160,17 @@ class CGInverseLinearOperator(_InverseLinearOperator):
         return self._stats
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        right = self._flat(M)
+        right = flat_columns(M)
         guess = self._guess(self._initial_guess, right.shape[1], "initial_guess")
         found, columns = conjugate_gradient_columns(
             lambda p: self._A @ p,
             right,
-            x0=None if guess is None else self._flat(guess),
+            x0=None if guess is None else flat_columns(guess),
             preconditioner=None if self._preconditioner is None else self._precondition,
             max_iterations=self._max_iter,
             tolerance=max(self._tolerance, self._stop_updating_after),
         )
-        solution = self._listed(found)
+        solution = split_columns(found, self._in_shape)
         # The recurrence's residual drifts from the true one: a column that it called done may miss by its rounding.
         missing = [m - p for m, p in zip(M, self._A._matmat(solution), strict=True)]
         self._stats = [
@@ -287,7 +281,7 @@ class LSMRInverseLinearOperator(_InverseLinearOperator):
         return self._stats
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        right, adjoint = self._flat(M), self._A.adjoint()
+        right, adjoint = flat_columns(M), self._A.adjoint()
         guess = self._guess(self._x0, right.shape[1], "x0")
         solution, self._stats = lsmr(
             lambda x: self._A @ x,
@@ -298,10 +292,10 @@ class LSMRInverseLinearOperator(_InverseLinearOperator):
             btol=self._btol,
             conlim=self._conlim,
             maxiter=self._maxiter,
-            x0=None if guess is None else self._flat(guess),
+            x0=None if guess is None else flat_columns(guess),
         )
         self._warn(right)
-        return self._listed(solution)
+        return split_columns(solution, self._in_shape)
 
     def _warn(self, right: Tensor) -> None:
         failed = [(s, b) for s, b in zip(self._stats, right.norm(dim=0).tolist(), strict=True) if not s.converged]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.operators.base import LinearOperator, Shapes
+from kfacopt.linalg.operator import LinearOperator, Shapes, by_columns
 from kfacopt.operators.empirical_risk import Batches, CurvatureLinearOperator
-from kfacopt.operators.products import Linearization, as_function, by_columns
+from kfacopt.operators.products import Linearization, as_function
 
 
 class _JacobianBase(CurvatureLinearOperator):

@@ -16,6 +16,7 @@ from kfacopt.damping import LevenbergMarquardt
 from kfacopt.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.linalg.tensors import all_finite, inner_product
+from kfacopt.loss_change import reduction_ratio
 from kfacopt.optim import deprecated
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group
@@ -165,7 +166,7 @@ class NaturalGradient(CapturingOptimizer):
             promised = inner_product(delta, gradient) + 0.5 * curved
         before = [p.clone() for p in parameters] if any(g["weight_decay"] for g in self.param_groups) else []
         torch._foreach_add_(list[Tensor](parameters), delta)
-        rho = linearization.loss_change() / promised if judged and promised < 0.0 else math.nan
+        rho = reduction_ratio(linearization.loss_change(), promised) if judged else math.nan
         self._decay(dict(zip(parameters, before, strict=False)))
         return rho
 

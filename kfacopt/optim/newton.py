@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfacopt.damping import compare_losses
-from kfacopt.estimator import FisherEstimator, find_prediction
+from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Replay
 from kfacopt.likelihoods import Likelihood
 from kfacopt.linalg.tensors import flat, split_like
+from kfacopt.loss_change import loss_change, parts_of, reduction_ratio
 from kfacopt.operators.chain import ChainHessian
 from kfacopt.operators.chain_loss import TermsLoss
 from kfacopt.operators.chain_parse import elements_of
@@ -196,7 +196,7 @@ class TrustRegionNewton(CapturingOptimizer):
             finally:
                 for p, old in zip(group["params"], before, strict=True):
                     p.copy_(old)
-            rho, length = change / promised if promised < 0.0 else math.nan, float(step.norm())
+            rho, length = reduction_ratio(change, promised), float(step.norm())
             # The textbook's numbers (Nocedal & Wright 2006, algorithm 4.1): a model that promised over four times the
             # gain is wrong at this length, one that is right to within a quarter may be trusted further out.
             # 0.7 says which steps the region cut short: a strategy may stop short of the boundary by its tolerance (0.2
@@ -220,13 +220,10 @@ class TrustRegionNewton(CapturingOptimizer):
             p.copy_(old + piece)
 
     def _loss_change(self, replay: Replay) -> float:
-        """Of the mean loss; not a number where a prediction is not finite."""
+        """Of the mean loss; infinite where a prediction is not finite."""
         estimator = self._estimator
         scale = estimator.likelihood.gradient_scale(float(replay.terms.count))
-        change = compare_losses(
-            estimator.likelihood, [replay], lambda output: find_prediction(output, estimator.prediction), scale
-        )
-        return change.loss_change
+        return loss_change(parts_of([replay], estimator, scale), estimator).total
 
 
 class _Trial(NamedTuple):

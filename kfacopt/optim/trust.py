@@ -9,12 +9,18 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
-from kfacopt.damping import compare_losses
-from kfacopt.estimator import FisherEstimator, find_prediction
+from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Replay
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import Gaussian
 from kfacopt.linalg.tensors import inner_product
+from kfacopt.loss_change import loss_change, parts_of, reduction_ratio
+
+_LARGEST_RATIO = 8.0
+"""Of `u·(f' - f)` to `gᵀδ`, beyond which u is held to be scaled.
+
+Both are the loss's first-order change, the one with the predictions' true change and the other with their linear one:
+they agree for short steps and differ by a small factor for long ones. A GradScaler's factor is 2^16 at first, and stays
+far above 8; a loss scale below it that cannot be told is taken for the step's own."""
 
 
 class Outcome(NamedTuple):
@@ -49,15 +55,11 @@ def outcome_of_step(
         settings: Each layer's damping at which the step was computed.
         gradient_scale: Brings the user's gradient at the prediction to that of the mean loss.
     """
-    change = compare_losses(
-        estimator.likelihood,
-        replays,
-        lambda output: find_prediction(output, estimator.prediction),
-        gradient_scale,
-    )
+    change = loss_change(parts_of(replays, estimator, gradient_scale), estimator)
     moved = [p for p in step if p in gradients]
     promised = inner_product([step[p] for p in moved], [gradients[p] for p in moved])
-    if isinstance(estimator.likelihood, Gaussian) and promised < 0.0 and change.linear < 8.0 * promised:
+    told = all(replay.terms.reads_target for replay in replays)
+    if not told and promised < 0.0 and change.linear < _LARGEST_RATIO * promised:
         return Outcome(math.nan, change.divergence, comparable=False)
     by_layer = {
         layer: {role: step[p] for role, p in layer.parameters.items()}
@@ -68,4 +70,4 @@ def outcome_of_step(
         for role, product in products.items():
             delta = by_layer[layer][role]
             promised += 0.5 * float((delta * (product + settings[layer].damping * delta)).sum())
-    return Outcome(change.loss_change / promised if promised < 0.0 else math.nan, change.divergence)
+    return Outcome(reduction_ratio(change.total, promised), change.divergence)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfacopt.linalg.cg import RelativeProgress, conjugate_gradient, inner_product
+from kfacopt.linalg.cg import RelativeProgress, conjugate_gradient
 
 SHAPES = ((3, 4), (5,), ())
 
@@ -145,7 +145,3 @@ def test_what_is_not_finite_is_no_answer() -> None:
         conjugate_gradient(lambda v: v, [torch.tensor([float("nan")])])
     with pytest.raises(FloatingPointError, match="iteration 0"):
         conjugate_gradient(lambda v: [v[0] * float("inf")], [torch.ones(2)])
-
-
-def test_inner_product_sums_over_the_list() -> None:
-    assert inner_product([torch.ones(2), torch.ones(())], [torch.ones(2), torch.ones(())]) == 3.0

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
+from kfacopt.double_backward import SkippedZeroProducts
 from kfacopt.operators import (
     GGNLinearOperator,
     HessianLinearOperator,
 )
-from kfacopt.operators.zeros import SkippedZeroProducts
 from tests.cases import BY_NAME, OPTIMIZERS, Frozen, mlp, parameters_of, still, train_step
 from tests.operators.harness import ALL, CLOSE, KINDS, LOSS_KINDS, WITH_LOSS, build, ones, problem
 from tests.reference import whole_ggn, whole_hessian

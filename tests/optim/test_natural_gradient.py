@@ -15,7 +15,7 @@ import kfacopt
 from kfacopt import CG, GeodesicAcceleration, Gram, GridLineSearch, LevenbergMarquardt, NaturalGradient, Solver
 from tests import reference
 from tests.backends import dense
-from tests.cases import BY_NAME, CASES, Case, backward, train_step
+from tests.cases import BY_NAME, CASES, Case, Squares, backward, train_step
 
 DAMPING = 0.05
 ALL = [pytest.param(case, id=case.name) for case in CASES]
@@ -129,13 +129,14 @@ def test_what_the_loss_has_besides_its_terms_is_solved_for_too(solver: str, coun
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 128.0])
-def test_accumulation_and_loss_scale_change_nothing(solver: str, parts: int, scale: float) -> None:
+@pytest.mark.parametrize("likelihood", [nn.MSELoss(), Squares()], ids=["mse", "a user's"])
+def test_accumulation_and_loss_scale_change_nothing(likelihood: Any, solver: str, parts: int, scale: float) -> None:
     steps = []
     for pieces, factor in ((1, 1.0), (parts, scale)):
         torch.manual_seed(0)
         model, x, y = data(12)
         optimizer = NaturalGradient(
-            model, nn.MSELoss(), damping=DAMPING, solver=SOLVERS[solver](), line_search=GridLineSearch()
+            model, likelihood, damping=DAMPING, solver=SOLVERS[solver](), line_search=GridLineSearch()
         )
         before = dense.flat(model.parameters())
         for xs, ys in zip(x.chunk(pieces), y.chunk(pieces), strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.tensors import inner_product
+from kfacopt.loss_change import reduction_ratio
 from kfacopt.metric import Metric
 from kfacopt.optim import path
 from kfacopt.optim.step.base import Direction, Step, StepLength, Updates
@@ -97,7 +98,7 @@ class QuadraticModel(StepLength):
         self._chosen = (alpha, more[0] if more else 0.0)
         self._report = {"alpha": alpha, "mu": self._chosen[1], "model_damping": self._damping, "kl": 0.5 * divergence}
         if self._rule.due(step + self._rule.every - 1) and promised < 0.0:
-            rho = path.loss_change(linearization, _combined(candidates, self._chosen)) / promised
+            rho = reduction_ratio(path.loss_change(linearization, _combined(candidates, self._chosen)), promised)
             self._damping = self._rule.adjusted(self._damping, rho)
             self._report["rho"] = rho
 
