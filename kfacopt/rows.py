@@ -12,6 +12,7 @@ from kfacopt.forwards import Site
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import KFACType
+from kfacopt.linalg.tensors import as_statistic
 
 
 def rows_of_layer(
@@ -41,7 +42,7 @@ def rows_of_layer(
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
         return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs), reduce=True)
-    gradients = [_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
+    gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
     if len(reached) > 1:
         _require_same_data(layer, gradients)
     if inputs is None:
@@ -56,17 +57,13 @@ def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType)
     handler, inputs = layer.handler, []
     for site in sites:
         a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
-        inputs.append(_statistic(a) if isinstance(a, Tensor) else a)
+        inputs.append(as_statistic(a) if isinstance(a, Tensor) else a)
     if len(inputs) == 1:
         return inputs[0]
     place = -3 if handler.structure == "elementwise" else -2
     merged = _join(inputs, place)
     averaged = kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor)
     return merged.mean(place, keepdim=True) if averaged and isinstance(merged, Tensor) else merged
-
-
-def _statistic(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _same_dtype(inputs: Tensor | OneHot, gradients: Tensor, terms: Tensor) -> Rows:
