@@ -1,9 +1,9 @@
 """bfloat16 autocast, gradient accumulation and gradient clipping: the loop stays as it is.
 
-kfacopt needs to be told of none of them. Its statistics are float32 whatever autocast does; each
-micro-batch adds its rows as its backward runs, and one step averages them; what `clip_grad_norm_`
-did to the gradients reaches the step and never the curvature. (bfloat16 needs no GradScaler. With
-float16, unscale before the step as ever: `scaler.unscale_(optimizer)` or `scaler.step` do it.)
+kfacopt needs to be told of none of them. Its statistics are float32 whatever autocast does; each micro-batch adds its
+rows as its backward runs, and one step averages them; what `clip_grad_norm_` did to the gradients reaches the step and
+never the curvature. (bfloat16 needs no GradScaler. With float16, unscale before the step as ever:
+`scaler.unscale_(optimizer)` or `scaler.step` do it.)
 """
 
 import os

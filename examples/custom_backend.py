@@ -1,8 +1,8 @@
 """Two curvature backends of your own in the same optimizer: one written here, one borrowed.
 
-`DiagonalFisher` turns the rows that kfacopt captures into statistics. `Curvlinops` ignores them: it
-holds a linear operator of another package, which runs passes of its own over a loader's batches.
-The optimizer's part (momentum, weight decay, KL clip, schedules, AdamW for the rest) is the same.
+`DiagonalFisher` turns the rows that kfacopt captures into statistics. `Curvlinops` ignores them: it holds a linear
+operator of another package, which runs passes of its own over a loader's batches. The optimizer's part (momentum,
+weight decay, KL clip, schedules, AdamW for the rest) is the same.
 """
 
 import os

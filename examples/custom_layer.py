@@ -1,8 +1,8 @@
 """Curvature for a layer of your own: a handler of four methods, checked against autograd.
 
-A handler says how what went into the layer and what came back at its output become *rows* whose
-outer products sum to the parameter gradient. Every backend (KFAC, EKFAC, yours) then treats it.
-(A layer that is made of known ones, such as LoRA's two `nn.Linear`s, needs no handler at all.)
+A handler says how what went into the layer and what came back at its output become *rows* whose outer products sum to
+the parameter gradient. Every backend (KFAC, EKFAC, yours) then treats it. (A layer that is made of known ones, such as
+LoRA's two `nn.Linear`s, needs no handler at all.)
 """
 
 import os
@@ -20,7 +20,7 @@ STEPS = 40 if os.environ.get("KFACOPT_SHORT") else 200
 
 
 class Bilinear(nn.Module):
-    """Two inputs that gate each other: ``y_o = xᵀ W_o z + b_o`` (torch's own has no handler)."""
+    """Two inputs that gate each other: `y_o = xᵀ W_o z + b_o` (torch's own has no handler)."""
 
     def __init__(self, x_size: int, z_size: int, outputs: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Bilinear(nn.Module):
 
 
 class BilinearHandler(kfacopt.LayerHandler):
-    """``xᵀ W_o z`` is linear in W_o: a linear layer whose input is the outer product of x and z."""
+    """`xᵀ W_o z` is linear in W_o: a linear layer whose input is the outer product of x and z."""
 
     def input_rows(
         self,

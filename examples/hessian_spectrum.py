@@ -1,9 +1,8 @@
 """The spectrum of a network's Hessian against that of its Gauss-Newton matrix (GGN) and of its EKFAC.
 
-Lanczos asks for products with vectors only: no matrix is ever formed. What to see: a bulk near zero and
-about one large eigenvalue for each class; negative eigenvalues, which the Hessian alone has, most of
-them early in training; and EKFAC, the diagonal of the GGN in a Kronecker eigenbasis, with the trace of
-the GGN but no eigenvalue above the GGN's largest.
+Lanczos asks for products with vectors only: no matrix is ever formed. What to see: a bulk near zero and about one large
+eigenvalue for each class; negative eigenvalues, which the Hessian alone has, most of them early in training; and EKFAC,
+the diagonal of the GGN in a Kronecker eigenbasis, with the trace of the GGN but no eigenvalue above the GGN's largest.
 """
 
 import os

@@ -1,8 +1,8 @@
 """A model in the manner of Hugging Face: keyword inputs, an object with `.logits`, padded labels.
 
-The loss is computed inside the model's forward, the logits are shifted by one token, and padding is
-labelled -100. None of it needs to be explained to the optimizer: it finds `.logits`, and which
-positions count it reads from the gradient that reaches them. (No transformers package needed.)
+The loss is computed inside the model's forward, the logits are shifted by one token, and padding is labelled -100. None
+of it needs to be explained to the optimizer: it finds `.logits`, and which positions count it reads from the gradient
+that reaches them. (No transformers package needed.)
 """
 
 import os

@@ -1,10 +1,10 @@
 """Which training digits does a prediction hang on? Influence by the inverse of EKFAC, and mislabelled digits.
 
-Without a training digit z another digit's loss would be higher by `∇loss · (H + damping)⁻¹ ∇loss(z) / N`, to
-first order (Koh and Liang 2017); with EKFAC for the Gauss-Newton matrix H this serves large models too
-(Grosse et al. 2023). A tenth of the labels are wrong here. A wrong label harms held-out digits, and it
-is learnt by heart: it matters much for its own loss. That loss is high, too, as long as it is not
-learnt. The test of these three signs: training again without the digits that each puts first.
+Without a training digit z another digit's loss would be higher by `∇loss · (H + damping)⁻¹ ∇loss(z) / N`, to first
+order (Koh and Liang 2017); with EKFAC for the Gauss-Newton matrix H this serves large models too (Grosse et al. 2023).
+A tenth of the labels are wrong here. A wrong label harms held-out digits, and it is learnt by heart: it matters much
+for its own loss. That loss is high, too, as long as it is not learnt. The test of these three signs: training again
+without the digits that each puts first.
 """
 
 import os

@@ -1,12 +1,12 @@
 """A Laplace approximation by EKFAC: how sure may a network be that was trained on 300 digits?
 
-The posterior over weights is taken to be a Gaussian around the trained ones. Its precision is the EKFAC of
-the loss, summed over the training data, plus that of a Gaussian prior, so that its covariance is an
-inverse with exact damping. Predictions are those of the model linearised in its weights, to which the
-Gauss-Newton matrix belongs (Immer et al. 2021): logits are Gaussian with covariance `J Σ Jᵀ`, and the
-softmax is averaged over samples of them. The prior's precision is chosen on validation data. The evidence,
-which EKFAC's eigenvalues give, is no guide here: weights trained without a prior are no posterior's
-mode. The rival, one temperature for all logits, is chosen on the same data, and is about as good.
+The posterior over weights is taken to be a Gaussian around the trained ones. Its precision is the EKFAC of the loss,
+summed over the training data, plus that of a Gaussian prior, so that its covariance is an inverse with exact damping.
+Predictions are those of the model linearised in its weights, to which the Gauss-Newton matrix belongs (Immer et al.
+2021): logits are Gaussian with covariance `J Σ Jᵀ`, and the softmax is averaged over samples of them. The prior's
+precision is chosen on validation data. The evidence, which EKFAC's eigenvalues give, is no guide here: weights trained
+without a prior are no posterior's mode. The rival, one temperature for all logits, is chosen on the same data, and is
+about as good.
 """
 
 import os

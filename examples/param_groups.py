@@ -1,7 +1,7 @@
 """Param groups as in torch: what gets curvature, what decays, and a look at what the optimizer did.
 
-The digits are read as text: each of the 64 pixels is one of 17 grey levels, and each level has a
-learned embedding. It is excluded from curvature here, as one does with a large vocabulary.
+The digits are read as text: each of the 64 pixels is one of 17 grey levels, and each level has a learned embedding. It
+is excluded from curvature here, as one does with a large vocabulary.
 """
 
 import os
@@ -36,8 +36,7 @@ def param_groups(model: PixelReader) -> list[dict[str, object]]:
         # Trained by AdamW inside the same optimizer, with this group's lr.
         {"params": [model.embedding.weight], "curvature": False, "lr": 1e-2, "weight_decay": 0.0},
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": 1e-2},
-        # A layer's weight and bias share one block, so that damping must be equal for both;
-        # everything else may differ.
+        # A layer's weight and bias share one block, so that damping must be equal for both; everything else may differ.
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
 

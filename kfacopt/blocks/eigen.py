@@ -113,10 +113,7 @@ class EigenBlock(FactoredBlock):
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         self._left, self._right = cache["gradient_basis"], cache["input_basis"]
-        self._values_left, self._values_right = (
-            cache["gradient_eigenvalues"],
-            cache["input_eigenvalues"],
-        )
+        self._values_left, self._values_right = cache["gradient_eigenvalues"], cache["input_eigenvalues"]
         self._reciprocal = None
 
 
@@ -127,10 +124,20 @@ class CorrectedEigenBlock(EigenBlock):
     every batch of rows between two changes of the basis; they start as the Kronecker eigenvalues. When the basis
     changes, the diagonal of the operator held so far is taken over into the new basis, exactly.
 
-    The damping acts as KFAC's does, with E in place of the product of the factors' eigenvalues:
-    `E + √damping (π λ_G + λ_A / π) + damping`, the expansion of `(G + √damping/π I) ⊗ (A + π √damping I)`. Directions
-    that few data excite are held back far more than by adding `damping` alone; without that EKFAC trained worse than
-    KFAC on the deep autoencoder.
+    The damping acts as KFAC's does (Martens & Grosse 2015, section 6.3), with E in place of the product of the factors'
+    eigenvalues. KFAC damps each factor, for its inverse is then again a Kronecker product. Both damped factors have the
+    eigenvectors of the undamped ones, so that in the direction of one eigenvector of each the eigenvalue is
+
+        (λ_G + √damping/π) (λ_A + π √damping) = λ_G λ_A + √damping (π λ_G + λ_A/π) + damping
+
+    EKFAC says that λ_G λ_A is wrong there and E right. Putting E in its place, and leaving the rest, gives
+
+        E + √damping (π λ_G + λ_A/π) + damping
+
+    which is KFAC's damped operator where E = λ_G λ_A. π balances the two terms in the middle (`kronecker.pi_split`):
+    on the average eigenvalue of each factor they are equal. They are small only where both eigenvalues are, so that
+    directions in which E is small because one of them is are held back far more than by adding `damping` alone; without
+    that EKFAC trained worse than KFAC on the deep autoencoder.
 
     Args:
         exponent: Power of the damped eigenvalues to divide by.

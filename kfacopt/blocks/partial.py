@@ -13,7 +13,8 @@ from kfacopt.linalg import kronecker
 from kfacopt.linalg.partial_basis import Coefficients, WholeSide, apply, whole_sides
 from kfacopt.linalg.symmetric import LinAlgError
 
-# Below this size the whole basis costs less than handling two parts of it.
+# Below this size the whole basis costs less than handling two parts of it: products this small take as long as the
+# calls that make them, and two parts take more calls. It changes speed, and that nothing of so small a side is cut.
 _SMALLEST_CUT = 64
 
 
@@ -22,9 +23,10 @@ class PartialEigenBlock(FactoredBlock):
 
     The eigenvectors of A and of G with eigenvalues above `tail` times the factor's mean eigenvalue are kept. In the
     directions `u vᵀ` of two kept ones the eigenvalues are corrected (George et al. 2018), elsewhere they are the
-    Kronecker product's, with the mean of the cut eigenvalues in place of each. The damping acts as in
-    `CorrectedEigenBlock`. Where the spectra are steep a solve costs a fraction of the exact block's; where neither can
-    be cut it is the exact block.
+    Kronecker product's, with the mean of the cut eigenvalues in place of each. The damping is that of
+    `CorrectedEigenBlock`, `E + √damping (π λ_G + λ_A/π) + damping`, with the mean of the cut eigenvalues for each of
+    them: it depends on λ_G and λ_A singly, so what is cut on one side only still has the other side's own. Where the
+    spectra are steep a solve costs a fraction of the exact block's; where neither can be cut it is the exact block.
 
     Args:
         tail: Cut eigenvalues up to this multiple of the mean.

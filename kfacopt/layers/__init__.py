@@ -28,13 +28,10 @@ from kfacopt.layers.normalization import (
 )
 from kfacopt.layers.registry import HandlerRegistry, RefusedHandler, RegistrationHandle
 
-__all__ = ["LayerHandler", "OneHot", "Rows", "handler_for", "register_handler"]
-
 _TRANSPOSED = RefusedHandler("transposed convolutions have no handler yet")
 
-# What a user registers is meant for every optimizer in the process, as torch's own registrations
-# are (kl divergences, pytree nodes); hence the one registry of the module. Tests that need another
-# make their own.
+# What a user registers is meant for every optimizer in the process, as torch's own registrations are (kl divergences,
+# pytree nodes); hence the one registry of the module. Tests that need another make their own.
 _REGISTRY = HandlerRegistry(
     {
         nn.Linear: LinearHandler(),
@@ -61,23 +58,21 @@ _REGISTRY = HandlerRegistry(
 
 
 def handler_for(module: nn.Module) -> LayerHandler | None:
-    """The handler of a layer: that of its type, or of an ancestor whose ``forward`` it keeps.
+    """The handler of a layer: that of its type, or of an ancestor whose `forward` it keeps.
 
-    None if nobody knows such layers. A handler may still refuse this very module: ask its
-    ``refusal``.
+    None if nobody knows such layers. A handler may still refuse this very module: ask its `refusal`.
     """
     return _REGISTRY.lookup(module)
 
 
 def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:
-    """Let ``handler`` treat layers of ``module_type``, in place of any handler there is.
+    """Let `handler` treat layers of `module_type`, in place of any handler there is.
 
-    Returns a handle whose ``remove()`` undoes it (or use it in a ``with`` statement). An optimizer
-    asks for its handlers when it is made: register first.
+    Returns a handle whose `remove()` undoes it (or use it in a `with` statement). An optimizer asks for its handlers
+    when it is made: register first.
 
     Raises:
-        TypeError: If ``module_type`` is not a module class or ``handler`` not a `LayerHandler`
-            instance.
+        TypeError: If `module_type` is not a module class or `handler` not a `LayerHandler` instance.
 
     >>> class Doubled(nn.Linear):
     ...     def forward(self, x):

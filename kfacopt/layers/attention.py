@@ -1,9 +1,9 @@
 """`torch.nn.MultiheadAttention`: why no module hook sees its projections, and where they are.
 
-Its forward hands all parameters to ``torch.nn.functional.multi_head_attention_forward`` and calls
-no submodule, so a module hook sees neither the input of the output projection nor the gradients of
-the input projections: the handlers here refuse them. (The same layer written with four
-`torch.nn.Linear` is covered.) `projection_edges` finds the products in the autograd graph instead.
+Its forward hands all parameters to `torch.nn.functional.multi_head_attention_forward` and calls no submodule, so a
+module hook sees neither the input of the output projection nor the gradients of the input projections: the handlers
+here refuse them. (The same layer written with four `torch.nn.Linear` is covered.) `projection_edges` finds the products
+in the autograd graph instead.
 """
 
 from __future__ import annotations
@@ -17,13 +17,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.layers.registry import RefusedHandler
 
-__all__ = [
-    "Projection",
-    "multihead_attention_handler",
-    "output_projection_handler",
-    "projection_edges",
-]
-
 
 def multihead_attention_handler() -> RefusedHandler:
     """Refuses the projections that a `torch.nn.MultiheadAttention` holds itself.
@@ -33,20 +26,12 @@ def multihead_attention_handler() -> RefusedHandler:
     """
     return RefusedHandler(
         "computed inside multi_head_attention_forward, where no module hook sees it",
-        (
-            "in_proj_weight",
-            "in_proj_bias",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-            "bias_k",
-            "bias_v",
-        ),
+        ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"),
     )
 
 
 def output_projection_handler() -> RefusedHandler:
-    """Refuses ``out_proj`` of an attention module: a Linear whose forward is never called.
+    """Refuses `out_proj` of an attention module: a Linear whose forward is never called.
 
     >>> output_projection_handler().roles(nn.MultiheadAttention(4, 2).out_proj)
     ('weight', 'bias')
@@ -60,8 +45,8 @@ class Projection:
 
     Args:
         names: The parameters by their path in the module: a weight, and its bias if that trains.
-        inputs: What was multiplied, ``[n s i]``: a datum's tokens are its places.
-        edge: Where the product's gradient arrives, as ``[(s n) rows]``: tokens before data.
+        inputs: What was multiplied, `[n s i]`: a datum's tokens are its places.
+        edge: Where the product's gradient arrives, as `[(s n) rows]`: tokens before data.
         first: The first row of the weight that took part (cross-attention splits the packed one).
         rows: How many rows took part.
         outputs: How many rows the weight has.
@@ -75,29 +60,29 @@ class Projection:
     outputs: int
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
-        """Cotangents that arrived at `edge`, ``[v (s n) rows]``, as ``[v n s outputs]``.
+        """Cotangents that arrived at `edge`, `[v (s n) rows]`, as `[v n s outputs]`.
 
-        Zero where the weight's rows took no part, so that the products of one weight are places of
-        one layer: their sum of ``g aᵀ`` is the weight's gradient.
+        Zero where the weight's rows took no part, so that the products of one weight are places of one layer: their sum
+        of `g aᵀ` is the weight's gradient.
         """
         places = rearrange(gradient, "v (s n) o -> v n s o", n=self.inputs.shape[0])
         return nn.functional.pad(places, (self.first, self.outputs - self.first - self.rows))
 
 
 def projection_edges(module: nn.MultiheadAttention, output: Tensor) -> list[Projection]:
-    """Find the products with ``module``'s weights in the graph of its attention ``output``.
+    """Find the products with `module`'s weights in the graph of its attention `output`.
 
-    A weight has one product (self-attention: all of ``in_proj_weight``) or several, each with a
-    part of its rows. Frozen and parametrized weights have none. A bias is named with its weight;
-    ``in_proj_bias`` beside three separate weights, ``bias_k`` and ``bias_v`` are in no product.
+    A weight has one product (self-attention: all of `in_proj_weight`) or several, each with a part of its rows. Frozen
+    and parametrized weights have none. A bias is named with its weight; `in_proj_bias` beside three separate weights,
+    `bias_k` and `bias_v` are in no product.
 
     Args:
         module: The attention module.
         output: The first output of its forward (not the attention weights), with its graph.
 
     Returns:
-        The products; an empty list if the graph has not the form that torch's own forward gives it
-        (compiled, checkpointed, another backend): all of them or none.
+        The products; an empty list if the graph has not the form that torch's own forward gives it (compiled,
+        checkpointed, another backend): all of them or none.
 
     >>> import torch
     >>> attention, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.zeros(5, 3, 4)
@@ -146,7 +131,7 @@ def _is_partition(products: list[Projection]) -> bool:
 
 
 def _products(root: Node | None, weights: dict[Tensor, str]) -> Iterator[tuple[Node, Tensor, int, int, Tensor]]:
-    """Products ``mat1 @ weight[first : first + rows]ᵀ`` above the module's inputs."""
+    """Products `mat1 @ weight[first : first + rows]ᵀ` above the module's inputs."""
     queue, seen = [root], {root}
     while queue:
         node = queue.pop()

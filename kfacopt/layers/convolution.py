@@ -1,4 +1,4 @@
-"""`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``: linear layers on patches, one for every group."""
+"""`torch.nn.Conv1d`, `Conv2d` and `Conv3d`: linear layers on patches, one for every group."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from torch import Tensor, nn
 from kfacopt.layers.base import LayerHandler, input_tensor, with_ones
 from kfacopt.likelihoods import KFACType
 
-__all__ = ["ConvolutionHandler", "averaged_pattern"]
-
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-# Up to this many kernel entries, one copy per entry out of channels-last storage fills the patches
-# faster on a CPU than one strided copy (3x3: by 1.5 to 5 times, 5x5: slower by 2; torch's unfold,
-# followed by the transposition to rows, is in between).
+# Up to this many kernel entries, one copy per entry out of channels-last storage fills the patches faster on a CPU than
+# one strided copy (3x3: by 1.5 to 5 times, 5x5: slower by 2; torch's unfold, followed by the transposition to rows, is
+# in between).
 _ENTRYWISE_KERNEL = 9
 
-# einconv's pattern has kernel * output * input entries: no matter for images, a gigabyte for a
-# second of sound.
+# Entries up to which einconv's pattern is formed, kernel * output * input of them: no matter for images, a gigabyte for
+# a second of sound. 2^24 booleans are 16 MiB, double what an axis of 1,000 places and a kernel of 9 takes; above, the
+# same average is summed entry by entry of the kernel. Another bound trades memory for time, the result is the same.
 _LONGEST_PATTERN = 2**24
 
 
 class ConvolutionHandler(LayerHandler):
-    """Rows of a convolution: its kernel's patches, ``i = (c_in / groups) · kernel``, at places s.
+    """Rows of a convolution: its kernel's patches, `i = (c_in / groups) · kernel`, at places s.
 
-    With groups all rows and the matrix lead with an axis k of them: each group has its own pair of
-    Kronecker factors, which is its exact block structure. ``reduce`` takes the patches' average
-    from `einconv`'s index patterns and never forms the patches themselves. Stride, dilation,
-    padding (``'same'`` with even kernels too) and every padding mode are followed.
+    With groups all rows and the matrix lead with an axis k of them: each group has its own pair of Kronecker factors,
+    which is its exact block structure. `reduce` takes the patches' average from `einconv`'s index patterns and never
+    forms the patches themselves. Stride, dilation, padding (`'same'` with even kernels too) and every padding mode are
+    followed.
 
     >>> layer, handler = nn.Conv2d(4, 6, 3, groups=2, padding=1), ConvolutionHandler()
     >>> x, roles = torch.zeros(5, 4, 8, 8), ("weight", "bias")
@@ -106,10 +105,10 @@ class ConvolutionHandler(LayerHandler):
 
 
 def averaged_pattern(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """What a kernel entry sees of each input place on average, ``[kernel size]``, float64.
+    """What a kernel entry sees of each input place on average, `[kernel size]`, float64.
 
-    The mean over the output axis of `einconv`'s index pattern (Dangel 2023, arXiv:2307.02275), of
-    which only this average enters KFAC-reduce. On the CPU.
+    The mean over the output axis of `einconv`'s index pattern (Dangel 2023, arXiv:2307.02275), of which only this
+    average enters KFAC-reduce. On the CPU.
 
     >>> averaged_pattern(size=4, kernel=2, stride=2, padding=0, dilation=1)
     tensor([[0.5000, 0.0000, 0.5000, 0.0000],
@@ -117,8 +116,8 @@ def averaged_pattern(size: int, kernel: int, stride: int, padding: int, dilation
     """
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     if kernel * outputs * size <= _LONGEST_PATTERN:
-        # Not index_pattern: that one convolves place numbers, which autocast or reduced-precision
-        # convolutions would round.
+        # Not index_pattern: that one convolves place numbers, which autocast or reduced-precision convolutions would
+        # round.
         pattern: Tensor = index_pattern_logical(size, kernel, stride, padding, dilation)
         return pattern.sum(dim=1).double() / outputs
     averaged = torch.zeros(kernel, size, dtype=torch.float64)
@@ -152,7 +151,7 @@ def _padded(conv: Convolution, x: Tensor, paddings: Sequence[tuple[int, int]]) -
 
 
 def averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
-    """``[n (k c) ...] -> [k n 1 i]``, a patch averaged over all output places."""
+    """`[n (k c) ...] -> [k n 1 i]`, a patch averaged over all output places."""
     paddings = _paddings(conv)
     if conv.padding_mode == "zeros" and all(before == after for before, after in paddings):
         pattern_paddings = [before for before, _ in paddings]  # zeros need not be there to be averaged
@@ -170,7 +169,7 @@ def averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
 
 
 def patches(conv: Convolution, x: Tensor, roles: tuple[str, ...]) -> Tensor:
-    """``[n (k c) ...] -> [k n s i]``, the patches of all output places, and ones for a bias."""
+    """`[n (k c) ...] -> [k n s i]`, the patches of all output places, and ones for a bias."""
     x = _padded(conv, x, _paddings(conv))
     entrywise = x.device.type == "cpu" and torch.Size(conv.kernel_size).numel() <= _ENTRYWISE_KERNEL
     if entrywise:

@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from kfacopt.layers.base import LayerHandler, OneHot, input_tensor
 from kfacopt.likelihoods import KFACType
 
-__all__ = ["EmbeddingHandler"]
-
 
 class EmbeddingHandler(LayerHandler):
-    """Rows of ``y = W e_index``: one-hot, kept as indices. The matrix ``[o V]`` is weightᵀ.
+    """Rows of `y = W e_index`: one-hot, kept as indices. The matrix `[o V]` is weightᵀ.
 
-    ``reduce`` is treated as ``expand``: an average of one-hot rows has a dense ``[V V]`` second
-    moment, while that of the rows is diagonal. Places that hold ``padding_idx`` are masked, as
-    torch gives that row of the weight no gradient.
+    `reduce` is treated as `expand`: an average of one-hot rows has a dense `[V V]` second moment, while that of the
+    rows is diagonal. Places that hold `padding_idx` are masked, as torch gives that row of the weight no gradient.
 
     >>> layer, handler = nn.Embedding(7, 2), EmbeddingHandler()
     >>> x = torch.tensor([[1, 6, 0]])

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from kfacopt.layers.base import LayerHandler, input_tensor, with_ones
 from kfacopt.likelihoods import KFACType
 
-__all__ = ["LinearHandler"]
-
 
 class LinearHandler(LayerHandler):
-    """Rows of ``y = W x + b``: the inputs themselves. The bias is the matrix's last column.
+    """Rows of `y = W x + b`: the inputs themselves. The bias is the matrix's last column.
 
-    The first axis of the input is read as the data ``n``, all between it and the features as places
-    ``s`` that share the weights; a single vector is one datum. (A transformer whose layout is ``[t
-    n i]`` has the two swapped: ``expand`` factors are the same, ``reduce`` and corrections from
-    per-datum gradients are not.)
+    The first axis of the input is read as the data `n`, all between it and the features as places `s` that share the
+    weights; a single vector is one datum. (A transformer whose layout is `[t n i]` has the two swapped: `expand`
+    factors are the same, `reduce` and corrections from per-datum gradients are not.)
 
     >>> layer, handler = nn.Linear(3, 2), LinearHandler()
     >>> x = torch.zeros(5, 4, 3)
@@ -63,7 +60,7 @@ class LinearHandler(LayerHandler):
 
 
 def _as_rows(tensor: Tensor, leading: int = 0) -> Tensor:
-    """``[v n ... f]`` -> ``[v n s f]`` behind ``leading`` axes v; n and s may be missing."""
+    """`[v n ... f]` -> `[v n s f]` behind `leading` axes v; n and s may be missing."""
     features = tensor.shape[-1]
     if tensor.ndim == leading + 1:
         return tensor.reshape(*tensor.shape[:leading], 1, 1, features)

@@ -1,7 +1,7 @@
 """Layers that normalise, then scale and shift: Layer-, RMS-, Batch-, Group- and InstanceNorm.
 
-Their scale γ and shift β act on each channel alone, ``y_c = γ_c x̂_c + β_c``, so the gradient's
-rows are elementwise products with ``a = (x̂, 1)``, and the curvature is a small matrix per channel.
+Their scale γ and shift β act on each channel alone, `y_c = γ_c x̂_c + β_c`, so the gradient's rows are elementwise
+products with `a = (x̂, 1)`, and the curvature is a small matrix per channel.
 """
 
 from __future__ import annotations
@@ -17,34 +17,24 @@ from torch import Tensor, nn
 from kfacopt.layers.base import LayerHandler, input_tensor
 from kfacopt.likelihoods import KFACType
 
-__all__ = [
-    "BatchNormHandler",
-    "GroupNormHandler",
-    "InstanceNormHandler",
-    "LayerNormHandler",
-    "NormalizationHandler",
-    "RMSNormHandler",
-]
-
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class NormalizationHandler(LayerHandler):
-    """What the normalisation layers share. The matrix ``[c i]`` has the columns scale and shift.
+    """What the normalisation layers share. The matrix `[c i]` has the columns scale and shift.
 
-    Subclasses say how an input is normalised (`normalized`) and where its channels are
-    (`channel_rows`).
+    Subclasses say how an input is normalised (`normalized`) and where its channels are (`channel_rows`).
     """
 
     structure: ClassVar[Literal["outer", "one-hot", "elementwise"]] = "elementwise"
 
     @abstractmethod
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
-        """x̂, in the shape of ``x``: the layer's output before scale and shift."""
+        """x̂, in the shape of `x`: the layer's output before scale and shift."""
 
     @abstractmethod
     def channel_rows(self, module: nn.Module, x: Tensor, leading: int = 0) -> Tensor:
-        """An input or output as ``[n s c]``, behind ``leading`` other axes."""
+        """An input or output as `[n s c]`, behind `leading` other axes."""
 
     @torch.no_grad()
     def input_rows(
@@ -88,7 +78,7 @@ class NormalizationHandler(LayerHandler):
 
 
 class LayerNormHandler(NormalizationHandler):
-    """`torch.nn.LayerNorm`; a channel is one place of ``normalized_shape``.
+    """`torch.nn.LayerNorm`; a channel is one place of `normalized_shape`.
 
     >>> layer, handler = nn.LayerNorm(3), LayerNormHandler()
     >>> x = torch.zeros(5, 4, 3)
@@ -119,7 +109,7 @@ class RMSNormHandler(LayerNormHandler):
 
 
 class GroupNormHandler(NormalizationHandler):
-    """`torch.nn.GroupNorm` on ``[n c ...]``."""
+    """`torch.nn.GroupNorm` on `[n c ...]`."""
 
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.GroupNorm)
@@ -130,12 +120,11 @@ class GroupNormHandler(NormalizationHandler):
 
 
 class BatchNormHandler(NormalizationHandler):
-    """`torch.nn.BatchNorm1d`, ``2d`` and ``3d``.
+    """`torch.nn.BatchNorm1d`, `2d` and `3d`.
 
-    In training mode, and without running statistics, x̂ is normalised by the batch as the forward
-    pass did, otherwise by the running statistics. As the batch's moments belong to every datum,
-    rows are not per-example gradients of a function of one datum; the gradient of γ and β is their
-    sum all the same.
+    In training mode, and without running statistics, x̂ is normalised by the batch as the forward pass did, otherwise
+    by the running statistics. As the batch's moments belong to every datum, rows are not per-example gradients of a
+    function of one datum; the gradient of γ and β is their sum all the same.
     """
 
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -150,7 +139,7 @@ class BatchNormHandler(NormalizationHandler):
 
 
 class InstanceNormHandler(NormalizationHandler):
-    """`torch.nn.InstanceNorm1d`, ``2d`` and ``3d`` with ``affine=True``; also unbatched."""
+    """`torch.nn.InstanceNorm1d`, `2d` and `3d` with `affine=True`; also unbatched."""
 
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
@@ -184,7 +173,7 @@ def _parameter_shape(module: nn.Module) -> torch.Size:
 
 
 def _channels_last(x: Tensor, leading: int) -> Tensor:
-    """``[v n c ...]`` -> ``[v n s c]`` behind ``leading`` axes v; no places are one place."""
+    """`[v n c ...]` -> `[v n s c]` behind `leading` axes v; no places are one place."""
     if leading:
         return rearrange(x.reshape(*x.shape[:3], x.shape[3:].numel()), "v n c s -> v n s c")
     return rearrange(x.reshape(*x.shape[:2], x.shape[2:].numel()), "n c s -> n s c")

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from kfacopt.layers.base import LayerHandler, OneHot
 from kfacopt.likelihoods import KFACType
 
-__all__ = ["HandlerRegistry", "RefusedHandler", "RegistrationHandle"]
-
 
 class RefusedHandler(LayerHandler):
     """Stands for a handler that does not apply, and says why.
 
     Args:
-        reason: The phrase shown by ``coverage()``.
+        reason: The phrase shown by `coverage()`.
         names: The parameters that the reason is about.
 
     >>> RefusedHandler("it is Tuesday").refusal(nn.Linear(1, 1))
@@ -74,10 +72,7 @@ class RegistrationHandle:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
 
@@ -85,9 +80,8 @@ class RegistrationHandle:
 class HandlerRegistry:
     """Handlers by layer type; the nearest type in the resolution order wins, of equals the newest.
 
-    A subclass that overrides ``forward`` does not inherit its parent's handler: nobody has said
-    that its output is still that of its parent (think of LoRA), so it is refused until it is
-    registered itself.
+    A subclass that overrides `forward` does not inherit its parent's handler: nobody has said that its output is still
+    that of its parent (think of LoRA), so it is refused until it is registered itself.
 
     Args:
         handlers: The initial table.
@@ -99,16 +93,15 @@ class HandlerRegistry:
             self.register(module_type, handler)
 
     def register(self, module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:
-        """Let ``handler`` treat ``module_type`` and its subclasses that keep its ``forward``.
+        """Let `handler` treat `module_type` and its subclasses that keep its `forward`.
 
         Raises:
-            TypeError: If ``module_type`` is not a module class or ``handler`` not a `LayerHandler`
-                instance.
+            TypeError: If `module_type` is not a module class or `handler` not a `LayerHandler` instance.
         """
         if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
             raise TypeError(
-                f"module_type must be a subclass of torch.nn.Module, got {module_type!r}: "
-                "register the class, not a module of it"
+                f"module_type must be a subclass of torch.nn.Module, got {module_type!r}: register the class, not a "
+                "module of it"
             )
         if not isinstance(handler, LayerHandler):
             raise TypeError(
@@ -119,7 +112,7 @@ class HandlerRegistry:
         return RegistrationHandle(entries, handler)
 
     def lookup(self, module: nn.Module) -> LayerHandler | None:
-        """The handler of ``module``, or None if its type (with all its ancestors) is unknown."""
+        """The handler of `module`, or None if its type (with all its ancestors) is unknown."""
         for ancestor in type(module).__mro__:
             entries = self._entries.get(ancestor)
             if not entries:

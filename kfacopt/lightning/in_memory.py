@@ -18,22 +18,18 @@ class InMemoryData(LightningDataModule, ABC):
     """Training and validation rows in memory, with the place in them part of every checkpoint.
 
     Args:
-        batch_size: rows in a training batch (of each process).
-        seed: decides the order of every epoch and, where there is one, the split.
-        drop_last: whether an epoch leaves out the rows that do not fill a batch, so that every step
-            sees as many rows; the order changes with the epoch, so they are others each time.
-        validation_batch_size: rows in a validation batch; None: as `batch_size`.
+        batch_size: Rows in a training batch (of each process).
+        seed: Decides the order of every epoch and, where there is one, the split.
+        drop_last: Whether an epoch leaves out the rows that do not fill a batch, so that every step sees as many rows;
+            the order changes with the epoch, so they are others each time.
+        validation_batch_size: Rows in a validation batch; None: as `batch_size`.
     """
 
     training_rows: Rows
     validation_rows: Rows
 
     def __init__(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        drop_last: bool = True,
-        validation_batch_size: int | None = None,
+        self, batch_size: int, seed: int = 0, drop_last: bool = True, validation_batch_size: int | None = None
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -78,9 +74,9 @@ class InMemoryData(LightningDataModule, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the place for the training batches that are asked for next."""
-        # Lightning also restores a loader's own state, but not once the length of the run has been
-        # asked for in `configure_optimizers` (`estimated_stepping_batches` makes the loader before
-        # the loops are restored). A data module is always restored before that.
+        # Lightning also restores a loader's own state, but not once the length of the run has been asked for in
+        # `configure_optimizers` (`estimated_stepping_batches` makes the loader before the loops are restored). A data
+        # module is always restored before that.
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._place = state_dict.get("train")
 
@@ -110,15 +106,15 @@ def split_rows(
     """Set a random part of the rows aside for validation.
 
     Args:
-        tensors: arrays of the same length.
-        validation_fraction: the part to set aside, strictly between 0 and 1; at least one row.
-        seed: decides which.
+        tensors: Arrays of the same length.
+        validation_fraction: The part to set aside, strictly between 0 and 1; at least one row.
+        seed: Decides which.
 
     Returns:
         The training rows and the validation rows of each tensor.
 
     Raises:
-        ValueError: the fraction leaves no row for one of the two.
+        ValueError: The fraction leaves no row for one of the two.
 
     >>> (train,), (validation,) = split_rows(torch.arange(10), validation_fraction=0.2, seed=0)
     >>> len(train), len(validation)
@@ -128,8 +124,8 @@ def split_rows(
     validation = max(1, round(count * validation_fraction))
     if not 0.0 < validation_fraction < 1.0 or validation >= count:
         raise ValueError(
-            f"validation_fraction must be between 0 and 1 and leave rows to train on, but is "
-            f"{validation_fraction} of {count} rows."
+            f"validation_fraction must be between 0 and 1 and leave rows to train on, got {validation_fraction} of "
+            f"{count} rows"
         )
     # An order of its own, not that of a training epoch.
     order = epoch_order(count, seed, epoch=2**32)
@@ -142,9 +138,9 @@ class Windows:
     """Windows of a text, a row each, and the same window one character later.
 
     Args:
-        text: the characters' numbers, int64 ``[length]``.
-        context: characters in a window.
-        stride: characters from the beginning of one window to that of the next.
+        text: The characters' numbers, int64 `[length]`.
+        context: Characters in a window.
+        stride: Characters from the beginning of one window to that of the next.
 
     >>> windows = Windows(torch.arange(7), context=3, stride=3)
     >>> windows[torch.tensor([1])]

@@ -21,26 +21,24 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 class InterruptCheckpoint(Checkpoint):
     """On Ctrl-C, finish the step, write a checkpoint and stop; and make checkpoints exact.
 
-    A signal can come in the middle of anything: of a forward pass, or of an optimizer step that has
-    updated half of the parameters. A checkpoint of that moment (Lightning's
-    ``OnExceptionCheckpoint`` and ``ModelCheckpoint(save_on_exception=True)`` write one) cannot be
-    continued as if nothing had happened. Here the first Ctrl-C is only noted; the checkpoint is
-    written once the optimizer step is complete (with gradient accumulation: the whole accumulated
-    step) and, where one is due, the validation after it. Then training stops by
-    `KeyboardInterrupt`, which Lightning turns into its own orderly shutdown. A second Ctrl-C stops
-    at once, without a checkpoint.
+    A signal can come in the middle of anything: of a forward pass, or of an optimizer step that has updated half of the
+    parameters. A checkpoint of that moment (Lightning's `OnExceptionCheckpoint` and
+    `ModelCheckpoint(save_on_exception=True)` write one) cannot be continued as if nothing had happened. Here the first
+    Ctrl-C is only noted; the checkpoint is written once the optimizer step is complete (with gradient accumulation: the
+    whole accumulated step) and, where one is due, the validation after it. Then training stops by `KeyboardInterrupt`,
+    which Lightning turns into its own orderly shutdown. A second Ctrl-C stops at once, without a checkpoint.
 
-    A SIGTERM leaves a checkpoint too, but sooner, because Lightning stops right after the batch:
-    without the validation, and in the middle of gradient accumulation without what has been
-    accumulated (only then is the resumed run another one).
+    A SIGTERM leaves a checkpoint too, but sooner, because Lightning stops right after the batch: without the
+    validation, and in the middle of gradient accumulation without what has been accumulated (only then is the resumed
+    run another one).
 
-    So long as this callback is among the trainer's, **every** checkpoint also carries the state of
-    Python's, NumPy's and torch's global random generators, and resuming from one restores them:
-    dropout goes on with the very next mask. (In a run of several processes they are left alone.)
+    So long as this callback is among the trainer's, **every** checkpoint also carries the state of Python's, NumPy's
+    and torch's global random generators, and resuming from one restores them: dropout goes on with the very next mask.
+    (In a run of several processes they are left alone.)
 
     Args:
-        dirpath: folder of the checkpoint.
-        filename: its name, without ``.ckpt``; an older one is overwritten.
+        dirpath: Folder of the checkpoint.
+        filename: Its name, without `.ckpt`; an older one is overwritten.
 
     >>> InterruptCheckpoint("run").ckpt_path
     'run/interrupted.ckpt'
@@ -89,8 +87,8 @@ class InterruptCheckpoint(Checkpoint):
             raise KeyboardInterrupt
         self.interrupted = True
         rank_zero_info(
-            f"Interrupted: a checkpoint follows this step, {self.ckpt_path}. "
-            "Interrupt again to stop at once without one."
+            f"Interrupted: a checkpoint follows this step, {self.ckpt_path}. Interrupt again to stop at once without "
+            "one."
         )
 
     def _release(self) -> None:
@@ -112,12 +110,7 @@ class InterruptCheckpoint(Checkpoint):
     # --- the checkpoint -----------------------------------------------------------------------
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the checkpoint if a signal has come and the optimizer has stepped."""
         self._step_complete = trainer.global_step != self._step
@@ -181,7 +174,7 @@ def restore_generators(state: dict[str, Any]) -> None:
     """Put the global random generators back.
 
     Args:
-        state: from `collect_generators`; GPUs that are not there now are passed over.
+        state: From `collect_generators`; GPUs that are not there now are passed over.
 
     >>> state = collect_generators()
     >>> first = random.random(), numpy.random.rand(), torch.rand(())

@@ -1,4 +1,4 @@
-"""Learning-rate schedules over the whole length of a run, for a task's ``schedule``."""
+"""Learning-rate schedules over the whole length of a run, for a task's `schedule`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def linear_decay(optimizer: Optimizer, total_steps: int, warmup: float = 0.0, fl
     """Decay the learning rate on a straight line, after an optional linear warm-up.
 
     Args:
-        optimizer: each of its groups' rates is multiplied by the same factor.
-        total_steps: optimizer steps in the run.
-        warmup: the part of them in which the rate rises from 0, in [0, 1).
-        floor: the factor at the end, in [0, 1].
+        optimizer: Each of its groups' rates is multiplied by the same factor.
+        total_steps: Optimizer steps in the run.
+        warmup: The part of them in which the rate rises from 0, in [0, 1).
+        floor: The factor at the end, in [0, 1].
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: A number is outside its range.
 
     >>> import torch
     >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -39,34 +39,24 @@ def cosine_decay(optimizer: Optimizer, total_steps: int, warmup: float = 0.0, fl
     """Decay the learning rate on half a cosine (Loshchilov & Hutter 2017), else as `linear_decay`.
 
     Args:
-        optimizer: each of its groups' rates is multiplied by the same factor.
-        total_steps: optimizer steps in the run.
-        warmup: the part of them in which the rate rises from 0, in [0, 1).
-        floor: the factor at the end, in [0, 1].
+        optimizer: Each of its groups' rates is multiplied by the same factor.
+        total_steps: Optimizer steps in the run.
+        warmup: The part of them in which the rate rises from 0, in [0, 1).
+        floor: The factor at the end, in [0, 1].
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: A number is outside its range.
     """
-    return _decay(
-        optimizer,
-        total_steps,
-        warmup,
-        floor,
-        lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
-    )
+    return _decay(optimizer, total_steps, warmup, floor, lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def _decay(
-    optimizer: Optimizer,
-    total_steps: int,
-    warmup: float,
-    floor: float,
-    shape: Callable[[float], float],
+    optimizer: Optimizer, total_steps: int, warmup: float, floor: float, shape: Callable[[float], float]
 ) -> LambdaLR:
     if total_steps < 1 or not 0.0 <= warmup < 1.0 or not 0.0 <= floor <= 1.0:
         raise ValueError(
-            f"A decay needs total_steps >= 1, 0 <= warmup < 1 and 0 <= floor <= 1, but got "
-            f"total_steps={total_steps}, warmup={warmup}, floor={floor}."
+            f"a decay needs total_steps >= 1, 0 <= warmup < 1 and 0 <= floor <= 1, got total_steps={total_steps}, "
+            f"warmup={warmup}, floor={floor}"
         )
     rising = round(warmup * total_steps)
 

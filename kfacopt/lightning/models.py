@@ -15,26 +15,20 @@ from torch import Tensor, nn
 class DeepAutoencoder(nn.Sequential):
     """The deep autoencoder of Hinton & Salakhutdinov (2006), as in Martens & Grosse (2015).
 
-    Linear layers 784-1000-500-250-30-250-500-1000-784 with tanh between them, except that the code
-    in the middle is linear and the output is logits. Weights are drawn as Glorot & Bengio (2010)
-    have it, uniform with variance 2 / (inputs + outputs), which keeps a signal's size through tanh
-    layers; biases are zero.
+    Linear layers 784-1000-500-250-30-250-500-1000-784 with tanh between them, except that the code in the middle is
+    linear and the output is logits. Weights are drawn as Glorot & Bengio (2010) have it, uniform with variance 2 /
+    (inputs + outputs), which keeps a signal's size through tanh layers; biases are zero.
 
     Args:
-        input_size: features of a datum.
-        hidden: sizes of the encoder's hidden layers; the decoder mirrors them.
-        code: size of the code.
+        input_size: Features of a datum.
+        hidden: Sizes of the encoder's hidden layers; the decoder mirrors them.
+        code: Size of the code.
 
     >>> DeepAutoencoder()(torch.zeros(2, 784)).shape
     torch.Size([2, 784])
     """
 
-    def __init__(
-        self,
-        input_size: int = 784,
-        hidden: Sequence[int] = (1000, 500, 250),
-        code: int = 30,
-    ) -> None:
+    def __init__(self, input_size: int = 784, hidden: Sequence[int] = (1000, 500, 250), code: int = 30) -> None:
         sizes = [input_size, *hidden, code, *reversed(hidden), input_size]
         code_layer, last_layer = len(hidden), len(sizes) - 2
         modules: list[nn.Module] = []
@@ -70,27 +64,23 @@ class _ResidualBlock(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small grey images (He et al. 2016, section 4.2, at a third its depth).
 
-    A 3 x 3 convolution, stages of residual blocks (each stage but the first halves height and
-    width), the mean over what is left of the image, and a linear classifier. BatchNorm follows
-    every convolution, so the convolutions have no bias. Convolutions are drawn as He et al. (2015)
-    have it (normal, variance 2 / fan-out), the classifier as torch does.
+    A 3 x 3 convolution, stages of residual blocks (each stage but the first halves height and width), the mean over
+    what is left of the image, and a linear classifier. BatchNorm follows every convolution, so the convolutions have no
+    bias. Convolutions are drawn as He et al. (2015) have it (normal, variance 2 / fan-out), the classifier as torch
+    does.
 
     Args:
-        channels: of the image.
-        classes: how many.
-        widths: channels of each stage.
-        blocks: residual blocks in a stage.
+        channels: Of the image.
+        classes: How many.
+        widths: Channels of each stage.
+        blocks: Residual blocks in a stage.
 
     >>> SmallResNet()(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 10])
     """
 
     def __init__(
-        self,
-        channels: int = 1,
-        classes: int = 10,
-        widths: Sequence[int] = (16, 32, 64),
-        blocks: int = 1,
+        self, channels: int = 1, classes: int = 10, widths: Sequence[int] = (16, 32, 64), blocks: int = 1
     ) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
@@ -109,7 +99,7 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``[n channels h w]`` to logits ``[n classes]``."""
+        """Images `[n channels h w]` to logits `[n classes]`."""
         hidden = F.relu(self.normalization(self.convolution(images)))
         logits: Tensor = self.classifier(self.blocks(hidden).mean((2, 3)))
         return logits
@@ -150,21 +140,21 @@ class _TransformerBlock(nn.Module):
 class CharacterTransformer(nn.Module):
     """A small pre-norm transformer that predicts each next character (Radford et al. 2019).
 
-    Embedded characters plus learned positions, blocks of causal attention and a perceptron, a last
-    LayerNorm and a linear head that shares no weight with the embedding. Weights and embeddings are
-    normal with standard deviation 0.02, the two layers of a block that write into the residual
-    stream with 0.02 / sqrt(2 x layers), so that the stream does not grow with depth; biases are 0.
+    Embedded characters plus learned positions, blocks of causal attention and a perceptron, a last LayerNorm and a
+    linear head that shares no weight with the embedding. Weights and embeddings are normal with standard deviation
+    0.02, the two layers of a block that write into the residual stream with 0.02 / sqrt(2 x layers), so that the stream
+    does not grow with depth; biases are 0.
 
     Args:
-        vocabulary_size: how many different characters (256: the bytes of UTF-8).
-        context: the longest sequence.
-        width: of the residual stream; a multiple of `heads`.
-        layers: how many blocks.
-        heads: attention heads in a block.
-        dropout: probability to drop an attention weight or a block's output, in training.
+        vocabulary_size: How many different characters (256: the bytes of UTF-8).
+        context: The longest sequence.
+        width: Of the residual stream; a multiple of `heads`.
+        layers: How many blocks.
+        heads: Attention heads in a block.
+        dropout: Probability to drop an attention weight or a block's output, in training.
 
     Raises:
-        ValueError: the heads do not divide the width; or, on call, the sequence is too long.
+        ValueError: The heads do not divide the width; or, on call, the sequence is too long.
 
     >>> CharacterTransformer(context=16)(torch.zeros(2, 16, dtype=torch.long)).shape
     torch.Size([2, 16, 256])
@@ -181,7 +171,7 @@ class CharacterTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}.")
+            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
         self.context = context
         self.dropout = dropout
         self.characters = nn.Embedding(vocabulary_size, width)
@@ -198,12 +188,12 @@ class CharacterTransformer(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Numbers of characters, integer ``[n t]``, to logits of the next, ``[n t vocabulary]``."""
+        """Numbers of characters, integer `[n t]`, to logits of the next, `[n t vocabulary]`."""
         count, length = characters.shape
         if length > self.context:
-            raise ValueError(f"A sequence of {length} characters exceeds context={self.context}.")
-        # Looked up once for every sequence, not once for the batch: each row of the positions'
-        # gradient then belongs to one datum, which is what a Kronecker factor is an average of.
+            raise ValueError(f"a sequence of {length} characters exceeds context={self.context}")
+        # Looked up once for every sequence, not once for the batch: each row of the positions' gradient then belongs to
+        # one datum, which is what a Kronecker factor is an average of.
         places = torch.arange(length, device=characters.device).expand(count, length)
         stream = self.characters(characters) + self.positions(places)
         stream = self.blocks(F.dropout(stream, self.dropout, self.training))
@@ -218,8 +208,8 @@ class TabularMLP(nn.Sequential):
 
     Args:
         input_size: columns.
-        hidden: sizes of the hidden layers.
-        output_size: predicted numbers.
+        hidden: Sizes of the hidden layers.
+        output_size: Predicted numbers.
 
     >>> TabularMLP()(torch.zeros(2, 10)).shape
     torch.Size([2, 1])

@@ -15,15 +15,14 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
     """Bring all singular values of a matrix near 1 by Newton-Schulz iteration.
 
     Each step replaces X by a X + (b X Xᵀ + c (X Xᵀ)²) X (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). torch's Muon does this in bfloat16, which is right
-    for an accelerator; a CPU without bfloat16 instructions takes some twenty times as long as in
-    float32, so there it is done in float32.
+    https://kellerjordan.github.io/posts/muon). torch's Muon does this in bfloat16, which is right for an accelerator; a
+    CPU without bfloat16 instructions takes some twenty times as long as in float32, so there it is done in float32.
 
     Args:
-        matrix: any ``[m n]``.
+        matrix: Any `[m n]`.
         coefficients: a, b, c.
-        steps: how many.
-        eps: the least norm that the matrix is divided by.
+        steps: How many.
+        eps: The least norm that the matrix is divided by.
 
     Returns:
         The matrix U f(S) Vᵀ, with f(S) near 1, in float32 or bfloat16.
@@ -43,8 +42,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with its iteration in float32 on a CPU, see `orthogonalize`.
 
-    Arguments, param groups and state are those of torch's class; so is every update, up to the
-    rounding of bfloat16.
+    Arguments, param groups and state are those of torch's class; so is every update, up to the rounding of bfloat16.
     """
 
     @overload
@@ -58,7 +56,7 @@ class Muon(torch.optim.Muon):
         """Update all matrices that have a gradient.
 
         Args:
-            closure: reevaluates the network and returns the loss.
+            closure: Reevaluates the network and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -88,25 +86,21 @@ class Muon(torch.optim.Muon):
         parameter.add_(update.to(parameter.dtype), alpha=-lr * ratio)
 
 
-_ALGORITHMS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
-    "muon": Muon,
-    "adamw": AdamW,
-}
+_ALGORITHMS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {"muon": Muon, "adamw": AdamW}
 
 
 class MuonAdamW(Optimizer):
     """Muon for some parameters and AdamW for others, as one optimizer.
 
-    The arithmetic is that of `Muon` and of `torch.optim.AdamW`; here they only share param groups
-    and state, so that schedulers, checkpoints and trainers see a single optimizer. A group's
-    ``algorithm``, ``"muon"`` or ``"adamw"``, says who updates it; its other keys are those of the
-    torch optimizer.
+    The arithmetic is that of `Muon` and of `torch.optim.AdamW`; here they only share param groups and state, so that
+    schedulers, checkpoints and trainers see a single optimizer. A group's `algorithm`, `"muon"` or `"adamw"`, says who
+    updates it; its other keys are those of the torch optimizer.
 
     Args:
-        params: param groups, each with an ``algorithm``.
+        params: Param groups, each with an `algorithm`.
 
     Raises:
-        ValueError: a group has no known ``algorithm``, or Muon is given what is not a matrix.
+        ValueError: A group has no known `algorithm`, or Muon is given what is not a matrix.
 
     >>> from torch import nn
     >>> weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
@@ -124,10 +118,10 @@ class MuonAdamW(Optimizer):
         super().__init__(list(params), {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which must say its ``algorithm``; what else it lacks is torch's default."""
+        """Add a group, which must say its `algorithm`; what else it lacks is torch's default."""
         algorithm = param_group.get("algorithm")
         if algorithm not in _ALGORITHMS:
-            raise ValueError(f"A param group of MuonAdamW needs algorithm='muon' or 'adamw', not {algorithm!r}.")
+            raise ValueError(f"a param group of MuonAdamW needs algorithm='muon' or 'adamw', got {algorithm!r}")
         # The torch optimizer checks the group and completes it with its defaults.
         (checked,) = _ALGORITHMS[algorithm]([dict(param_group)]).param_groups
         super().add_param_group(checked)
@@ -143,7 +137,7 @@ class MuonAdamW(Optimizer):
         """Update all parameters that have a gradient.
 
         Args:
-            closure: reevaluates the network and returns the loss.
+            closure: Reevaluates the network and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -152,8 +146,8 @@ class MuonAdamW(Optimizer):
         for algorithm, optimizer_type in _ALGORITHMS.items():
             groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             if groups:
-                # The optimizer is built anew for each step, around the very groups and state that
-                # this one owns: what a scheduler or `load_state_dict` writes is always seen.
+                # The optimizer is built anew for each step, around the very groups and state that this one owns: what a
+                # scheduler or `load_state_dict` writes is always seen.
                 optimizer = optimizer_type(groups)
                 optimizer.state = self.state
                 optimizer.step()

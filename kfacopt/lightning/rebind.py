@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, ReduceLROn
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
-# What schedulers of torch's hold of learning rates: lists with a rate for each group, single rates,
-# and rates that they leave in the groups themselves.
+# What schedulers of torch's hold of learning rates: lists with a rate for each group, single rates, and rates that they
+# leave in the groups themselves.
 _RATES_OF_GROUPS = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _SINGLE_RATES = ("eta_min", "default_min_lr")
 _RATES_IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
@@ -22,23 +22,23 @@ _RATES_IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
 def rebind_schedulers(schedulers: Sequence[Scheduler], old: Optimizer, new: Optimizer) -> list[Scheduler]:
     """Make learning-rate schedulers drive another optimizer, from where they stand.
 
-    A scheduler keeps its class, its progress and the shape of its curve. The scale is the new
-    optimizer's: the learning rate that it was made with takes the place of the old optimizer's base
-    learning rate (for ``OneCycleLR`` and ``CyclicLR``: of their ``max_lr``), and every rate that
-    the scheduler holds, such as ``eta_min`` or ``min_lr``, is multiplied by the same ratio. What a
-    scheduler does to momentum is left out: that too was meant for the old optimizer.
+    A scheduler keeps its class, its progress and the shape of its curve. The scale is the new optimizer's: the learning
+    rate that it was made with takes the place of the old optimizer's base learning rate (for `OneCycleLR` and
+    `CyclicLR`: of their `max_lr`), and every rate that the scheduler holds, such as `eta_min` or `min_lr`, is
+    multiplied by the same ratio. What a scheduler does to momentum is left out: that too was meant for the old
+    optimizer.
 
     Args:
-        schedulers: all that drive `old`; they are not changed, but should not be stepped any more.
-        old: the optimizer that they drive.
-        new: the one that they are to drive; its groups' rates are set to where the schedules stand.
+        schedulers: All that drive `old`; they are not changed, but should not be stepped any more.
+        old: The optimizer that they drive.
+        new: The one that they are to drive; its groups' rates are set to where the schedules stand.
 
     Returns:
         The new schedulers, in the same order.
 
     Raises:
-        ValueError: the optimizers have different numbers of param groups, and the old one's groups
-            do not all have the same learning rate; or the old learning rate is zero.
+        ValueError: The optimizers have different numbers of param groups, and the old one's groups do not all have the
+            same learning rate; or the old learning rate is zero.
 
     >>> import torch
     >>> from torch.optim.lr_scheduler import StepLR
@@ -58,12 +58,12 @@ def rebind_schedulers(schedulers: Sequence[Scheduler], old: Optimizer, new: Opti
         reference = _reference_rate(schedulers, old.param_groups[index], index)
         if reference == 0:
             raise ValueError(
-                "The learning rate of the optimizer that is replaced is 0, so the scale of its "
-                "schedule cannot be carried over. Give it a positive learning rate."
+                "the learning rate of the optimizer that is replaced is 0, so the scale of its schedule cannot be "
+                "carried over: give it a positive learning rate"
             )
         scales.append(float(group["lr"]) / reference)
-    # A constant schedule, for what torch's constructor does to the optimizer: it wraps `step`, by
-    # which schedulers know whether the optimizer has stepped before them.
+    # A constant schedule, for what torch's constructor does to the optimizer: it wraps `step`, by which schedulers know
+    # whether the optimizer has stepped before them.
     LambdaLR(new, lambda _: 1.0)
     for index, group, scale in zip(sources, new.param_groups, scales, strict=True):
         for name in _RATES_IN_GROUPS:
@@ -85,9 +85,9 @@ def _matching_groups(schedulers: Sequence[Scheduler], old: Optimizer, new: Optim
     lambdas = [function for scheduler in schedulers for function in getattr(scheduler, "lr_lambdas", [])]
     if len(set(curves)) > 1 or any(function is not lambdas[0] for function in lambdas):
         raise ValueError(
-            f"The optimizer that is replaced has {olds} param groups on learning-rate schedules of "
-            f"their own, but the new one has {news}: which follows which? Build the new optimizer "
-            "with as many groups (params=), or build its schedule in configure_optimizers."
+            f"the optimizer that is replaced has {olds} param groups on learning-rate schedules of their own, but the "
+            f"new one has {news}: which follows which? build the new optimizer with as many groups (params=), or build "
+            "its schedule in configure_optimizers"
         )
     return [0] * news
 

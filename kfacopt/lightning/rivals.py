@@ -1,7 +1,7 @@
 """Factories for the optimizers that ours are compared with.
 
-Each takes the network and, like ours, a ``loss_func``, which it ignores, so that all of them can be
-exchanged in a configuration.
+Each takes the network and, like ours, a `loss_func`, which it ignores, so that all of them can be exchanged in a
+configuration.
 """
 
 from __future__ import annotations
@@ -31,28 +31,21 @@ def adamw(
     """`torch.optim.AdamW` over all trainable parameters of a network.
 
     Args:
-        model: the network.
+        model: The network.
         loss_func: ignored.
-        lr: learning rate.
-        betas: decay of the running averages of the gradient and of its square.
-        eps: added to the root of the second.
+        lr: Learning rate.
+        betas: Decay of the running averages of the gradient and of its square.
+        eps: Added to the root of the second.
         weight_decay: decoupled.
-        fused: torch's fused kernel, which on a CPU takes a fifth of the time of the plain one. Turn
-            it off to clip gradients under AMP, which Lightning refuses with a fused optimizer.
+        fused: torch's fused kernel, which on a CPU takes a fifth of the time of the plain one. Turn it off to clip
+            gradients under AMP, which Lightning refuses with a fused optimizer.
 
     >>> type(adamw(nn.Linear(2, 2))).__name__
     'AdamW'
     """
     # Lists come out of configuration files.
     beta1, beta2 = betas
-    return AdamW(
-        _trainable(model),
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        fused=fused,
-    )
+    return AdamW(_trainable(model), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def sgd(
@@ -68,33 +61,26 @@ def sgd(
     """`torch.optim.SGD` with momentum over all trainable parameters of a network.
 
     Args:
-        model: the network.
+        model: The network.
         loss_func: ignored.
-        lr: learning rate.
-        momentum: decay of the summed gradients.
-        nesterov: whether to look ahead.
-        weight_decay: added to the gradient (not decoupled).
-        fused: torch's fused kernel, which on a CPU takes a fifth of the time of the plain one. Turn
-            it off to clip gradients under AMP, which Lightning refuses with a fused optimizer.
+        lr: Learning rate.
+        momentum: Decay of the summed gradients.
+        nesterov: Whether to look ahead.
+        weight_decay: Added to the gradient (not decoupled).
+        fused: torch's fused kernel, which on a CPU takes a fifth of the time of the plain one. Turn it off to clip
+            gradients under AMP, which Lightning refuses with a fused optimizer.
 
     >>> type(sgd(nn.Linear(2, 2))).__name__
     'SGD'
     """
-    return SGD(
-        _trainable(model),
-        lr=lr,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        fused=fused,
-    )
+    return SGD(_trainable(model), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that Muon is for: matrices, without embeddings and the last layer's.
 
-    The last layer is the last module that has a matrix, in the order of registration. Kernels of
-    convolutions have more than two dimensions, which torch's Muon does not take.
+    The last layer is the last module that has a matrix, in the order of registration. Kernels of convolutions have more
+    than two dimensions, which torch's Muon does not take.
 
     >>> network = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 4), nn.Linear(4, 5))
     >>> [tuple(matrix.shape) for matrix in hidden_matrices(network)]
@@ -130,13 +116,13 @@ def muon(
     """Muon for a network's hidden matrices and AdamW for the rest, see `MuonAdamW`.
 
     Args:
-        model: the network; see `hidden_matrices` for which parameters are Muon's.
+        model: The network; see `hidden_matrices` for which parameters are Muon's.
         loss_func: ignored.
         lr: Muon's learning rate.
         momentum: Muon's momentum (Nesterov's).
         weight_decay: Muon's, decoupled.
-        adjust_lr_fn: how Muon adapts the rate to a matrix' shape: ``"original"`` (None) or
-            ``"match_rms_adamw"``, with which AdamW's learning rates suit Muon too.
+        adjust_lr_fn: How Muon adapts the rate to a matrix' shape: `"original"` (None) or `"match_rms_adamw"`, with
+            which AdamW's learning rates suit Muon too.
         adamw_lr: AdamW's learning rate.
         adamw_betas: AdamW's decays.
         adamw_weight_decay: AdamW's, decoupled.

@@ -18,33 +18,28 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from kfacopt.likelihoods import Bernoulli, Likelihood
 
 OptimizerFactory = Callable[..., Optimizer]
-"""``(model, loss_func=...) -> Optimizer``, e.g. a partial of `kfacopt.EKFAC` or a rival."""
+"""`(model, loss_func=...) -> Optimizer`, e.g. a partial of `kfacopt.EKFAC` or a rival."""
 
 ScheduleFactory = Callable[..., LRScheduler | ReduceLROnPlateau]
-"""``(optimizer) -> scheduler``, or ``(optimizer, total_steps=...)``, e.g. a partial."""
+"""`(optimizer) -> scheduler`, or `(optimizer, total_steps=...)`, e.g. a partial."""
 
 
 class Task(LightningModule, ABC):
     """A network, its loss, and the optimizer that a factory builds for them.
 
-    Optimization is Lightning's automatic one; nothing here knows which optimizer it is. Logged are
-    ``train/loss`` (every `log_every_n_steps` steps) and ``val/loss`` (mean over validation rows).
+    Optimization is Lightning's automatic one; nothing here knows which optimizer it is. Logged are `train/loss` (every
+    `log_every_n_steps` steps) and `val/loss` (mean over validation rows).
 
     Args:
-        model: the network; it gets a batch's first tensor.
-        optimizer: builds the optimizer: ``optimizer(model, loss_func=loss_func)``.
-        schedule: builds a learning-rate schedule, stepped after every optimizer step:
-            ``schedule(optimizer)``; if it has an argument ``total_steps`` that is not yet given, it
-            gets the number of optimizer steps in the run (``trainer.estimated_stepping_batches``).
-            A ``ReduceLROnPlateau`` is stepped after every validation, on ``val/loss``.
+        model: The network; it gets a batch's first tensor.
+        optimizer: Builds the optimizer: `optimizer(model, loss_func=loss_func)`.
+        schedule: Builds a learning-rate schedule, stepped after every optimizer step: `schedule(optimizer)`; if it has
+            an argument `total_steps` that is not yet given, it gets the number of optimizer steps in the run
+            (`trainer.estimated_stepping_batches`). A `ReduceLROnPlateau` is stepped after every validation, on
+            `val/loss`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: OptimizerFactory,
-        schedule: ScheduleFactory | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: OptimizerFactory, schedule: ScheduleFactory | None = None) -> None:
         super().__init__()
         self.model = model
         self.optimizer_factory = optimizer
@@ -65,13 +60,13 @@ class Task(LightningModule, ABC):
         return prediction
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """Loss of a batch, logged as ``train/loss``."""
+        """Loss of a batch, logged as `train/loss`."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
-        """Loss of a batch, logged as ``val/loss``."""
+        """Loss of a batch, logged as `val/loss`."""
         loss = self.loss(batch)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
 
@@ -94,9 +89,8 @@ class Task(LightningModule, ABC):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError(
-                "The learning-rate schedule spans the whole run, but the trainer has no limit in "
-                "steps or epochs. Give the Trainer max_steps or max_epochs, or the schedule "
-                "total_steps."
+                "the learning-rate schedule spans the whole run, but the trainer has no limit in steps or epochs: "
+                "give the Trainer max_steps or max_epochs, or the schedule total_steps"
             )
         return schedule(optimizer, total_steps=int(steps))
 
@@ -104,8 +98,8 @@ class Task(LightningModule, ABC):
 class Autoencoding(Task):
     """Reproduce the input: cross-entropy of every pixel, summed over pixels, mean over the data.
 
-    A batch is a tuple that begins with images, floats in [0, 1], ``[n ...]``; the rest is ignored.
-    The network's output, shaped as its input, is taken as logits.
+    A batch is a tuple that begins with images, floats in [0, 1], `[n ...]`; the rest is ignored. The network's output,
+    shaped as its input, is taken as logits.
     """
 
     @property
@@ -121,9 +115,9 @@ class Autoencoding(Task):
 
 
 class Classification(Task):
-    """Name the class: cross-entropy. Also logs ``val/accuracy``.
+    """Name the class: cross-entropy. Also logs `val/accuracy`.
 
-    A batch is (inputs, labels): labels int64 ``[n]``; the network's output is ``[n classes]``.
+    A batch is (inputs, labels): labels int64 `[n]`; the network's output is `[n classes]`.
     """
 
     @property
@@ -149,8 +143,7 @@ class Classification(Task):
 class LanguageModeling(Task):
     """Predict each next character: cross-entropy, mean over all characters of the batch.
 
-    A batch is (characters, next characters), both int64 ``[n t]``; the network's output is
-    ``[n t vocabulary]``.
+    A batch is (characters, next characters), both int64 `[n t]`; the network's output is `[n t vocabulary]`.
     """
 
     @property
@@ -168,7 +161,7 @@ class LanguageModeling(Task):
 class Regression(Task):
     """Predict numbers: mean-squared error.
 
-    A batch is (inputs, targets): targets ``[n c]``, as the network's output.
+    A batch is (inputs, targets): targets `[n c]`, as the network's output.
     """
 
     @property

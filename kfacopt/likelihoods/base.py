@@ -1,11 +1,10 @@
 """The seam between a loss and its curvature.
 
-A mean loss is ``(1/M) sum_m l_m(f_m)``: ``M`` independent terms, each a function of one row ``f_m``
-of the prediction. When every term is a negative log-likelihood of an exponential family with
-natural parameters ``f_m``, its Hessian does not depend on the label but for a factor, and equals
-the Fisher information (Martens 2020, sections 8 and 9.2). A `Likelihood` says what the rows are,
-and gives vectors ``v`` whose outer products sum to those Hessians. Back-propagated, they become the
-output-gradient covariances of K-FAC (Martens & Grosse 2015; Eschenhagen et al. 2023).
+A mean loss is `(1/M) sum_m l_m(f_m)`: `M` independent terms, each a function of one row `f_m` of the prediction. When
+every term is a negative log-likelihood of an exponential family with natural parameters `f_m`, its Hessian does not
+depend on the label but for a factor, and equals the Fisher information (Martens 2020, sections 8 and 9.2). A
+`Likelihood` says what the rows are, and gives vectors `v` whose outer products sum to those Hessians. Back-propagated,
+they become the output-gradient covariances of K-FAC (Martens & Grosse 2015; Eschenhagen et al. 2023).
 """
 
 from __future__ import annotations
@@ -58,20 +57,14 @@ class LossTerms:
     """A prediction read as independent loss terms: row m is one term (a datum, a token).
 
     Attributes:
-        parameters: Natural parameters (logits, means) ``[m c]``, float32 or float64.
-        scale: Hessian multiplier of every row ``[m]``: class weights, 1/c of a mean over features,
-            0 for ignored rows.
-        count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored
-            (leave the batch out).
-        gradient: Gradient of each term, dl_m/df_m ``[m c]``, not divided by ``count``; ``None`` if
-            it cannot be known.
-        restore: Brings vectors ``[v m c]`` to ``[v, *prediction.shape]``, in the prediction's data
-            type.
-        output_scale: Further Hessian multiplier of every output ``[m c]`` (``pos_weight``);
-            ``None`` for one.
-        terms_per_datum: Rows that belong to one datum (positions of a sequence); they are
-            contiguous.
-        rows: Reads a tensor of the prediction's shape as rows ``[m c]``.
+        parameters: Natural parameters (logits, means) `[m c]`, float32 or float64.
+        scale: Hessian multiplier of every row `[m]`: class weights, 1/c of a mean over features, 0 for ignored rows.
+        count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored (leave the batch out).
+        gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known.
+        restore: Brings vectors `[v m c]` to `[v, *prediction.shape]`, in the prediction's data type.
+        output_scale: Further Hessian multiplier of every output `[m c]` (`pos_weight`); `None` for one.
+        terms_per_datum: Rows that belong to one datum (positions of a sequence); they are contiguous.
+        rows: Reads a tensor of the prediction's shape as rows `[m c]`.
     """
 
     parameters: Tensor
@@ -94,7 +87,7 @@ class LossTerms:
         gradient: Tensor | None,
         output_scale: Tensor | None = None,
     ) -> LossTerms:
-        """Terms whose rows lie in the prediction as ``layout`` says."""
+        """Terms whose rows lie in the prediction as `layout` says."""
         return cls(
             parameters=parameters,
             scale=scale,
@@ -112,7 +105,7 @@ class LossTerms:
         The gradient belongs to the old prediction and is dropped.
 
         Raises:
-            RuntimeError: If the likelihood that made the terms left ``rows`` out.
+            RuntimeError: If the likelihood that made the terms left `rows` out.
         """
         if self.rows is None:
             raise RuntimeError(
@@ -125,15 +118,18 @@ class LossTerms:
 class Likelihood(ABC):
     """A loss function read as a negative log-likelihood with natural parameters f, the prediction.
 
-    Subclass it for a loss of your own: four methods, all on rows. Statistics are those
-    of the *mean* loss.
+    Subclass it for a loss of your own: four methods, all on rows. Statistics are those of the *mean* loss.
     """
 
     vectors_per_chunk: ClassVar[int] = 64
-    """At most this many type-2 vectors are back-propagated at once."""
+    """At most this many type-2 vectors are back-propagated at once.
+
+    Memory grows with it (as many copies of the backward's cotangents), time falls little beyond a few. Ten classes fit
+    in one pass, a vocabulary takes many. The statistics do not depend on it.
+    """
 
     reduction: str = "mean"
-    """How the loss function sums up its terms; ``"sum"`` makes `gradient_scale` 1/M."""
+    """How the loss function sums up its terms; `"sum"` makes `gradient_scale` 1/M."""
 
     @abstractmethod
     def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
@@ -141,26 +137,26 @@ class Likelihood(ABC):
 
         Args:
             prediction: What the loss function was given.
-            gradient: The user's dL/dprediction, known up to a positive factor (loss scaling,
-                accumulation). The target is read from it where the Hessian needs it.
-            target: What the loss function was given, exact; it wins over ``gradient``.
+            gradient: The user's dL/dprediction, known up to a positive factor (loss scaling, accumulation). The target
+                is read from it where the Hessian needs it.
+            target: What the loss function was given, exact; it wins over `gradient`.
 
         Raises:
             TypeError: If the prediction is complex or of integers.
-            ValueError: If the batch is empty, or the gradient is not that of this loss function.
-                Never because of non-finite numbers, for which the caller leaves the batch out.
+            ValueError: If the batch is empty, or the gradient is not that of this loss function. Never because of
+                non-finite numbers, for which the caller leaves the batch out.
         """
 
     @abstractmethod
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
-        """Gradients at labels drawn from the model, ``[v m c]`` with v = mc_samples.
+        """Gradients at labels drawn from the model, `[v m c]` with v = mc_samples.
 
-        ``sum_v v_m v_mᵀ`` has the expectation ``scale_m`` times the Hessian of term m.
+        `sum_v v_m v_mᵀ` has the expectation `scale_m` times the Hessian of term m.
         """
 
     @abstractmethod
     def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
-        """A square root of every term's Hessian ``[c m c]``: sum_v v_m v_mᵀ = scale_m Hessian_m.
+        """A square root of every term's Hessian `[c m c]`: sum_v v_m v_mᵀ = scale_m Hessian_m.
 
         Args:
             terms: The loss terms.
@@ -168,7 +164,7 @@ class Likelihood(ABC):
         """
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
-        """Every term's ``scale_m Hessian_m`` times its row of ``vectors`` ``[m c]``; rows again.
+        """Every term's `scale_m Hessian_m` times its row of `vectors` `[m c]`; rows again.
 
         Here from `hessian_sqrt`, in chunks of its columns; a subclass that knows a formula overrides it.
         """
@@ -180,10 +176,10 @@ class Likelihood(ABC):
 
     @abstractmethod
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
-        """Sum over the terms of scale · KL(p_old ‖ p_new), 0-dim; ``old.count`` makes it a mean.
+        """Sum over the terms of scale · KL(p_old ‖ p_new), 0-dim; `old.count` makes it a mean.
 
         It is the Bregman divergence of the loss: with b its part that does not depend on the label,
-        ``b(f_new) - b(f_old) - ∇b(f_old)·(f_new - f_old)``. Scales are those of ``old``.
+        `b(f_new) - b(f_old) - ∇b(f_old)·(f_new - f_old)`. Scales are those of `old`.
         """
 
     def gradient_scale(self, terms_count: float) -> float:
@@ -197,17 +193,16 @@ class Likelihood(ABC):
         mc_samples: int = 1,
         generator: Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Vectors to back-propagate, in chunks ``[v, *prediction.shape]``.
+        """Vectors to back-propagate, in chunks `[v, *prediction.shape]`.
 
-        Their outer products sum (type-2) or sum in expectation (mc) to the Hessian of the *sum*
-        over the terms; divide by ``terms.count`` for the mean loss. The type-2 vectors of one
-        datum's terms are kept apart, since the terms share the graph below (a sequence of t
-        positions has t·c vectors); different data share none, so that one vector serves all of
-        them.
+        Their outer products sum (type-2) or sum in expectation (mc) to the Hessian of the *sum* over the terms; divide
+        by `terms.count` for the mean loss. The type-2 vectors of one datum's terms are kept apart, since the terms
+        share the graph below (a sequence of t positions has t·c vectors); different data share none, so that one vector
+        serves all of them.
 
         Raises:
-            ValueError: If ``mc_samples`` is not positive, or the empirical Fisher is asked of terms
-                whose gradient cannot be known.
+            ValueError: If `mc_samples` is not positive, or the empirical Fisher is asked of terms whose gradient cannot
+                be known.
         """
         fisher_type = FisherType(fisher_type)
         if fisher_type is FisherType.TYPE2:
@@ -245,7 +240,7 @@ class Likelihood(ABC):
 
 
 def independent_columns(deviation: Tensor, columns: slice) -> Tensor:
-    """Columns ``[v m c]`` of the diagonal matrices with diagonals ``deviation`` ``[m c]``."""
+    """Columns `[v m c]` of the diagonal matrices with diagonals `deviation` `[m c]`."""
     rows, outputs = deviation.shape
     chosen = torch.arange(outputs, device=deviation.device)[columns]
     vectors = deviation.new_zeros(len(chosen), rows, outputs)

@@ -21,26 +21,23 @@ from kfacopt.likelihoods.precision import (
 class Bernoulli(Likelihood):
     """Binary cross-entropy on logits, torch's `BCEWithLogitsLoss`.
 
-    The Hessian is σ(1-σ), times ``pos_weight`` where y = 1.
+    The Hessian is σ(1-σ), times `pos_weight` where y = 1.
 
-    A prediction ``[n ... c]`` has its outputs along the last axis; ``[n]`` has one output per
-    datum. The targets are read from the sign of the user's gradient, and numbers whose gradient is
-    exactly zero although their logit is not saturated were left out of the loss: they have no
-    curvature, and rows of them do not count.
+    A prediction `[n ... c]` has its outputs along the last axis; `[n]` has one output per datum. The targets are read
+    from the sign of the user's gradient, and numbers whose gradient is exactly zero although their logit is not
+    saturated were left out of the loss: they have no curvature, and rows of them do not count.
 
     Args:
         pos_weight: Weight of the positive examples; a tensor that broadcasts to one datum's shape.
         soft_targets: Whether targets may lie between 0 and 1; otherwise those are refused.
-        reduction: ``"datum"`` sums over everything that belongs to one datum (all axes but the
-            first) and averages over data. ``"mean"`` averages over all numbers and ``"sum"`` adds
-            them up, as torch does. ``"none"`` is read as ``"mean"``, since what happens to the
-            numbers outside the loss function cannot be seen.
+        reduction: `"datum"` sums over everything that belongs to one datum (all axes but the first) and averages over
+            data. `"mean"` averages over all numbers and `"sum"` adds them up, as torch does. `"none"` is read as
+            `"mean"`, since what happens to the numbers outside the loss function cannot be seen.
         weight: Weight of every output; a tensor that broadcasts to one datum's shape.
 
     Note:
-        Each term's gradient is known with hard targets. With soft ones it is the user's times
-        ``count``, which holds while the loss is not rescaled, and is ``None`` where no target
-        between 0 and 1 has such a gradient.
+        Each term's gradient is known with hard targets. With soft ones it is the user's times `count`, which holds
+        while the loss is not rescaled, and is `None` where no target between 0 and 1 has such a gradient.
 
     >>> likelihood = Bernoulli(pos_weight=torch.tensor(3.0))
     >>> terms = likelihood.terms(torch.zeros(2, 1), gradient=torch.tensor([[0.25], [-0.75]]))
@@ -129,7 +126,7 @@ class Bernoulli(Likelihood):
         return independent_columns(variance.sqrt() * _deviation(terms, 1.0), columns)
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
-        """``scale σ(1-σ) v``."""
+        """`scale σ(1-σ) v`."""
         variance = terms.parameters.sigmoid() * (-terms.parameters).sigmoid()
         return variance * _deviation(terms, 1.0).square() * vectors
 
@@ -142,7 +139,7 @@ class Bernoulli(Likelihood):
         return (bregman.sum(-1) * old.scale).sum().to(old.parameters.dtype)
 
     def _per_output(self, name: str, given: Tensor | None, prediction: Tensor, layout: RowLayout) -> Tensor | None:
-        """``weight`` or ``pos_weight`` as rows ``[m c]``, if it is the same for every datum."""
+        """`weight` or `pos_weight` as rows `[m c]`, if it is the same for every datum."""
         if given is None:
             return None
         shape, one_datum = list(given.shape), list(prediction.shape[1:])
@@ -186,7 +183,7 @@ class Bernoulli(Likelihood):
 
 
 def _deviation(terms: LossTerms, factor: float) -> Tensor:
-    """Square root of the Hessian multipliers, ``[m 1]`` or ``[m c]``."""
+    """Square root of the Hessian multipliers, `[m 1]` or `[m c]`."""
     scale = terms.scale[:, None] * factor
     return (scale if terms.output_scale is None else scale * terms.output_scale).sqrt()
 
@@ -223,11 +220,10 @@ def _read_labels(
     positive: Tensor | None,
     precision: Precision,
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels 0/1 ``[m c]`` by the gradient's sign; which numbers the loss has (``None``: all).
+    """Labels 0/1 `[m c]` by the gradient's sign; which numbers the loss has (`None`: all).
 
-    With the right labels the gradient is one positive multiple k of w (s σ - pos_weight y). A
-    number whose target is t instead of y is off by about |t - y| k: this tells non-binary targets
-    and other losses.
+    With the right labels the gradient is one positive multiple k of w (s σ - pos_weight y). A number whose target is t
+    instead of y is off by about |t - y| k: this tells non-binary targets and other losses.
     """
     lowest, highest = gradient.aminmax()
     largest = largest_magnitude(lowest, highest)
@@ -236,8 +232,8 @@ def _read_labels(
     if int(gradient.count_nonzero()) < gradient.numel():
         zero = gradient == 0
         labels = torch.where(zero, (probabilities >= 0.5).to(labels.dtype), labels)
-        # A gradient this close to zero is rounded to it. Of its factor k only this is known: no
-        # number's gradient is larger than k times the largest weight.
+        # A gradient this close to zero is rounded to it. Of its factor k only this is known: no number's gradient is
+        # larger than k times the largest weight.
         heaviest = 1.0 if weight is None else weight.amax()
         heaviest = heaviest if positive is None else heaviest * positive.amax().clamp_min(1.0)
         smallest = 2.0 * heaviest * precision.quantum / largest
@@ -268,7 +264,7 @@ def _count_deviations(
     multipliers: Tensor | None,
     precision: Precision,
 ) -> int:
-    """How many numbers' gradients are not ``factor`` times the expected."""
+    """How many numbers' gradients are not `factor` times the expected."""
     tolerance = precision.target + 2.0 * precision.quantum / factor
     deviation = torch.addcdiv(expected, gradient, factor, value=-1.0)
     if multipliers is None:
@@ -283,6 +279,8 @@ def _count_deviations(
 def _if_possible(gradients: Tensor, probabilities: Tensor, scale: Tensor, output_scale: Tensor | None) -> Tensor | None:
     """The gradients if targets between 0 and 1 have them; else the loss was rescaled: unknown."""
     multiplier = scale[:, None] if output_scale is None else scale[:, None] * output_scale
+    # A gradient is allowed to lie this share of a whole label outside: half precision rounds it by less than 1%, while
+    # one scaled up by 2 leaves the range by far more wherever the prediction is wrong. (Scaled down it stays inside.)
     slack = 1e-2 * multiplier
     below = gradients <= multiplier * probabilities + slack
     above = gradients >= multiplier * (probabilities - 1.0) - slack

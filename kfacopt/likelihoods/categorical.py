@@ -20,28 +20,25 @@ from kfacopt.likelihoods.softmax_gradient import Smoothing, class_axes, read_lab
 class Categorical(Likelihood):
     """Cross-entropy on logits, torch's `CrossEntropyLoss`.
 
-    One row of logits f with p = softmax(f), label y and class weights w has the loss
-    ``-sum_c w_c t_c log p_c`` with ``t = (1-ε) e_y + ε/C``, the gradient ``s p - t∘w`` with
-    ``s = sum_c t_c w_c``, and the Hessian ``s (diag p - p pᵀ)``. The mean divides by the sum of
-    w_y over the labels that are not ignored.
+    One row of logits f with p = softmax(f), label y and class weights w has the loss `-sum_c w_c t_c log p_c` with
+    `t = (1-ε) e_y + ε/C`, the gradient `s p - t∘w` with `s = sum_c t_c w_c`, and the Hessian `s (diag p - p pᵀ)`. The
+    mean divides by the sum of w_y over the labels that are not ignored.
 
-    Predictions are ``[c]``, ``[n c]``, torch's ``[n c d1 ...]`` or ``[n ... c]`` as language models
-    return them. Without a target, the class axis is the one along which the gradient sums to zero,
-    labels are those whose gradient points along the user's, and rows without any gradient that are
-    not saturated were ignored.
+    Predictions are `[c]`, `[n c]`, torch's `[n c d1 ...]` or `[n ... c]` as language models return them. Without a
+    target, the class axis is the one along which the gradient sums to zero, labels are those whose gradient points
+    along the user's, and rows without any gradient that are not saturated were ignored.
 
     Args:
-        class_weights: Weight of every class ``[c]``, not negative.
+        class_weights: Weight of every class `[c]`, not negative.
         ignore_index: Targets of this value are left out.
         label_smoothing: ε, from 0 to 1.
-        reduction: ``"mean"`` or ``"sum"`` as torch has it. ``"none"`` is read as ``"mean"``, since
-            what happens to the numbers outside the loss function cannot be seen.
+        reduction: `"mean"` or `"sum"` as torch has it. `"none"` is read as `"mean"`, since what happens to the numbers
+            outside the loss function cannot be seen.
 
     Note:
-        Probability targets are exact when given. Read from the gradient they need
-        ``class_weights=None`` (the Hessian is then the same for any), and the terms' gradients stay
-        unknown. A model that merges data and positions into one axis ``[(n t) c]`` hides which
-        terms share a graph; the type-2 Fisher is exact for ``[n t c]``.
+        Probability targets are exact when given. Read from the gradient they need `class_weights=None` (the
+        Hessian is then the same for any), and the terms' gradients stay unknown. A model that merges data and positions
+        into one axis `[(n t) c]` hides which terms share a graph; the type-2 Fisher is exact for `[n t c]`.
 
     >>> logits = torch.zeros(2, 2, requires_grad=True)
     >>> loss = 128 * torch.nn.functional.cross_entropy(logits, torch.tensor([1, -100]))
@@ -98,15 +95,15 @@ class Categorical(Likelihood):
         rows, classes = probabilities.shape
         device = probabilities.device if generator is None else generator.device
         uniform = torch.rand(rows, mc_samples, generator=generator, device=device, dtype=probabilities.dtype)
-        # Inverting the distribution function takes one random number a draw, and unlike
-        # torch.multinomial it does not fail (on CUDA: not for good) when a batch has diverged.
+        # Inverting the distribution function takes one random number a draw, and unlike torch.multinomial it does not
+        # fail (on CUDA: not for good) when a batch has diverged.
         cumulative = probabilities.cumsum(-1)
         uniform = uniform.to(probabilities.device) * cumulative[:, -1:]
         labels = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=classes - 1)
         return self._sampled(terms, probabilities, rearrange(labels, "m v -> v m"))
 
     def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
-        """Vectors ``sqrt(scale p_k) (e_k - p)``, one per class k."""
+        """Vectors `sqrt(scale p_k) (e_k - p)`, one per class k."""
         probabilities = terms.parameters.softmax(-1)
         chosen = torch.arange(probabilities.shape[1], device=probabilities.device)[columns]
         deviation = (probabilities[:, columns] * terms.scale[:, None]).sqrt().T
@@ -115,7 +112,7 @@ class Categorical(Likelihood):
         return vectors
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
-        """``scale (p∘v - p (p·v))``."""
+        """`scale (p∘v - p (p·v))`."""
         probabilities = terms.parameters.softmax(-1)
         weighted = probabilities * vectors
         return (weighted - probabilities * weighted.sum(-1, keepdim=True)) * terms.scale[:, None]
@@ -130,7 +127,7 @@ class Categorical(Likelihood):
         return (terms.sum(-1) * old.scale).sum().to(old.parameters.dtype)
 
     def _sampled(self, terms: LossTerms, probabilities: Tensor, labels: Tensor) -> Tensor:
-        """``sqrt(scale / v) (p - e_y)`` at labels ``[v m]``."""
+        """`sqrt(scale / v) (p - e_y)` at labels `[v m]`."""
         deviation = (terms.scale / labels.shape[0]).sqrt()
         vectors = (probabilities * deviation[:, None]).expand(labels.shape[0], -1, -1).clone()
         height = -deviation.expand_as(labels)

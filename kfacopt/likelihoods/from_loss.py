@@ -20,12 +20,11 @@ def likelihood_from(loss_func: nn.Module | Likelihood) -> Likelihood:
     """The likelihood of a loss function.
 
     Args:
-        loss_func: An instance of `nn.CrossEntropyLoss`, `nn.MSELoss` or `nn.BCEWithLogitsLoss`, or
-            a `Likelihood`, which is returned as it is.
+        loss_func: An instance of `nn.CrossEntropyLoss`, `nn.MSELoss` or `nn.BCEWithLogitsLoss`, or a `Likelihood`,
+            which is returned as it is.
 
     Raises:
-        TypeError: If it is anything else, a subclass with a ``forward`` of its own included: its
-            Hessian is not known.
+        TypeError: If it is anything else, a subclass with a `forward` of its own included: its Hessian is not known.
         ValueError: If one of its arguments cannot be honoured; the argument is named.
 
     >>> likelihood_from(nn.CrossEntropyLoss(label_smoothing=0.1))

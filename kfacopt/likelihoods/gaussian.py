@@ -11,24 +11,21 @@ from kfacopt.likelihoods.precision import check_prediction, check_reduction, wid
 
 
 class Gaussian(Likelihood):
-    """Squared error ``(f - y)²``, torch's `MSELoss`.
+    """Squared error `(f - y)²`, torch's `MSELoss`.
 
     It is a Gaussian of variance 1/2 around the prediction; its Hessian is 2.
 
-    A prediction ``[n ... c]`` has its outputs along the last axis; ``[n]`` has one output per
-    datum.
+    A prediction `[n ... c]` has its outputs along the last axis; `[n]` has one output per datum.
 
     Args:
-        reduction: ``"datum"`` sums over everything that belongs to one datum (all axes but the
-            first) and averages over data. ``"mean"`` averages over all numbers and ``"sum"`` adds
-            them up, as torch does. ``"none"`` is read as ``"mean"``, since what happens to the
-            numbers outside the loss function cannot be seen.
+        reduction: `"datum"` sums over everything that belongs to one datum (all axes but the first) and averages over
+            data. `"mean"` averages over all numbers and `"sum"` adds them up, as torch does. `"none"` is read as
+            `"mean"`, since what happens to the numbers outside the loss function cannot be seen.
 
     Note:
-        Without a target, each term's gradient is ``count`` times the user's gradient. That holds
-        while the loss is not rescaled (`GradScaler`, a division for gradient accumulation), and
-        only the empirical Fisher uses it. A position left out of the loss cannot be told from one
-        fitted perfectly: both count.
+        Without a target, each term's gradient is `count` times the user's gradient. That holds while the loss is
+        not rescaled (`GradScaler`, a division for gradient accumulation), and only the empirical Fisher uses it. A
+        position left out of the loss cannot be told from one fitted perfectly: both count.
 
     >>> terms = Gaussian(reduction="mean").terms(torch.zeros(4, 3), target=torch.ones(4, 3))
     >>> terms.count.item(), terms.scale[0].item(), terms.gradient[0, 0].item()
@@ -86,7 +83,7 @@ class Gaussian(Likelihood):
         return independent_columns(deviation, columns)
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
-        """``2 scale v``."""
+        """`2 scale v`."""
         return 2.0 * terms.scale[:, None] * vectors
 
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:

@@ -24,8 +24,7 @@ class RowLayout:
 
     Attributes:
         shape: Shape of the prediction.
-        axis: The axis that holds one term's outputs; ``None`` when every number is a term of its
-            own.
+        axis: The axis that holds one term's outputs; `None` when every number is a term of its own.
         dtype: Data type of the prediction.
     """
 
@@ -35,7 +34,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, prediction: Tensor, axis: int | None) -> RowLayout:
-        """The layout of ``prediction`` whose outputs of one term lie along ``axis``."""
+        """The layout of `prediction` whose outputs of one term lie along `axis`."""
         return cls(prediction.shape, axis, prediction.dtype)
 
     @property
@@ -50,14 +49,14 @@ class RowLayout:
         return self.shape.numel() // (outputs * self.data)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Read a tensor of the prediction's shape as rows ``[m c]``, half precision cast up."""
+        """Read a tensor of the prediction's shape as rows `[m c]`, half precision cast up."""
         tensor = tensor.to(wide_enough(tensor.dtype))
         if self.axis is None:
             return tensor.reshape(-1, 1)
         return tensor.movedim(self.axis, -1).reshape(-1, self.shape[self.axis])
 
     def restore(self, vectors: Tensor) -> Tensor:
-        """Bring vectors ``[v m c]`` to ``[v, *prediction.shape]``, in the prediction's dtype."""
+        """Bring vectors `[v m c]` to `[v, *prediction.shape]`, in the prediction's dtype."""
         vectors = vectors.to(self.dtype)
         if self.axis is None:
             return vectors.reshape(-1, *self.shape)

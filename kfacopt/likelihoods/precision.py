@@ -12,8 +12,8 @@ from torch import Tensor
 class Precision:
     """Tolerances for recognising a loss function in its gradient.
 
-    They decide *which* loss a gradient belongs to, not how exact a result is, so they are far above
-    rounding and far below the distance between two different losses.
+    They decide *which* loss a gradient belongs to, not how exact a result is, so they are far above rounding and far
+    below the distance between two different losses.
 
     Attributes:
         sum: Largest sum of a softmax gradient over the classes, relative to the sum of magnitudes.
@@ -31,12 +31,15 @@ class Precision:
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Precision:
-        """The tolerances of the coarsest data type among ``tensors``."""
+        """The tolerances of the coarsest data type among `tensors`."""
         coarsest = max((tensor.dtype for tensor in tensors), key=lambda d: torch.finfo(d).eps)
         limits = torch.finfo(coarsest)
-        # float16 has so few exponents that gradients of a mean loss leave them; its smallest number
-        # is 2^-24.
+        # float16 has so few exponents that gradients of a mean loss leave them; its smallest number is 2^-24.
         quantum = 2.0**-25 if coarsest == torch.float16 else limits.tiny
+        # A sum over classes rounds by √C eps or so: each `sums` leaves at least three orders of magnitude for a large C
+        # (half precision: eps is 8e-3, one). A gradient that is not a softmax's has a sum of order 1. A cosine's error
+        # is the square of the direction's, hence the smaller numbers. Too tight, right losses are refused; too loose, a
+        # wrong one passes that is as near to the right one.
         if coarsest == torch.float64:
             sums, cosine, target = 1e-6, 1e-8, 1e-6
         elif coarsest == torch.float32:
@@ -86,7 +89,7 @@ def check_prediction(prediction: Tensor, gradient: Tensor | None, loss: str) -> 
 
 
 def check_reduction(reduction: str, known: tuple[str, ...], name: str) -> str:
-    """Return ``reduction`` if it is known, else raise a ValueError that lists the known ones."""
+    """Return `reduction` if it is known, else raise a ValueError that lists the known ones."""
     if reduction not in known:
         raise ValueError(f"{name}: reduction={reduction!r} is unknown, choose one of {list(known)}")
     return reduction

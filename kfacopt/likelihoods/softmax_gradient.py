@@ -1,8 +1,7 @@
 """What the gradient of a cross-entropy tells of its target.
 
-For one row of logits the gradient is ``k (s_y p - t_y∘w)`` with an unknown k > 0 that all rows
-share. It sums to zero over the classes, whatever the target; and for hard labels there are only C
-such vectors, of which one fits.
+For one row of logits the gradient is `k (s_y p - t_y∘w)` with an unknown k > 0 that all rows share. It sums to zero
+over the classes, whatever the target; and for hard labels there are only C such vectors, of which one fits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from kfacopt.likelihoods.precision import Precision, largest_magnitude
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Class weights w ``[c]`` (``None``: ones) and label smoothing ε: t_y = (1-ε) e_y + ε/C.
+    """Class weights w `[c]` (`None`: ones) and label smoothing ε: t_y = (1-ε) e_y + ε/C.
 
     >>> smoothing = Smoothing(torch.tensor([1.0, 3.0]), 0.5)
     >>> p = torch.tensor([[0.5, 0.5]])
@@ -29,17 +28,17 @@ class Smoothing:
     label_smoothing: float
 
     def label_weight(self, labels: Tensor, like: Tensor) -> Tensor:
-        """w_y of every row ``[m]``."""
+        """w_y of every row `[m]`."""
         return like.new_ones(labels.shape) if self.weights is None else self.weights[labels]
 
     def curvature(self, labels: Tensor, like: Tensor) -> Tensor:
-        """s_y = sum_c t_c w_c of every row ``[m]``."""
+        """s_y = sum_c t_c w_c of every row `[m]`."""
         if self.weights is None:
             return like.new_ones(labels.shape)
         return self._per_class(self.weights)[labels]
 
     def gradient(self, probabilities: Tensor, labels: Tensor) -> Tensor:
-        """s_y p - t_y∘w of every row ``[m c]``."""
+        """s_y p - t_y∘w of every row `[m c]`."""
         label_weight = self.label_weight(labels, probabilities)
         gradient = probabilities * self.curvature(labels, probabilities)[:, None]
         height = (self.label_smoothing - 1.0) * label_weight
@@ -49,7 +48,7 @@ class Smoothing:
         return gradient
 
     def products(self, gradient: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """For every label y, gradient · d_y and ‖d_y‖² (d_y = s_y p - t_y∘w), each ``[m c]``."""
+        """For every label y, gradient · d_y and ‖d_y‖² (d_y = s_y p - t_y∘w), each `[m c]`."""
         weights, part = self._or_ones(probabilities), self.label_smoothing / probabilities.shape[1]
         curvature, height = self._per_class(weights), (1.0 - self.label_smoothing) * weights
         along_p = (gradient * probabilities).sum(-1, keepdim=True)
@@ -73,12 +72,12 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class ReadLabels:
-    """Labels ``[m]``, and what follows from them.
+    """Labels `[m]`, and what follows from them.
 
     Attributes:
-        labels: A label for every row, also of those that are not part of the loss ``[m]``.
-        live: Which rows are part of the loss ``[m]``.
-        gradient: The gradient of every row at its label, of factor 1 ``[m c]``.
+        labels: A label for every row, also of those that are not part of the loss `[m]`.
+        live: Which rows are part of the loss `[m]`.
+        gradient: The gradient of every row at its label, of factor 1 `[m c]`.
         recognised: Whether the labels explain the gradient.
     """
 
@@ -92,7 +91,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     """The axes that may be that of the classes, 1 or the last, the likeliest first.
 
     It is the one along which the gradient sums to zero; both do so only by rare coincidence. The gradients of a
-    well-fitted ``prediction`` are small differences of probabilities near one, whose rounding is allowed for.
+    well-fitted `prediction` are small differences of probabilities near one, whose rounding is allowed for.
 
     Raises:
         ValueError: If neither does; the gradient is not that of a cross-entropy.
@@ -123,7 +122,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
 
 
 def _rounding(prediction: Tensor, axis: int, total: float) -> float:
-    """What the gradients' sum may have lost to rounding, from their factor k: ``Σ|u| ≈ k Σ 2 (1 - p_max)``."""
+    """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u| ≈ k Σ 2 (1 - p_max)`."""
     wide = prediction.detach().double()
     lack = -torch.expm1(wide.log_softmax(axis).amax(axis)).sum()
     factor = total / max(2.0 * float(lack), torch.finfo(torch.float64).tiny)
@@ -131,7 +130,7 @@ def _rounding(prediction: Tensor, axis: int, total: float) -> float:
 
 
 def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> ReadLabels:
-    """The labels whose gradients are, up to one factor, the rows ``[m c]`` of ``gradient``."""
+    """The labels whose gradients are, up to one factor, the rows `[m c]` of `gradient`."""
     lowest, labels = gradient.min(-1)
     size = torch.maximum(-lowest, gradient.amax(-1))
     inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
@@ -141,8 +140,8 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
         labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
     live, zero = torch.ones_like(labels, dtype=torch.bool), size == 0
     if bool(zero.any()):
-        # A row whose gradient was rounded to zero has all its probability on the label. Any other
-        # row without a gradient was left out of the loss.
+        # A row whose gradient was rounded to zero has all its probability on the label. Any other row without a
+        # gradient was left out of the loss.
         likeliest = probabilities[zero].topk(min(2, probabilities.shape[1]))
         labels[zero] = likeliest.indices[:, 0]
         live[zero] = likeliest.values[:, 1:].sum(-1) <= 2.0 * quantum
@@ -150,7 +149,9 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     length = torch.linalg.vector_norm(expected, dim=-1)
     dot = torch.linalg.vecdot(gradient, expected)
     cosine = dot / (length * torch.linalg.vector_norm(gradient, dim=-1))
-    # Where probabilities and labels nearly agree, rounding decides where their difference points.
+    # Where probabilities and labels nearly agree, rounding decides where their difference points: a difference of 3% of
+    # the label is several times bfloat16's rounding, and an entry of 64 quanta is itself exact to 2%. Rows below are
+    # not judged; smaller bounds would refuse right gradients, larger ones leave too few rows to find a wrong loss by.
     curvature = smoothing.curvature(labels, probabilities)
     telling = (length > 3e-2 * curvature) & (size > 64.0 * quantum) & ~zero
     wrong = telling & (cosine < 1.0 - precision.cosine)
@@ -160,11 +161,12 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
 def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> Tensor:
     """The labels under label smoothing, where the sign of the gradient does not tell them.
 
-    Directions alone can be ambiguous too (two classes have but one), so the factor k, common to all
-    rows, is estimated from the rows with the longest gradients; given k, labels are as far apart as
-    their one-hot vectors.
+    Directions alone can be ambiguous too (two classes have but one), so the factor k, common to all rows, is estimated
+    from the rows with the longest gradients; given k, labels are as far apart as their one-hot vectors.
     """
     lengths = gradient.square().sum(-1)
+    # Up to 64 rows and, below, the 4 factors that explain one of them best: enough for one to be right, at a cost that
+    # does not grow with the batch.
     some = lengths.topk(min(64, len(lengths))).indices
     told = lengths[some].double()
     dot, length = smoothing.double().products(gradient[some].double(), probabilities[some].double())
@@ -174,8 +176,9 @@ def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothi
     factors = (dot[0] / length[0].clamp_min(tiny))[candidates].clamp_min(tiny)
     fitted = [(k * (k * length - 2.0 * dot)).amin(-1) + told for k in factors]
     relative = torch.stack([(residual * (told > 0)).sum() for residual in fitted]) / told.sum()
-    # Two classes that are all but certain can be explained twice: all labels nearly fitted, or all
-    # labels wrong. Training makes the first (the largest factor) the likelier.
+    # Two classes that are all but certain can be explained twice: all labels nearly fitted, or all labels wrong.
+    # Training makes the first (the largest factor) the likelier.
+    # A relative squared error; a hundredth of what the cosine may be off by, as all rows must agree on one factor.
     fits = relative < 1e-2 * precision.cosine
     factor = torch.where(fits.any(), (fits * factors).amax(), factors[relative.argmin()])
     dot, length = smoothing.products(gradient, probabilities)

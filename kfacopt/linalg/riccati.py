@@ -1,16 +1,36 @@
 """The Hessian of a composition of stages, and its damped inverse by a Riccati recursion over the stages.
 
 For `z_l = f_l(z_{l-1}, θ_l)` and a loss of the last state, `(H + damping I) x = b` is the optimality system of a
-linear-quadratic control problem (Rahimi 2026, arXiv 2601.06096; Dunn & Bertsekas 1989): states `y_l = A y_{l-1} + B x`
-with controls x, stage costs `½ yᵀ Q y + xᵀ C y + ½ damping |x|²` with Q and C the second derivatives of the stage
-weighted by the gradient at its output, terminal cost `½ yᵀ V y` with V the loss's Hessian. Backward, each stage's
-controls are eliminated from the value function:
+linear-quadratic control problem (Rahimi 2026, arXiv 2601.06096; Dunn & Bertsekas 1989). To see it, move the parameters
+along x, with `x_l` the part of stage l. To first order the states move by `y_l`, which the chain rule gives from stage
+to stage; A and B are the stage's Jacobians with respect to its state and to its parameters:
 
-    T = damping I + Bᵀ V B        F = Bᵀ V A + C        V ← Aᵀ V A + Q - Fᵀ T⁻¹ F
+    y_l = A y_{l-1} + B x_l,        y_0 = 0
 
-T is the Schur complement of that stage's block in H + damping I, so inertias and log-determinants of the T add up to
-those of the whole. Nothing of the size of the parameters is formed: a stage may say that all but k of its controls do
-not reach the state (`B = L Pᵀ`, P orthonormal with k columns), and only k × k is factored.
+Differentiate the chain rule once more. Each stage adds its own second derivative along `(y_{l-1}, x_l)`, and the stages
+after it carry that on to the loss linearly: what arrives is weighted by the loss's gradient at the stage's output,
+which back-propagation knows. The last state adds the loss's own Hessian V. So the curvature along x is a sum over
+stages,
+
+    xᵀ H x = y_Lᵀ V y_L + Σ_l (y_{l-1}ᵀ Q y_{l-1} + 2 x_lᵀ C y_{l-1})
+
+with Q and C the weighted second derivatives of the stage (every stage here is linear in its parameters, so there is
+none with respect to them twice). Solving `(H + damping I) x = b` is finding where `½ xᵀ H x + ½ damping |x|² - bᵀ x`
+is stationary, and in this form Bellman's principle applies: once the state `y_{l-1}` is given, what comes before does
+not matter to the controls from l on. Suppose that the stages after l, at their stationary point, cost
+`½ yᵀ V y + qᵀ y` from the state `y = y_l`. Put `y_l = A y + B x` in, and stage l's cost is quadratic in its controls x:
+
+    ½ xᵀ T x + xᵀ (F y - r) + …,    T = damping I + Bᵀ V B,    F = Bᵀ V A + C,    r = b - Bᵀ q
+
+It is stationary at `x = T⁻¹ (r - F y)`. With that x the cost is quadratic in y again, and the recursion goes on:
+
+    V ← Aᵀ V A + Q - Fᵀ T⁻¹ F        q ← Aᵀ q + Fᵀ T⁻¹ r
+
+Backward the V (of the matrix alone: factored once) and the q, then forward the x and y: that is a solve. Eliminating a
+stage's controls is block Gaussian elimination, and T the Schur complement of that stage's block in H + damping I. Hence
+H may be indefinite, as long as no T is singular, and the inertias and log-determinants of the T add up to those of the
+whole. Nothing of the size of the parameters is formed: a stage may say that all but k of its controls do not reach the
+state (`B = L Pᵀ`, P orthonormal with k columns), and only k × k is factored; for the other controls T is `damping I`.
 
 Vectors are columns: states `[a m]`, controls `[p m]`. A state may carry more rows after those that a stage maps (what a
 residual connection will add later); they pass through.

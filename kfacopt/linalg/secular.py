@@ -1,4 +1,27 @@
-"""The trust-region subproblem `min gᵀd + ½ dᵀHd, |d| ≤ radius` of an indefinite H, by its secular equation."""
+"""The trust-region subproblem `min gᵀd + ½ dᵀHd, |d| ≤ radius` of an indefinite H, by its secular equation.
+
+A step d is a global minimiser exactly if some λ ≥ 0 fulfils (Moré & Sorensen 1983, lemmas 2.1 and 2.3)
+
+    (H + λI) d = -g,        H + λI positive semi-definite,        λ (radius - |d|) = 0.
+
+The first and the last are the Lagrange conditions; the one in the middle, which decides between the many solutions of
+these two, is what an indefinite H needs. In the eigenbasis of H, with eigenvalues `h_i` and `g_i` the parts of g,
+
+    |d(λ)|² = Σ_i g_i² / (h_i + λ)²
+
+falls from infinity (unless g has no part along the lowest eigenvector: the hard case) to zero as λ goes from `-min h`
+to infinity, so that one λ has `|d(λ)| = radius`, or the step with λ = 0 is permitted and inside the region already.
+Newton's method on |d| itself would suffer from the poles. But `φ(λ) = 1/|d(λ)| - 1/radius` is nearly a straight line
+(with one eigenvalue it is one), increasing, and concave: a power mean, of order -2, of the affine functions `h_i + λ`.
+A concave function lies below its tangents. Hence from any λ with a positive definite `H + λI` the tangent's zero is at
+or below the root: from the left (|d| too long) Newton's method goes up to the root and never past it, and from the
+right it takes one step to the left, perhaps so far that `H + λI` is no longer positive definite. Only that step needs a
+safeguard. As `d/dλ |d|² = -2 dᵀ(H + λI)⁻¹d`, Newton's step is
+
+    λ ← λ + (|d| / radius - 1) · |d|² / dᵀ(H + λI)⁻¹d
+
+which takes one more solve with the factorisation at hand.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +66,10 @@ def trust_region_step(
     """Solve the subproblem to within a share of its optimal value (Moré & Sorensen 1983; Conn, Gould & Toint, ch. 7).
 
     The minimiser is `d = -(H + λI)⁻¹ g` with λ ≥ 0 such that `H + λI` is positive semi-definite, which the inertia
-    tells, and `|d| = radius` unless λ is 0. λ is found by Newton's method on `1/|d| - 1/radius`, kept between the
-    largest shift known to be too small and the smallest known to be large enough. Where g has next to no part in the
-    lowest eigenvector (the hard case) every permissible λ leaves |d| below the radius: the step then goes on along that
-    eigenvector, found by inverse iteration, to the boundary.
+    tells, and `|d| = radius` unless λ is 0. λ is found by Newton's method on `1/|d| - 1/radius` (see the module), kept
+    between the largest shift known to be too small and the smallest known to be large enough. Where g has next to no
+    part in the lowest eigenvector (the hard case) every permissible λ leaves |d| below the radius: the step then goes
+    on along that eigenvector, found by inverse iteration, to the boundary.
 
     Args:
         system: H.
@@ -77,8 +100,11 @@ def trust_region_step(
         if abs(length - radius) <= tolerance * radius or (length < radius and shift <= smallest_shift):
             return TrustRegionStep(step, shift, count, hard_case=False)
         both = system.solve(torch.stack([step, lowest / lowest.norm()], dim=1), shift)
+        # The quotient is at least 1 / (max h + λ): only rounding could bring it to 1e-30, and that is no division by 0.
         wanted = shift + (length / radius - 1.0) / max(float(step @ both[:, 0]) / length**2, 1e-30)
         if length > radius:
+            # 1%: Newton's steps up shrink near the root, and a change that rounding swallows would be tried for ever.
+            # If it leads past the root, the upper bound is set by it.
             low, shift = shift, min(max(wanted, 1.01 * shift), _between(shift, high))
             continue
         high, best = shift, step
@@ -88,6 +114,9 @@ def trust_region_step(
         gain = -float(gradient @ step) + shift * radius**2
         if onward.cost <= tolerance * (2.0 - tolerance) * gain:
             return TrustRegionStep(onward.step, shift, count, hard_case=True)
+        # Newton's step down may go too far (even below 0): by at most a thousandfold, and never nearer than a tenth of
+        # the interval to a shift that was too small. A smaller part would cost a factorisation that fails and tells
+        # little; a larger one would slow the last steps down.
         shift = max(wanted, smallest_shift, 1e-3 * shift, low + 0.1 * (shift - low) if low > 0.0 else 0.0)
     if best is None:
         raise LinAlgError(f"no shift up to {shift:.1e} made the matrix positive definite")
@@ -118,6 +147,12 @@ def _is_positive(system: Shifted, shift: float) -> bool:
 
 
 def _between(low: float, high: float) -> float:
+    """A shift above one that was too small.
+
+    Without an upper bound four times as large: two factors of two in one factorisation. With one, the geometric mean
+    (shifts range over orders of magnitude), but at least 5% into the interval, since low may be next to zero (Moré &
+    Sorensen take 0.1%). Such numbers change how many factorisations are made, never the solution.
+    """
     if math.isinf(high):
         return 4.0 * low
     return max(math.sqrt(low * high), low + 0.05 * (high - low))

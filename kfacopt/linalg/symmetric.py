@@ -1,8 +1,8 @@
 """Eigendecomposition and damped inverse of symmetric positive semi-definite matrices that do not give up.
 
-A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and
-then. Every function here retries in float64 and with a growing multiple of the identity, says how often it had to,
-and only raises `LinAlgError` where the input itself is not finite.
+A factor that is estimated from a few samples in float32 is often singular to rounding; LAPACK then fails now and then.
+Every function here retries in float64 and with a growing multiple of the identity, says how often it had to, and only
+raises `LinAlgError` where the input itself is not finite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """torch's own, under a name that type checkers know."""
 
-# Multiples of the mean diagonal entry that are added to the diagonal on successive float64 attempts.
+# Multiples of the mean diagonal entry that are added to the diagonal on successive float64 attempts. First nothing, as
+# float64 alone often does; then from 1e-10, with which a factor estimated in float32 (rounding 6e-8) is still the same,
+# to 1e-4, far beyond that rounding and still small beside usual dampings.
 _JITTERS = (0.0, 1e-10, 1e-8, 1e-6, 1e-4)
 
 
@@ -92,6 +94,8 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
                 return Inverse(inverse.to(matrix.dtype), retries)
     values, vectors, more = eigh(matrix)
     shifted = values + _column(damping, values)
+    # Without damping a singular matrix has no inverse: its null directions are divided by the rounding of the largest
+    # eigenvalue. 1e-30 keeps the bound above 0 for a zero matrix, and its reciprocal finite in float32.
     smallest = torch.finfo(values.dtype).eps * shifted.amax(-1, keepdim=True).clamp_min(1e-30)
     return Inverse((vectors / shifted.clamp_min(smallest).unsqueeze(-2)) @ vectors.mT, 2 + more)
 

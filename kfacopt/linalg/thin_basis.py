@@ -10,6 +10,8 @@ from torch import Tensor
 from kfacopt.linalg.symmetric import eigh
 
 _POLISHING_STEPS = 6
+"""Newton-Schulz steps at most. One turns a relative error e of a column's length into 1.5 e²: from 0.3, six reach the
+rounding of float64. Columns that are further off than that had no business here."""
 
 
 class ThinBasis(NamedTuple):
@@ -29,9 +31,16 @@ class ThinBasis(NamedTuple):
 def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     """Eigendecompose `rowsᵀ rows / count` by way of `rows rowsᵀ`, for rows `[n d]` with n < d.
 
-    An eigh of n instead of d, and the rows' coordinates come for free. Two vectors with eigenvalues λ, μ are orthogonal
-    up to rounding times (largest eigenvalue) / √(λμ): no matter for products with the matrix, where they count by their
-    eigenvalues; for its inverse, `orthonormal` brings orthogonality back.
+    With R the rows, both products have the same eigenvalues but for zeros: if `R Rᵀ w = count λ w`, then multiplying by
+    Rᵀ gives `(RᵀR) (Rᵀw) = count λ (Rᵀw)`. As `|Rᵀw|² = wᵀ R Rᵀ w = count λ`, the unit eigenvector is
+    `u = Rᵀ w / √(count λ)`, and the rows' coordinates along it come for free, `R u = √(count λ) w`. An eigh of n
+    instead of d.
+
+    The price is that the small eigenvalues' vectors are divided by small numbers.
+    `uᵢᵀ uⱼ = wᵢᵀ R Rᵀ wⱼ / (count √(λμ))` is zero up to the eigh's error, rounding times the largest eigenvalue: two
+    vectors with eigenvalues λ, μ are orthogonal up to rounding times (largest eigenvalue) / √(λμ). No matter for
+    products with the matrix, where they count by their eigenvalues; for its inverse, `orthonormal` brings orthogonality
+    back.
 
     Raises:
         LinAlgError: If the rows are not finite.
@@ -50,12 +59,15 @@ def thin_basis(rows: Tensor, count: float) -> ThinBasis:
 def orthonormal(vectors: Tensor) -> Tensor:
     """The nearest orthonormal columns to nearly orthonormal ones `[d r]`, by Newton-Schulz steps.
 
-    The limit is the polar factor (Higham 2008, Functions of Matrices, section 8.3).
+    A step replaces each singular value σ by `σ (3 - σ²) / 2`, whose fixed point 1 it approaches quadratically, and
+    leaves the singular vectors: the limit is the polar factor (Higham 2008, Functions of Matrices, section 8.3).
 
     >>> orthonormal(torch.tensor([[1.01], [0.0]])).round(decimals=6).tolist()
     [[1.0], [0.0]]
     """
     identity = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+    # The Gram matrix of exactly orthonormal columns is off by a few roundings in each of r diagonal entries. Less than
+    # that would never be reached, and all steps be made.
     tolerance = 8 * torch.finfo(vectors.dtype).eps * vectors.shape[-1] ** 0.5
     for _ in range(_POLISHING_STEPS):
         gram = vectors.mT @ vectors

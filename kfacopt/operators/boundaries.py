@@ -31,8 +31,8 @@ def approximate_boundaries(A: Matrix, tol: float = 1e-2, boundaries: Boundaries 
 
     Args:
         A: Symmetric operator or matrix.
-        tol: Accuracy in units of the spectrum's width (curvlinops: of each eigenvalue, so that one near zero can
-            cost any number of products). 0: rounding.
+        tol: Accuracy in units of the spectrum's width (curvlinops: of each eigenvalue, so that one near zero can cost
+            any number of products). 0: rounding.
         boundaries: What is known already is not computed.
 
     Raises:
@@ -102,7 +102,8 @@ def _extremes(A: Matrix, order: Order, number: int, tol: float) -> ExtremeEigenv
             return tol * wanted.abs()
         return tol * (values.max() - values.min())
 
-    # One inside the spectrum may not be found at all; restarts help little.
+    # One inside the spectrum may not be found at all, and restarts help little: 300 products, then the bound is
+    # reported. Those at the ends converge; 1000 only stops what cannot reach `tol` in its precision.
     limit = 300 if order is smallest_magnitude else 1000
     start = torch.randn(checked_symmetric(A), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = extreme_eigenvalues(

@@ -31,14 +31,14 @@ class ChainHessian(LinearOperator):
     r"""The Hessian of an `nn.Sequential`'s loss on one batch, with its exact damped inverse, inertia and determinant.
 
     `(H + damping I) x = b` is the optimality system of a linear-quadratic control problem whose states are the layers'
-    outputs; each layer's parameters are eliminated in turn (`linalg.riccati`; Rahimi 2026, arXiv 2601.06096). With
-    a = batch · width, one symmetric solve a layer of at most a × a: time O(depth · a³), memory O(depth · a²); neither
-    grows with the number of parameters. Meant for deep, narrow chains and small batches.
+    outputs; each layer's parameters are eliminated in turn (`linalg.riccati`; Rahimi 2026, arXiv 2601.06096). With a =
+    batch · width, one symmetric solve a layer of at most a × a: time O(depth · a³), memory O(depth · a²); neither grows
+    with the number of parameters. Meant for deep, narrow chains and small batches.
 
-    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, pooling,
-    `Flatten`, nested `nn.Sequential`, and `kfacopt.operators.Residual` for `z + f(z)`. Convolutions and normalisations
-    form dense derivatives of each datum: they are meant to be small. Derivatives are computed once; every product and
-    solve uses them, so later changes of the model's parameters are not seen.
+    Layers: `Linear`, convolutions, elementwise activations, `LayerNorm`, `GroupNorm`, `RMSNorm`, pooling, `Flatten`,
+    nested `nn.Sequential`, and `kfacopt.operators.Residual` for `z + f(z)`. Convolutions and normalisations form dense
+    derivatives of each datum: they are meant to be small. Derivatives are computed once; every product and solve uses
+    them, so later changes of the model's parameters are not seen.
 
     Args:
         model: The chain. Only its trainable parameters count, in the order of `model.parameters()`.
@@ -205,6 +205,8 @@ class ChainHessian(LinearOperator):
 
         A measure of how much of the loss is left that needs no value of it: MSELoss's own, and near cross-entropy's.
         """
+        # rtol: cross-entropy's Hessian is singular along (1, …, 1) up to rounding. A bound below float64's rounding of
+        # S (1e-15 of the largest eigenvalue) would divide by noise; one above 1e-6 would drop confident predictions.
         u = self._output_gradient.reshape(*self._terminal.shape[:2], 1)
         return 0.5 * float((u * (torch.linalg.pinv(self._terminal, hermitian=True, rtol=1e-9) @ u)).sum())
 
@@ -271,6 +273,7 @@ def _check_forward(model: nn.Module, X: Tensor, prediction: Tensor) -> None:
     cast = {n: p.to(dtype) for n, p in model.named_parameters()}
     cast |= {n: b.to(dtype) if b.is_floating_point() else b for n, b in model.named_buffers()}
     whole = functional_call(model, cast, (X.detach().to(dtype) if X.is_floating_point() else X,))
+    # In float64 the same operations in another order differ by 1e-12 or so, a hook that does something by far more.
     same = whole.shape == prediction.shape and torch.allclose(whole, prediction, rtol=1e-6, atol=1e-6, equal_nan=True)
     if not same:
         raise RuntimeError(

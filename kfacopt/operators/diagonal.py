@@ -9,11 +9,7 @@ from kfacopt.operators.probes import Distribution, Matrix, checked_budget, probe
 
 
 def hutchinson_diag(
-    A: Matrix,
-    num_matvecs: int,
-    distribution: Distribution = "rademacher",
-    *,
-    generator: torch.Generator | None = None,
+    A: Matrix, num_matvecs: int, distribution: Distribution = "rademacher", *, generator: torch.Generator | None = None
 ) -> Tensor:
     """The mean of `v ⊙ A v` over random vectors (Bekas, Kokiopoulou & Saad 2007): unbiased.
 

@@ -245,8 +245,8 @@ class LSMRInverseLinearOperator(_InverseLinearOperator):
         btol: Relative error of the right-hand side that is tolerated.
         conlim: Stop when A's estimated condition number exceeds it; 0: never.
         maxiter: Iterations, each a product with A and one with its adjoint; None: A's dimension.
-        x0: Where to start: a vector for all columns or a matrix, flat or as a list; with `damp`, also what the
-            solution is drawn to.
+        x0: Where to start: a vector for all columns or a matrix, flat or as a list; with `damp`, also what the solution
+            is drawn to.
         show: Only False: `stats` says what SciPy prints.
 
     Raises:

@@ -9,11 +9,7 @@ from kfacopt.operators.probes import Distribution, Matrix, checked_budget, probe
 
 
 def hutchinson_squared_fro(
-    A: Matrix,
-    num_matvecs: int,
-    distribution: Distribution = "rademacher",
-    *,
-    generator: torch.Generator | None = None,
+    A: Matrix, num_matvecs: int, distribution: Distribution = "rademacher", *, generator: torch.Generator | None = None
 ) -> Tensor:
     """The mean of `‖A v‖²` over random vectors: Hutchinson's estimate of the trace of `Aᵀ A`. Unbiased.
 

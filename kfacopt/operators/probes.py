@@ -83,6 +83,7 @@ def range_of(columns: Tensor) -> Range:
     rank = int((values > max(columns.shape) * eps * values.max()).sum())
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     directions = right / values.unsqueeze(-1)
+    # Columns of V are exactly of length 1 where a column is needed, shorter elsewhere. √eps is far from both roundings.
     needed = 1.0 - right.square().sum(dim=0) < eps**0.5
     directions = torch.where(needed, directions, 0.0)
     lengths = torch.linalg.vector_norm(directions, dim=0)

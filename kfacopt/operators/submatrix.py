@@ -77,6 +77,7 @@ def _checked(name: str, indices: Iterable[SupportsIndex], size: int) -> list[int
     if outside:
         raise ValueError(f"{name} must lie between 0 and {size - 1}, got {outside[:5]}, which is out of bounds")
     if len(set(checked)) != len(checked):
+        # Counting is quadratic: of long lists the message names none, rather than take seconds to refuse them.
         twice = sorted({i for i in checked if checked.count(i) > 1}) if len(checked) < 1000 else []
         raise ValueError(f"{name} must not contain duplicates, got {twice[:5] or 'some'} twice")
     return checked

@@ -9,11 +9,7 @@ from kfacopt.operators.probes import Distribution, Matrix, checked_budget, probe
 
 
 def hutchinson_trace(
-    A: Matrix,
-    num_matvecs: int,
-    distribution: Distribution = "rademacher",
-    *,
-    generator: torch.Generator | None = None,
+    A: Matrix, num_matvecs: int, distribution: Distribution = "rademacher", *, generator: torch.Generator | None = None
 ) -> Tensor:
     """The mean of `vᵀ A v` over random vectors (Girard 1989, Hutchinson 1989): unbiased.
 
@@ -41,16 +37,12 @@ def hutchinson_trace(
 
 
 def hutchpp_trace(
-    A: Matrix,
-    num_matvecs: int,
-    distribution: Distribution = "rademacher",
-    *,
-    generator: torch.Generator | None = None,
+    A: Matrix, num_matvecs: int, distribution: Distribution = "rademacher", *, generator: torch.Generator | None = None
 ) -> Tensor:
     """Hutch++ (Meyer et al. 2021): the exact trace on a random range of A, Hutchinson's on what is left. Unbiased.
 
-    A third of the products each finds the range, takes the trace there and estimates the rest. It is exact where
-    A's rank is at most `num_matvecs / 3`.
+    A third of the products each finds the range, takes the trace there and estimates the rest. It is exact where A's
+    rank is at most `num_matvecs / 3`.
 
     Args:
         A: Square operator or matrix.
@@ -78,18 +70,14 @@ def hutchpp_trace(
 
 
 def xtrace(
-    A: Matrix,
-    num_matvecs: int,
-    distribution: Distribution = "rademacher",
-    *,
-    generator: torch.Generator | None = None,
+    A: Matrix, num_matvecs: int, distribution: Distribution = "rademacher", *, generator: torch.Generator | None = None
 ) -> Tensor:
     """XTrace (Epperly, Tropp & Webber 2024): Hutch++ that uses each vector both for the range and for the rest.
 
     For each of the `num_matvecs / 2` vectors, the range is that of A times the *other* vectors: exact there, with one
-    sample for the rest; the mean of these estimates is unbiased. It is exact where A times the other vectors spans
-    A's range: for normal vectors where the rank is below `num_matvecs / 2`. (There curvlinops 3.0.1 inverts a factor
-    that is singular, and fails if rounding does not hide it.)
+    sample for the rest; the mean of these estimates is unbiased. It is exact where A times the other vectors spans A's
+    range: for normal vectors where the rank is below `num_matvecs / 2`. (There curvlinops 3.0.1 inverts a factor that
+    is singular, and fails if rounding does not hide it.)
 
     Args:
         A: Square operator or matrix.

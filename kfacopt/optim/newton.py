@@ -197,6 +197,11 @@ class TrustRegionNewton(CapturingOptimizer):
                 for p, old in zip(group["params"], before, strict=True):
                     p.copy_(old)
             rho, length = change / promised if promised < 0.0 else math.nan, float(step.norm())
+            # The textbook's numbers (Nocedal & Wright 2006, algorithm 4.1): a model that promised over four times the
+            # gain is wrong at this length, one that is right to within a quarter may be trusted further out.
+            # 0.7 says which steps the region cut short: a strategy may stop short of the boundary by its tolerance (0.2
+            # by default). Above 0.8 such regions might not grow again; far below, steps that the region did not bind
+            # would enlarge it, and one bad step would be rejected many times.
             if not rho >= 0.25:
                 radii[place] = max(0.25 * min(length, radius), _SMALLEST_RADIUS)
             elif rho > 0.75 and length > 0.7 * radius:

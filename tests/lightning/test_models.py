@@ -40,7 +40,7 @@ def test_transformer_knows_places_and_takes_shorter_sequences() -> None:
     assert not torch.allclose(logits[:, 0], logits[:, 1])
     with pytest.raises(ValueError, match=r"9 characters.*context=8"):
         model(torch.zeros(1, 9, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"width 10.*heads 4"):
+    with pytest.raises(ValueError, match=r"width.*heads, got 10 and 4"):
         CharacterTransformer(width=10, heads=4)
 
 

@@ -160,7 +160,7 @@ def test_frozen_parameters_are_left_alone(factory: Factory) -> None:
 
 def test_groups_are_checked_and_completed() -> None:
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="algorithm='muon' or 'adamw', not None"):
+    with pytest.raises(ValueError, match="algorithm='muon' or 'adamw', got None"):
         MuonAdamW([{"params": [weight]}])
     with pytest.raises(ValueError, match="2D"):
         MuonAdamW([{"params": [bias], "algorithm": "muon"}])
