@@ -18,6 +18,7 @@ from kfacopt.operators.products import (
     check_leaves_parameters,
     parameter_names,
 )
+from kfacopt.optional import required
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Mini-batches `(X, y)`; X is a tensor, or anything the model takes where `batch_size_fn` tells its size."""
@@ -316,7 +317,5 @@ def _require_same(what: str, first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def _with_progressbar(batches: Batches, desc: str) -> Batches:
-    from tqdm import tqdm
-
-    bar: Batches = tqdm(batches, desc=desc)
+    bar: Batches = required("tqdm", "operators").tqdm(batches, desc=desc)
     return bar
