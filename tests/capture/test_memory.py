@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -114,3 +115,35 @@ def test_forwards_without_backward_change_nothing() -> None:
         optimizer.step()
         train_step(plain, twin, loss, x, y)
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(model), parameters_of(twin), strict=True))
+
+
+class Keeping(nn.Module):
+    """A model that keeps what it computed, as feature extractors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.features = mlp(), {}
+        for name, module in self.net.named_children():
+            module.register_forward_hook(partial(self.keep, name))
+
+    def keep(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.features[name] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.prediction = self.net(Marked.apply(x))
+        return self.prediction
+
+
+@RULES
+def test_a_model_that_keeps_its_outputs_is_no_cycle_through_the_graph(rule: Any) -> None:
+    (x, y), model = batch(), fresh(Keeping)
+    x.requires_grad_()
+    optimizer = attached(model, damping_rule=rule)
+    Marked.alive.clear()
+    train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    model(x)
+    gone = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert gone() is None
+    assert len(Marked.alive) == 0
