@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
+from kfacopt.buffers import copied_buffers
+from kfacopt.graph import Mark
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import LossTerms
 
 
 @dataclass(eq=False)
 class Site:
-    """One call of a covered module: what it saw, and where its output's gradient arrives."""
+    """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at."""
 
-    number: int
     layer: Layer
     module: nn.Module
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
-    node: Node | None  # None: the output is the prediction itself (holding its node would keep the graph alive)
     output_nr: int
     shape: torch.Size
 
@@ -59,35 +57,22 @@ class Call:
 
         Buffers are swapped for copies while it runs, not written back, so that a graph that saved them stays valid.
         """
-        with torch.random.fork_rng(), self.autocast(), _copied_buffers(self.module):
+        with torch.random.fork_rng(), self.autocast(), copied_buffers(self.module):
             torch.set_rng_state(self.random_state)
             if self.device_random_state is not None:
                 torch.cuda.set_rng_state(self.device_random_state)
             return self.module(*self.inputs, **self.kwargs)
 
 
-@contextmanager
-def _copied_buffers(root: nn.Module) -> Iterator[None]:
-    copies: dict[int, Tensor] = {}
-    places = [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        for module, name, buffer in places:
-            module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-        yield
-    finally:
-        for module, name, buffer in places:
-            module._buffers[name] = buffer
-
-
 @dataclass(eq=False)
 class Forward:
-    """One call of a root (the outermost module that was entered), kept by the graph of its prediction.
+    """One call of a root (the outermost module that was entered), as long as the graph of its prediction lives.
 
     Of an ambiguous output every tensor keeps one; they are no predictions unless no later root uses them.
     """
 
     root: nn.Module
-    sites: list[Site]
+    sites: dict[Site, weakref.ref[Mark]]  # the calls within, and the marks on their outputs' nodes
     call: Call | None
     prediction: Tensor | None = None
     version: int = 0

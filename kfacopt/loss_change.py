@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfacopt.capture import unnoticed
 from kfacopt.estimator import FisherEstimator
 from kfacopt.forwards import Call, Replay
 from kfacopt.likelihoods import Likelihood, LossTerms
+from kfacopt.recording import unnoticed
 
 
 @dataclass(eq=False)

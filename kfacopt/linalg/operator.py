@@ -15,6 +15,7 @@ import torch
 from torch import Size, Tensor
 
 from kfacopt.linalg.tensors import flat_columns, split_columns
+from kfacopt.optional import required
 
 if TYPE_CHECKING:  # an optional dependency of to_scipy alone
     from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
@@ -164,13 +165,12 @@ class LinearOperator(ABC):
         Raises:
             ImportError: If SciPy is not installed.
         """
-        import numpy
-        from scipy.sparse.linalg import LinearOperator as SciPyLinearOperator
-
+        sparse, numpy = required("scipy.sparse.linalg", "operators"), required("numpy", "operators")
         there, back = _for_numpy(self), _for_numpy(self.adjoint())
-        return SciPyLinearOperator(
+        result: SciPyLinearOperator = sparse.LinearOperator(
             self.shape, matvec=there, rmatvec=back, matmat=there, rmatmat=back, dtype=numpy.dtype(dtype)
         )
+        return result
 
 
 def _for_numpy(operator: LinearOperator) -> Callable[[Any], Any]:

@@ -72,7 +72,7 @@ class EKFACLinearOperator(KroneckerLinearOperator):
         blocks = self._eigen_blocks()
         kept: Kept | None = {} if keep else None
         size = 0
-        for chunk in self._chunks("factors", data):
+        for chunk in self._new_rows(data):
             for layer, rows in chunk.rows.items():
                 if kept is None or layer not in blocks:
                     self.blocks[layer.name].update(rows)
@@ -91,7 +91,7 @@ class EKFACLinearOperator(KroneckerLinearOperator):
         for block in self._eigen_blocks().values():
             block.refresh(0.0)
         self._restart_sampling()
-        for chunk in self._chunks("eigenvalue correction"):
+        for _, chunk in self._rows("eigenvalue correction"):
             self._correct(chunk.rows, ())
         self._finish_corrections()
 

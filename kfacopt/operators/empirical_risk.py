@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacopt.buffers import copied_buffers
 from kfacopt.likelihoods.divisor import mean_divisor
 from kfacopt.operators.base import LinearOperator, Shapes
 from kfacopt.operators.products import (
     Linearization,
     as_function,
-    buffers_kept,
     check_leaves_parameters,
     parameter_names,
 )
+from kfacopt.optional import required
 
 Batches = Iterable[tuple[Any, Tensor]]
 """Mini-batches `(X, y)`; X is a tensor, or anything the model takes where `batch_size_fn` tells its size."""
@@ -169,7 +170,16 @@ class CurvatureLinearOperator(LinearOperator):
         raise ValueError(f"the inputs of a mini-batch are a {type(X).__name__}: batch_size_fn must tell their number")
 
     def _loop_over_data(self, desc: str, data: Batches | None = None) -> Iterator[tuple[Any, Tensor]]:
-        """Mini-batches on the operator's device; a mapping is the model's to move."""
+        """Mini-batches on the operator's device; a mapping is the model's to move.
+
+        In the loop's body the model's buffers are copies: activation checkpointing runs the model again in a backward.
+        """
+        for X, y in self._batches(desc, data):
+            with copied_buffers(self._model_func):
+                yield X, y
+
+    def _batches(self, desc: str, data: Batches | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """As `_loop_over_data`, with the model's own buffers: several of these may run side by side."""
         batches: Batches = self._data if data is None else data
         if self._progressbar:
             batches = _with_progressbar(batches, f"{type(self).__name__}.{desc} (on {self.device})")
@@ -179,8 +189,7 @@ class CurvatureLinearOperator(LinearOperator):
             X, y = _pair(batch)
             if isinstance(X, MutableMapping) and self._batch_size_fn is None:
                 raise ValueError("data has mappings for inputs: batch_size_fn must tell the size of such a batch")
-            with buffers_kept(self._model_func):
-                yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
+            yield (X.to(self.device) if isinstance(X, Tensor) else X), y.to(self.device)
         if empty:
             raise ValueError("data is empty: there is no mini-batch to take a derivative on")
 
@@ -211,20 +220,21 @@ class CurvatureLinearOperator(LinearOperator):
 
     def _evaluate(self, X: Any, y: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Prediction, loss and gradient on a batch; no gradient without a loss."""
-        model = Linearization(as_function(self._model_func, self._params, X), self._params)
-        prediction = model.value
-        if self._loss_func is None:
-            return prediction, prediction.new_zeros(()), []
-        at = prediction.requires_grad_()
-        with torch.enable_grad():
-            loss = self._loss_func(at, y)
-            (cotangent,) = torch.autograd.grad(loss, at)
-        return at.detach(), loss.detach(), model.vjp(cotangent)
+        with copied_buffers(self._model_func):
+            model = Linearization(as_function(self._model_func, self._params, X), self._params)
+            prediction = model.value
+            if self._loss_func is None:
+                return prediction, prediction.new_zeros(()), []
+            at = prediction.requires_grad_()
+            with torch.enable_grad():
+                loss = self._loss_func(at, y)
+                (cotangent,) = torch.autograd.grad(loss, at)
+            return at.detach(), loss.detach(), model.vjp(cotangent)
 
     def _check_deterministic(self) -> None:
         """Two sweeps and two products must agree; where the order of the data matters, batch by batch."""
         totals: list[list[Tensor]] = [[], []]  # of the two sweeps
-        sweeps = zip_longest(self._loop_over_data("check"), self._loop_over_data("check"))
+        sweeps = zip_longest(self._batches("check"), self._batches("check"))
         for number, (first, second) in enumerate(sweeps):
             if first is None or second is None:
                 raise RuntimeError(_CHANGED.format("the number of mini-batches"))
@@ -307,7 +317,5 @@ def _require_same(what: str, first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def _with_progressbar(batches: Batches, desc: str) -> Batches:
-    from tqdm import tqdm
-
-    bar: Batches = tqdm(batches, desc=desc)
+    bar: Batches = required("tqdm", "operators").tqdm(batches, desc=desc)
     return bar

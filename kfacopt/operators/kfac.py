@@ -38,7 +38,7 @@ class KFACLinearOperator(KroneckerLinearOperator):
         self._add(data)
 
     def _add(self, data: Batches | None) -> None:
-        for chunk in self._chunks("factors", data):
+        for chunk in self._new_rows(data):
             for layer, rows in chunk.rows.items():
                 self.blocks[layer.name].update(rows)
         self._finish()

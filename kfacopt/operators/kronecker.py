@@ -88,6 +88,8 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         if fisher_type not in {str(known) for known in self.FISHER_TYPES}:
             known = ", ".join(repr(str(known)) for known in self.FISHER_TYPES)
             raise ValueError(f"fisher_type of {type(self).__name__} must be one of {known}, got {fisher_type!r}")
+        if mc_samples != 1 and fisher_type != FisherType.MC:
+            raise ValueError(f"mc_samples={mc_samples} has no meaning with fisher_type={str(fisher_type)!r}: use 'mc'")
         self._forward_only = fisher_type == FisherType.FORWARD_ONLY
         self._options: dict[str, Any] = {
             "fisher_type": str(FisherType.MC if self._forward_only else fisher_type),
@@ -190,8 +192,8 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         fisher = Fisher(self._options["fisher_type"], self._options["mc_samples"], self._options["seed"])
         return FisherEstimator(loss_func, fisher=fisher, kfac_approx=self._options["kfac_approx"])
 
-    def _chunks(self, desc: str, data: Batches | None = None) -> Iterator[Chunk]:
-        """The rows of all data, mini-batch by mini-batch; counts data and loss terms."""
+    def _rows(self, desc: str, data: Batches | None = None) -> Iterator[tuple[Any, Chunk]]:
+        """Each mini-batch's inputs with its rows, chunk by chunk."""
         assert isinstance(self._loss_func, nn.Module)
         sweep = Sweep(
             self._model_func,
@@ -204,11 +206,15 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         )
         for X, y in self._loop_over_data(desc, data):
             for chunk in sweep.chunks(X, y):
-                if desc == "factors":
-                    if chunk.first:
-                        self._count(X, chunk)
-                    self._diagonal.update(X, chunk)
-                yield chunk
+                yield X, chunk
+
+    def _new_rows(self, data: Batches | None = None) -> Iterator[Chunk]:
+        """The rows of data that have not been seen yet (None: of all): their loss terms count from now on."""
+        for X, chunk in self._rows("factors", data):
+            if chunk.first:
+                self._count(X, chunk)
+            self._diagonal.update(X, chunk)
+            yield chunk
 
     def _count(self, X: Any, chunk: Chunk) -> None:
         data = self._batch_size(X)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from kfacopt.optional import required
+
 if TYPE_CHECKING:  # an optional dependency
     from matplotlib.axes import Axes
 
@@ -35,8 +37,7 @@ def plot_spectral_density(
     >>> plot_spectral_density({"Hessian": (grid, grid), "GGN": (grid, 2 * grid)}).get_xlabel()
     'eigenvalue'
     """
-    from matplotlib.figure import Figure
-
+    figures = required("matplotlib.figure", "operators")
     if not densities:
         raise ValueError("densities is empty: give at least one label with a grid and a density")
     for label, (grid, density) in densities.items():
@@ -46,7 +47,7 @@ def plot_spectral_density(
                 f"{list(grid.shape)} and {list(density.shape)}"
             )
     if axes is None:
-        axes = Figure(figsize=(6.0, 4.0), layout="constrained").subplots()
+        axes = figures.Figure(figsize=(6.0, 4.0), layout="constrained").subplots()
     highest = 0.0
     for label, (grid, density) in densities.items():
         axes.plot(*(x.detach().double().cpu().numpy() for x in (grid, density)), label=label)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kfacopt.capture import unnoticed
+from kfacopt.buffers import copied_buffers
 from kfacopt.double_backward import DoubleBackward, gradients, twice_differentiable
 from kfacopt.estimator import find_prediction
+from kfacopt.recording import unnoticed
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 """Parameter values to a tensor."""
@@ -96,9 +96,8 @@ def as_function(model: Callable[[Any], Any], params: Sequence[Tensor], X: Any) -
     names, module = parameter_names(model, params), cast(nn.Module, model)
 
     def function(values: Sequence[Tensor]) -> Tensor:
-        buffers = {name: b.clone() for name, b in module.named_buffers()}
-        with unnoticed():
-            result = functional_call(module, buffers | dict(zip(names, values, strict=True)), (X,))
+        with unnoticed(), copied_buffers(module):
+            result = functional_call(module, dict(zip(names, values, strict=True)), (X,))
         try:
             return find_prediction(result)
         except ValueError as error:
@@ -146,16 +145,3 @@ def check_leaves_parameters(model: nn.Module) -> None:
                 f"module '{name}' ({type(module).__name__}) has max_norm={module.max_norm}, with which every forward "
                 "rescales its weight: no derivative is taken there; set max_norm to None"
             )
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers that change within this context get their values back: activation checkpointing runs the model again."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):  # batch normalisation does not count up the buffers' versions
-                    buffer.copy_(value)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 
-from kfacopt.capture import recorded, without_autocast
+from kfacopt.buffers import copied_buffers
+from kfacopt.chunks import Reached, rows_in_chunks, split_cotangents
 from kfacopt.estimator import FisherEstimator, find_prediction
 from kfacopt.forwards import Site
-from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.operators.fisher import empirical_gradients
 from kfacopt.passes import CotangentPass
-from kfacopt.rows import rows_of_layer
-
-# Cotangents go through the graph together as long as they fit into a processor's cache; beyond, a batched pass is the
-# slower one (CNN 16/32/32, batch 128, ten cotangents of 14 MB: 147 ms batched, 81 ms one by one).
-_CACHED = 2**24
+from kfacopt.recording import recorded, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,51 +71,33 @@ class Sweep:
     @torch.no_grad()
     def chunks(self, X: Any, y: Tensor) -> Iterator[Chunk]:
         """The rows of one mini-batch, in chunks of cotangents; none if every target is ignored."""
-        with recorded(self._layers) as sites, torch.enable_grad():
-            buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-            output = functional_call(self._model, buffers, (X,)) if buffers else self._model(X)
+        with recorded(self._layers) as edges, torch.enable_grad(), copied_buffers(self._model):
+            output = self._model(X)
         prediction = find_prediction(output, self._estimator.prediction)
         terms = self._estimator.likelihood.terms(prediction.detach(), target=y)
         if not bool(terms.count > 0):
             return
+        reach = partial(self._reach, prediction, edges)
         approx = self._estimator.kfac_approx
         with without_autocast(prediction.device):
-            inputs: dict[Layer, Tensor | OneHot] = {}
-            for number, cotangents in enumerate(self._cotangents(terms, prediction, sites)):
-                rows = {
-                    layer: rows_of_layer(layer, some, terms.count, approx, self._all_places, inputs.get(layer))
-                    for layer, some in self._reached(prediction, sites, cotangents).items()
-                }
-                first = number == 0
-                if first:
-                    inputs = {layer: r.inputs for layer, r in rows.items()}
-                yield Chunk(
-                    rows if first else {layer: replace(r, first=False) for layer, r in rows.items()},
-                    cotangents,
-                    terms,
-                    first,
-                )
+            chunks = rows_in_chunks(
+                self._cotangents(terms, prediction, edges), reach, terms.count, approx, self._all_places
+            )
+            for number, (cotangents, rows) in enumerate(chunks):
+                yield Chunk(rows, cotangents, terms, number == 0)
 
-    def _cotangents(self, terms: LossTerms, prediction: Tensor, sites: Sequence[Site]) -> Iterator[Tensor]:
+    def _cotangents(self, terms: LossTerms, prediction: Tensor, sites: Iterable[Site]) -> Iterator[Tensor]:
         if self._forward_only:
-            yield torch.zeros_like(prediction).unsqueeze(0)
-            return
+            return iter((torch.zeros_like(prediction).unsqueeze(0),))
         if self._estimator.fisher_type == FisherType.EMPIRICAL:
-            yield terms.restore(empirical_gradients(self._loss_func, terms))
-            return
-        bytes_each = sum(site.shape.numel() for site in sites) * prediction.element_size()
-        together = max(1, min(self._byte_budget, _CACHED) // max(1, bytes_each))
-        for cotangents in self._estimator.cotangents(terms):
-            yield from cotangents.split(together)
+            return iter((terms.restore(empirical_gradients(self._loss_func, terms)),))
+        return split_cotangents(self._estimator.cotangents(terms), sites, self._byte_budget)
 
-    def _reached(
-        self, prediction: Tensor, sites: Sequence[Site], cotangents: Tensor
-    ) -> Mapping[Layer, list[tuple[Site, Tensor]]]:
+    def _reach(self, prediction: Tensor, edges: Mapping[Site, GradientEdge], cotangents: Tensor) -> Reached:
         if self._forward_only:
             result: dict[Layer, list[tuple[Site, Tensor]]] = {}
-            for site in sites:
+            for site in edges:
                 nothing = prediction.new_zeros(()).expand(1, *site.shape)
                 result.setdefault(site.layer, []).append((site, nothing))
             return result
-        edges = {site: GradientEdge(site.node, site.output_nr) for site in sites if site.node is not None}
         return self._backward(get_gradient_edge(prediction), edges, cotangents) if edges else {}

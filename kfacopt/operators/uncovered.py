@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.blocks.base import chunks_of_data
 from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.buffers import copied_buffers
 from kfacopt.estimator import find_prediction
 from kfacopt.operators.products import parameter_names
 from kfacopt.operators.sweep import Chunk
@@ -42,12 +43,11 @@ class DiagonalOfUncovered:
         self._refuse_batch_statistics()
         data = chunk.cotangents.shape[1]
         inputs = _require_batch(X, data)
-        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         values = [p.detach() for p in self._params]
 
         def inner(own: Sequence[Tensor], x: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
             single = {k: v.unsqueeze(0) for k, v in x.items()} if isinstance(x, Mapping) else x.unsqueeze(0)
-            output = functional_call(self._model, buffers | dict(zip(self._names, own, strict=True)), (single,))
+            output = functional_call(self._model, dict(zip(self._names, own, strict=True)), (single,))
             prediction = find_prediction(output).squeeze(0)
             return (prediction * cotangent).sum(), prediction
 
@@ -57,7 +57,7 @@ class DiagonalOfUncovered:
         for part in chunks_of_data(data, elements, self._budget):
             some = {k: v[part] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[part]
             for cotangent in chunk.cotangents:
-                with sdpa_kernel(SDPBackend.MATH):
+                with sdpa_kernel(SDPBackend.MATH), copied_buffers(self._model):
                     gradients, predictions = per_datum(values, some, cotangent[part])
                 self._require_independent(chunk, part, predictions)
                 for total, gradient in zip(totals, gradients, strict=True):

@@ -471,3 +471,13 @@ def test_a_layer_that_is_not_used_has_no_curvature() -> None:
     for name, product in zip(names, linear @ vector, strict=True):
         assert bool((product == 0).all()) == name.startswith("unused")
     assert isinstance(linear.blocks["unused.weight"], DataSetEigenBlock)
+
+
+@pytest.mark.parametrize("label", ["factors", "anything"])
+def test_a_progress_bars_label_steers_nothing(label: str) -> None:
+    """Whether rows are new is the caller's to say, not the label's."""
+    linear = operator(EKFACLinearOperator, BY_NAME["mlp-ce"])
+    assert [chunk.first for _, chunk in linear._rows(label)] == [True]
+    assert linear._terms == 0.0
+    list(linear._new_rows())
+    assert linear._terms == BY_NAME["mlp-ce"].data
