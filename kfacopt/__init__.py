@@ -2,19 +2,14 @@
 
 from kfacopt import operators as operators
 from kfacopt import schedules as schedules
-from kfacopt.backends import CG as CG
 from kfacopt.backends import CurvatureBackend as CurvatureBackend
 from kfacopt.backends import EKFACBackend as EKFACBackend
 from kfacopt.backends import ExactEKFACBackend as ExactEKFACBackend
 from kfacopt.backends import ExactKFACBackend as ExactKFACBackend
-from kfacopt.backends import Gram as Gram
 from kfacopt.backends import KFACBackend as KFACBackend
 from kfacopt.backends import LayerTensors as LayerTensors
 from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
-from kfacopt.backends import Problem as Problem
 from kfacopt.backends import Settings as Settings
-from kfacopt.backends import Solved as Solved
-from kfacopt.backends import Solver as Solver
 from kfacopt.blocks import Block as Block
 from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
 from kfacopt.damping import RelativeDamping as RelativeDamping
@@ -51,5 +46,10 @@ from kfacopt.optim import TrustRegion as TrustRegion
 from kfacopt.optim import TrustRegionNewton as TrustRegionNewton
 from kfacopt.optim import TrustRegionStrategy as TrustRegionStrategy
 from kfacopt.optim import Updates as Updates
+from kfacopt.solvers import CG as CG
+from kfacopt.solvers import Gram as Gram
+from kfacopt.solvers import Problem as Problem
+from kfacopt.solvers import Solved as Solved
+from kfacopt.solvers import Solver as Solver
 
 __version__ = "0.1.0"

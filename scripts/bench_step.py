@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kfacopt
-from kfacopt.lightning import rivals
-from kfacopt.lightning.data import MlxtendDigits
-from kfacopt.lightning.models import DeepAutoencoder
+from kfacopt.experiments import rivals
+from kfacopt.experiments.data import MlxtendDigits
+from kfacopt.experiments.models import DeepAutoencoder
 
 Factory = Callable[[nn.Module], Optimizer]
 """Builds an optimizer for a network."""

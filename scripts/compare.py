@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from train import build_data, build_task, compose
 
-from kfacopt.lightning.in_memory import InMemoryData
-from kfacopt.lightning.tasks import Task
+from kfacopt.experiments.in_memory import InMemoryData
+from kfacopt.experiments.tasks import Task
 
 Batch = tuple[Tensor, ...]
 

@@ -25,9 +25,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from report import draw_losses
 
+from kfacopt.experiments.in_memory import InMemoryData
+from kfacopt.experiments.tasks import Task
 from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
-from kfacopt.lightning.in_memory import InMemoryData
-from kfacopt.lightning.tasks import Task
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -1,4 +1,4 @@
-"""Training with PyTorch Lightning: the callbacks, and the data, models and tasks of the runs."""
+"""Training with PyTorch Lightning: curvature in the logs, a swap of optimizers, interruptions that resume."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.buffers import copied_buffers
+from kfacopt.capture.buffers import copied_buffers
 from kfacopt.likelihoods.divisor import mean_divisor
-from kfacopt.operators.base import LinearOperator, Shapes
-from kfacopt.operators.products import (
+from kfacopt.linalg.operator import LinearOperator, Shapes
+from kfacopt.operators.matrix_free.products import (
     Linearization,
     as_function,
     check_leaves_parameters,

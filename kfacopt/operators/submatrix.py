@@ -9,7 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from kfacopt.operators.base import LinearOperator
+from kfacopt.linalg.operator import LinearOperator
 
 
 class SubmatrixLinearOperator(LinearOperator):

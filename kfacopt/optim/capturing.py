@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
-from kfacopt.capture import Capture
-from kfacopt.coverage import CoverageRow, find_layers
-from kfacopt.estimator import FisherEstimator
+from kfacopt.capture.listener import Capture
+from kfacopt.capture.recording import without_autocast
 from kfacopt.layers.base import Rows
+from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import all_finite
 from kfacopt.optim.checks import check_model, check_params
-from kfacopt.recording import without_autocast
 
 Params = Iterable[Any]
 

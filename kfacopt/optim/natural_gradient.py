@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
-from kfacopt.backends.gram import Gram
-from kfacopt.backends.solver import Solver
 from kfacopt.damping import LevenbergMarquardt
-from kfacopt.estimator import LossFunction, TermsEstimator
+from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.linalg.tensors import all_finite, inner_product
-from kfacopt.loss_change import reduction_ratio
 from kfacopt.optim import deprecated
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group
 from kfacopt.optim.step import GridLineSearch, Step, Updates
 from kfacopt.optim.step.acceleration import GeodesicAcceleration
 from kfacopt.optim.step.solved import Solves
-from kfacopt.products import ProductRecorder
+from kfacopt.replay.loss_change import reduction_ratio
+from kfacopt.replay.recorder import ProductRecorder
+from kfacopt.solvers.base import Solver
+from kfacopt.solvers.gram import Gram
 
 
 class NaturalGradient(CapturingOptimizer):

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfacopt.estimator import FisherEstimator
-from kfacopt.forwards import Replay
+from kfacopt.capture.records import Replay
 from kfacopt.likelihoods import Likelihood
+from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import flat, split_like
-from kfacopt.loss_change import loss_change, parts_of, reduction_ratio
-from kfacopt.operators.chain import ChainHessian
-from kfacopt.operators.chain_loss import TermsLoss
-from kfacopt.operators.chain_parse import elements_of
+from kfacopt.operators.chain.hessian import ChainHessian
+from kfacopt.operators.chain.loss import TermsLoss
+from kfacopt.operators.chain.parse import elements_of
 from kfacopt.optim.capturing import CapturingOptimizer
 from kfacopt.optim.checks import check_model
 from kfacopt.optim.subproblem import Curvatures, ExactTrustRegion, GaussNewton, TrustRegionStrategy
+from kfacopt.replay.loss_change import loss_change, parts_of, reduction_ratio
 
 DEFAULT_STRATEGIES = (GaussNewton(), ExactTrustRegion())
 """Gauss-Newton leads; where it stalls, the exact Hessian shows the way."""

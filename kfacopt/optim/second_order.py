@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
-from kfacopt.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
-from kfacopt.estimator import FisherEstimator
+from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import KFACType, Likelihood
+from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params

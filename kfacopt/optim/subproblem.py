@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfacopt.linalg.lanczos import Tridiagonal, lanczos
 from kfacopt.linalg.secular import trust_region_step
-from kfacopt.operators.chain import ChainGGN, ChainHessian
+from kfacopt.operators.chain.hessian import ChainGGN, ChainHessian
 
 
 class Proposal(NamedTuple):

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
-from kfacopt.estimator import FisherEstimator
-from kfacopt.forwards import Replay
+from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import inner_product
-from kfacopt.loss_change import loss_change, parts_of, reduction_ratio
+from kfacopt.replay.loss_change import loss_change, parts_of, reduction_ratio
 
 _LARGEST_RATIO = 8.0
 """Of `u·(f' - f)` to `gᵀδ`, beyond which u is held to be scaled.

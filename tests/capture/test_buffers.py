@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfacopt.buffers import copied_buffers
+from kfacopt.capture.buffers import copied_buffers
 from kfacopt.operators import GGNLinearOperator, HessianLinearOperator, KFACLinearOperator
 
 

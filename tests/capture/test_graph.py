@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import kfacopt
 from kfacopt import graph
-from kfacopt.capture import Capture
-from kfacopt.coverage import find_layers
-from kfacopt.estimator import TermsEstimator
+from kfacopt.capture.listener import Capture
+from kfacopt.layers.coverage import find_layers
+from kfacopt.likelihoods.estimator import TermsEstimator
 from tests.capture.harness import attached, fresh
 
 

@@ -18,12 +18,16 @@ _CHATTER = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+def let_chatter(items: list[pytest.Item], folder: Path) -> None:
+    """Let Lightning's chatter pass in the tests of a folder."""
     for item in items:
-        if here in item.path.parents:
+        if folder in item.path.parents:
             for chatter in _CHATTER:
                 item.add_marker(pytest.mark.filterwarnings(chatter))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    let_chatter(items, Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)

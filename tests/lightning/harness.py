@@ -19,9 +19,9 @@ from torch.optim import Adam, Optimizer
 from torch.utils.data import TensorDataset
 
 import kfacopt
-from kfacopt.lightning.batches import Rows
-from kfacopt.lightning.in_memory import InMemoryData
-from kfacopt.lightning.tasks import Regression
+from kfacopt.experiments.batches import Rows
+from kfacopt.experiments.in_memory import InMemoryData
+from kfacopt.experiments.tasks import Regression
 
 ekfac = partial(kfacopt.EKFAC, lr=0.1, damping=0.1, factor_every=2, refresh_every=3)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kfacopt
+from kfacopt.experiments.rivals import muon
 from kfacopt.lightning import CurvatureCallback
 from kfacopt.lightning.callback import second_order_optimizers
-from kfacopt.lightning.rivals import muon
 from tests.lightning.harness import (
     Module,
     Toy,

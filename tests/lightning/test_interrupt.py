@@ -17,8 +17,8 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from kfacopt.experiments.learning_rates import linear_decay
 from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
-from kfacopt.lightning.learning_rates import linear_decay
 from tests.lightning.harness import (
     RaiseSignal,
     Toy,

@@ -15,8 +15,8 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 import kfacopt
+from kfacopt.experiments.rivals import muon
 from kfacopt.lightning import CurvatureCallback
-from kfacopt.lightning.rivals import muon
 from tests.lightning.harness import (
     Module,
     Toy,

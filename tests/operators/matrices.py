@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfacopt.linalg.operator import Shapes
 from kfacopt.operators import LinearOperator
-from kfacopt.operators.base import Shapes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what curvlinops imports is not ours to mend

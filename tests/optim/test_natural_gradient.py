@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import kfacopt
 from kfacopt import CG, GeodesicAcceleration, Gram, GridLineSearch, LevenbergMarquardt, NaturalGradient, Solver
 from tests import reference
-from tests.backends import dense
 from tests.cases import BY_NAME, CASES, Case, Squares, backward, train_step
+from tests.solvers import dense
 
 DAMPING = 0.05
 ALL = [pytest.param(case, id=case.name) for case in CASES]

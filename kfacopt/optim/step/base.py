@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
-from kfacopt.estimator import FisherEstimator
-from kfacopt.forwards import Replay
+from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
-from kfacopt.linearization import BatchLinearization
-from kfacopt.metric import Metric
-from kfacopt.optim import path
 from kfacopt.optim.groups import Groups
-from kfacopt.products import ProductRecorder
+from kfacopt.replay import path
+from kfacopt.replay.linearization import BatchLinearization
+from kfacopt.replay.metric import Metric
+from kfacopt.replay.recorder import ProductRecorder
 
 ByParameter = Mapping[nn.Parameter, Tensor]
 """A tensor shaped as the parameter, for each of some parameters."""

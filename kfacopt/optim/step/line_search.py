@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kfacopt.optim import path
 from kfacopt.optim.step.base import Step, StepLength, Updates
+from kfacopt.replay import path
 
 
 @dataclass

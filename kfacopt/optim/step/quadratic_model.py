@@ -12,11 +12,11 @@ from torch import Tensor
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.tensors import inner_product
-from kfacopt.loss_change import reduction_ratio
-from kfacopt.metric import Metric
-from kfacopt.optim import path
 from kfacopt.optim.step.base import Direction, Step, StepLength, Updates
 from kfacopt.optim.step.preconditioned import Preconditioned
+from kfacopt.replay import path
+from kfacopt.replay.loss_change import reduction_ratio
+from kfacopt.replay.metric import Metric
 
 
 class QuadraticModel(StepLength):

@@ -6,14 +6,14 @@ import math
 
 from torch import Tensor
 
-from kfacopt.backends.preconditioner import Preconditioner
-from kfacopt.backends.solver import Problem, Solved, Solver
 from kfacopt.likelihoods.fisher import Curvature
-from kfacopt.linearization import BatchLinearization
-from kfacopt.optim import path
 from kfacopt.optim.step.acceleration import GeodesicAcceleration
 from kfacopt.optim.step.base import Direction, Step, Updates
 from kfacopt.optim.step.line_search import GridLineSearch
+from kfacopt.replay import path
+from kfacopt.replay.linearization import BatchLinearization
+from kfacopt.solvers.base import Problem, Solved, Solver
+from kfacopt.solvers.preconditioner import Preconditioner
 
 
 class Solves(Direction):

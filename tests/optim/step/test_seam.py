@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import kfacopt
 from kfacopt.linalg.tensors import flat
-from kfacopt.linearization import BatchLinearization
 from kfacopt.optim.step.trust_region import kl_scale, squared_length
+from kfacopt.replay.linearization import BatchLinearization
 from tests.cases import BY_NAME, exact_ekfac, exact_kfac, mlp, train_step
 
 CASE = BY_NAME["mlp-ce"]

@@ -1,0 +1,103 @@
+"""What a forward leaves behind until the backward and the step that follow it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.capture.buffers import copied_buffers
+from kfacopt.capture.graph import Mark
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
+
+
+@dataclass(eq=False)
+class Site:
+    """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at."""
+
+    layer: Layer
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output_nr: int
+    shape: torch.Size
+
+
+@dataclass(eq=False)
+class Call:
+    """What is needed to run a forward again: the damping rule compares the loss before and after a step."""
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: Tensor
+    device_random_state: Tensor | None
+    autocast_dtype: torch.dtype | None
+
+    @classmethod
+    def now(cls, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call that begins now: with the present random states and autocast context."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = "cuda" if torch.cuda.is_available() and torch.is_autocast_enabled("cuda") else "cpu"
+        autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device_random_state = torch.cuda.get_rng_state() if cuda else None
+        return cls(module, inputs, dict(kwargs), torch.get_rng_state(), device_random_state, autocast_dtype)
+
+    def autocast(self) -> torch.autocast:
+        """The autocast context that the forward ran in."""
+        device = "cpu" if self.device_random_state is None else "cuda"
+        return torch.autocast(device, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def run(self) -> Any:
+        """The forward again, in the ambient gradient mode: same random numbers, buffers left as they are.
+
+        Buffers are swapped for copies while it runs, not written back, so that a graph that saved them stays valid.
+        """
+        with torch.random.fork_rng(), self.autocast(), copied_buffers(self.module):
+            torch.set_rng_state(self.random_state)
+            if self.device_random_state is not None:
+                torch.cuda.set_rng_state(self.device_random_state)
+            return self.module(*self.inputs, **self.kwargs)
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a root (the outermost module that was entered), as long as the graph of its prediction lives.
+
+    Of an ambiguous output every tensor keeps one; they are no predictions unless no later root uses them.
+    """
+
+    root: nn.Module
+    sites: dict[Site, weakref.ref[Mark]]  # the calls within, and the marks on their outputs' nodes
+    call: Call | None
+    prediction: Tensor | None = None
+    version: int = 0
+    output_nr: int = 0
+    refusal: str = ""
+    name: str = ""  # of the loss term, where a model returns several predictions
+
+
+@dataclass(eq=False)
+class Replay:
+    """A forward that took part in a step: how to run it again, its loss terms, the user's gradient there."""
+
+    call: Call
+    terms: LossTerms
+    gradient: Tensor
+    name: str = ""
+    whole: bool = True  # False: other roots' forwards lead to the prediction, which are not run again
+
+
+@dataclass
+class Tally:
+    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time."""
+
+    terms: Tensor | float = 0.0
+    replays: list[Replay] = field(default_factory=list)
+    replayable: bool = True
+    passes: int = 0
+    seconds: float = 0.0

@@ -1,0 +1,90 @@
+"""One layer's sites, however many calls it took, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kfacopt.capture.records import Site
+from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import KFACType
+from kfacopt.linalg.tensors import as_statistic
+
+
+def rows_of_layer(
+    layer: Layer,
+    reached: Sequence[tuple[Site, Tensor]],
+    terms: Tensor,
+    kfac_approx: KFACType,
+    all_places: bool = False,
+    inputs: Tensor | OneHot | None = None,
+) -> Rows:
+    """Rows of a layer from the cotangents that arrived at its calls.
+
+    A layer that was called several times in one forward shares its weights over the calls: they are more places `s`.
+
+    Args:
+        layer: The layer.
+        reached: Its calls and the cotangents `[v, *output]` at each.
+        terms: What to divide sums over the rows by for the mean loss.
+        kfac_approx: Expand, or reduce.
+        all_places: Leave reducing to `Rows.for_factors`.
+        inputs: The rows' inputs where they are known: those of the rows that other cotangents gave for the same calls.
+
+    Raises:
+        ValueError: If the calls had different numbers of data.
+    """
+    if layer.handler.structure == "elementwise":
+        kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
+    if all_places and kfac_approx == KFACType.REDUCE:
+        return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs), reduce=True)
+    gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
+    if len(reached) > 1:
+        _require_same_data(layer, gradients)
+    if inputs is None:
+        inputs = _inputs_of_layer(layer, [site for site, _ in reached], kfac_approx)
+    joint = gradients[0] if len(reached) == 1 else torch.cat(gradients, dim=-2)
+    if len(reached) > 1 and kfac_approx == KFACType.REDUCE and isinstance(inputs, Tensor):
+        joint = joint.sum(-2, keepdim=True)
+    return _same_dtype(inputs, joint, terms)
+
+
+def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot:
+    handler, inputs = layer.handler, []
+    for site in sites:
+        a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
+        inputs.append(as_statistic(a) if isinstance(a, Tensor) else a)
+    if len(inputs) == 1:
+        return inputs[0]
+    place = -3 if handler.structure == "elementwise" else -2
+    merged = _join(inputs, place)
+    averaged = kfac_approx == KFACType.REDUCE and isinstance(merged, Tensor)
+    return merged.mean(place, keepdim=True) if averaged and isinstance(merged, Tensor) else merged
+
+
+def _same_dtype(inputs: Tensor | OneHot, gradients: Tensor, terms: Tensor) -> Rows:
+    if isinstance(inputs, Tensor) and inputs.dtype != gradients.dtype:
+        dtype = torch.promote_types(inputs.dtype, gradients.dtype)
+        inputs, gradients = inputs.to(dtype), gradients.to(dtype)
+    return Rows(inputs, gradients, terms.to(gradients.dtype))
+
+
+def _join(inputs: Sequence[Tensor | OneHot], place: int) -> Tensor | OneHot:
+    if all(isinstance(a, Tensor) for a in inputs):
+        return torch.cat([a for a in inputs if isinstance(a, Tensor)], dim=place)
+    hot = [a for a in inputs if isinstance(a, OneHot)]
+    masks = [torch.ones_like(a.indices, dtype=torch.bool) if a.mask is None else a.mask for a in hot]
+    return OneHot(torch.cat([a.indices for a in hot], dim=-1), hot[0].size, torch.cat(masks, dim=-1))
+
+
+def _require_same_data(layer: Layer, gradients: Sequence[Tensor]) -> None:
+    data = [g.shape[-3] for g in gradients]
+    if len(set(data)) > 1:
+        raise ValueError(
+            f"the module {layer.name!r} was called {len(data)} times in one forward with {data} data: which of them "
+            f"belong together is not known. Exclude it from curvature with a param group that has 'curvature': False"
+        )

@@ -1,0 +1,1 @@
+"""The exact Hessian of an `nn.Sequential`: products, damped inverse, inertia and determinant."""

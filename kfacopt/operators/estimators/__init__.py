@@ -1,0 +1,1 @@
+"""Traces, diagonals, norms and spectra of an operator that is only multiplied with."""

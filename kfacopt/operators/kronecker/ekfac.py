@@ -1,0 +1,154 @@
+"""EKFAC of a Fisher over a data set, as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor, nn
+
+from kfacopt.blocks.data_set import DataSetEigenBlock
+from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import FisherType
+from kfacopt.operators.empirical_risk import Batches
+from kfacopt.operators.kronecker.statistics import KroneckerLinearOperator
+
+Kept = dict[Layer, list[Rows]]
+
+
+class EKFACLinearOperator(KroneckerLinearOperator):
+    """EKFAC: KFAC's eigenbasis with the curvature's own second moments along it (George et al. 2018).
+
+    The corrected eigenvalues are those of per-datum gradients, for weight sharing and masks too. They take a second
+    sweep over the data, unless all rows fit into `byte_budget`. Arguments are those of `KroneckerLinearOperator`.
+
+    >>> import torch
+    >>> model, loss = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+    >>> data = [(torch.eye(3), torch.zeros(3, 2))]
+    >>> ekfac = EKFACLinearOperator(model, loss, list(model.parameters()), data, fisher_type="type-2")
+    >>> round(float(ekfac.trace), 4)
+    4.0
+    """
+
+    FISHER_TYPES = (FisherType.TYPE2, FisherType.MC, FisherType.EMPIRICAL)
+    _all_places = True
+
+    def _make_block(self) -> FactoredBlock:
+        return DataSetEigenBlock(self._elements_at_once)
+
+    def compute_eigenvalue_correction(self) -> None:
+        """Compute eigenbases and corrected eigenvalues now, if they are not there yet."""
+        self.compute()
+
+    def _eigen_blocks(self) -> dict[Layer, DataSetEigenBlock]:
+        """The blocks of layers with factors; a module's first block comes before those that share with it."""
+        named = {layer: self.blocks[layer.name] for layer in self._layers}
+        return {layer: block for layer, block in named.items() if isinstance(block, DataSetEigenBlock)}
+
+    def _compute(self) -> None:
+        kept = self._sweep_for_factors()
+        if kept is None:
+            self._finish()
+            self._correct_by_sweep()
+            return
+        blocks, known = self._eigen_blocks(), set()
+        for layer, block in blocks.items():
+            if layer in kept:
+                before = kept[layer][0].inputs
+                kept[layer] = block.refresh_from(kept[layer])
+                if kept[layer][0].inputs is not before:
+                    known.add(layer)
+        self._finish()
+        batches = max((len(rows) for rows in kept.values()), default=0)
+        for number in range(batches):
+            self._correct({layer: rows[number] for layer, rows in kept.items() if number < len(rows)}, known)
+        self._finish_corrections()
+
+    def _sweep_for_factors(self, data: Batches | None = None, keep: bool = True) -> Kept | None:
+        """Update the factors; or keep all rows instead, if they fit into the budget."""
+        blocks = self._eigen_blocks()
+        kept: Kept | None = {} if keep else None
+        size = 0
+        for chunk in self._new_rows(data):
+            for layer, rows in chunk.rows.items():
+                if kept is None or layer not in blocks:
+                    self.blocks[layer.name].update(rows)
+                else:
+                    kept.setdefault(layer, []).append(rows)
+                    size += _bytes(rows)
+            if kept is not None and size > self._byte_budget:
+                for layer, some in kept.items():
+                    for rows in some:
+                        blocks[layer].update(rows)
+                kept = None
+        return kept
+
+    def _correct_by_sweep(self) -> None:
+        """Eigenbases of the factors as they are, and the corrected eigenvalues by another sweep over all data."""
+        for block in self._eigen_blocks().values():
+            block.refresh(0.0)
+        self._restart_sampling()
+        for _, chunk in self._rows("eigenvalue correction"):
+            self._correct(chunk.rows, ())
+        self._finish_corrections()
+
+    def _correct(self, rows: Mapping[Layer, Rows], known: Collection[Layer]) -> None:
+        """Add rows to the corrected eigenvalues; `known` have coordinates for inputs already."""
+        blocks = self._eigen_blocks()
+        rotated: dict[tuple[nn.Module, ...], Tensor] = {}
+        for layer, block in blocks.items():
+            if layer not in rows:
+                continue
+            left: Tensor | None
+            these, (left, right) = rows[layer], block.basis()
+            if these.gradients.shape[-2] == 1 and not isinstance(these.inputs, OneHot):
+                # Weight and bias of a module have the same gradients: rotate them once.
+                if layer.modules not in rotated:
+                    groups = left if left.ndim == 2 else left.unsqueeze(-3)
+                    rotated[layer.modules] = these.gradients @ groups
+                these, left = replace(these, gradients=rotated[layer.modules]), None
+            block.correct(these, left, None if layer in known else right)
+
+    def _finish_corrections(self) -> None:
+        for block in self._eigen_blocks().values():
+            block.corrected.accumulate()
+            if block.corrected.value is None:  # no row reached the layer
+                block.refresh(0.0)
+                left, right = block.factor_eigenvalues()
+                block.corrected.value = left.new_zeros(*left.shape, right.shape[-1])
+
+    def _more(self, data: Batches) -> None:
+        for block in self._eigen_blocks().values():
+            block.drop_corrections()
+        self._sweep_for_factors(data, keep=False)
+        self._finish()
+        self._correct_by_sweep()
+
+    def _merge(self, other: KroneckerLinearOperator) -> None:
+        """In one basis (of a common state, say) all averages add up; else the new basis takes a sweep over all data."""
+        theirs = cast(EKFACLinearOperator, other)._eigen_blocks().values()
+        pairs = list(zip(self._eigen_blocks().values(), theirs, strict=True))
+        aligned = all(mine.same_basis(others) for mine, others in pairs)
+        for mine, others in pairs:
+            mine.factors()
+            others.factors()
+            if not aligned:
+                mine.drop_corrections()
+        rest = {block for block, _ in pairs}
+        for name, block in self.blocks.items():
+            if aligned or block not in rest:
+                block.merge(other.blocks[name])
+        if not aligned:
+            for mine, others in pairs:
+                mine.merge_factors(others)
+            self._correct_by_sweep()
+
+
+def _bytes(rows: Rows) -> int:
+    size = rows.gradients.numel()
+    if rows.first and isinstance(rows.inputs, Tensor):
+        size += rows.inputs.numel()
+    return size * rows.gradients.element_size()
