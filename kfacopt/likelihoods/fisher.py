@@ -61,9 +61,13 @@ class Fisher:
             known = ", ".join(repr(member.value) for member in Curvature)
             raise ValueError(f"curvature must be one of {known} or a kfacopt.Fisher, got {self.type!r}") from None
         if self.samples < 1:
-            raise ValueError(f"samples (labels per loss term) must be at least 1, got {self.samples}")
+            raise ValueError(
+                f"samples (mc_samples of an operator) must be at least 1 label per loss term, got {self.samples}"
+            )
         if self.samples != 1 and kind is not Curvature.MC:
-            raise ValueError(f"samples={self.samples} has no meaning with type={kind.value!r}: only 'mc' draws samples")
+            raise ValueError(
+                f"samples (mc_samples of operators) must be 1 with {kind.value!r}: it draws none, got {self.samples}"
+            )
         object.__setattr__(self, "type", kind)
 
     def __repr__(self) -> str:
