@@ -88,8 +88,6 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         if fisher_type not in {str(known) for known in self.FISHER_TYPES}:
             known = ", ".join(repr(str(known)) for known in self.FISHER_TYPES)
             raise ValueError(f"fisher_type of {type(self).__name__} must be one of {known}, got {fisher_type!r}")
-        if mc_samples != 1 and fisher_type != FisherType.MC:
-            raise ValueError(f"mc_samples={mc_samples} has no meaning with fisher_type={str(fisher_type)!r}: use 'mc'")
         self._forward_only = fisher_type == FisherType.FORWARD_ONLY
         self._options: dict[str, Any] = {
             "fisher_type": str(FisherType.MC if self._forward_only else fisher_type),
