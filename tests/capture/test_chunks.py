@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kfacopt
-from kfacopt import chunks
+from kfacopt.capture import chunks
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.likelihoods import Likelihood

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 
 import kfacopt
-from kfacopt import graph
+from kfacopt.capture import graph
 from kfacopt.capture.listener import Capture
 from kfacopt.layers.coverage import find_layers
 from kfacopt.likelihoods.estimator import TermsEstimator
