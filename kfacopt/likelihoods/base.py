@@ -68,6 +68,8 @@ class LossTerms:
         output_scale: Further Hessian multiplier of every output `[m c]` (`pos_weight`); `None` for one.
         terms_per_datum: Rows that belong to one datum (positions of a sequence); they are contiguous.
         rows: Reads a tensor of the prediction's shape as rows `[m c]`.
+        weights: What every term counts in the user's loss, over what the plain mean (or sum) would count it `[m]`; a
+            factor of `scale` and `gradient` (`kfacopt.likelihoods.weights`). None: not asked for, or not to be told.
     """
 
     parameters: Tensor
@@ -79,6 +81,14 @@ class LossTerms:
     terms_per_datum: int = 1
     rows: Callable[[Tensor], Tensor] | None = None
     reads_target: bool = False
+    weights: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor | None:
+        """Vectors whose outer products are the terms' empirical Fisher `[m c]`, as large as their weights; or None."""
+        if self.gradient is None or self.weights is None:
+            return self.gradient
+        return self.gradient * torch.where(self.weights > 0, self.weights.rsqrt(), 0.0)[:, None]
 
     @classmethod
     def of(
@@ -192,6 +202,23 @@ class Likelihood(ABC):
         """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""
         return 1.0 / terms_count if self.reduction == "sum" and terms_count > 0 else 1.0
 
+    def term_share(self, terms_count: float) -> float:
+        """What one term counts in the loss function: 1/terms_count of a mean, 1 of a sum."""
+        return 1.0 if self.reduction == "sum" else 1.0 / terms_count
+
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
+        """The loss whose gradient at the prediction is `gradient`, if each term counts `share`; 0-dim.
+
+        It serves to verify that a loss whose target cannot be read from its gradient is the plain one: its value is at
+        hand then. None, as here: not known, and such a loss is taken for the plain one.
+
+        Args:
+            terms: The loss terms.
+            gradient: Of the user's loss, as rows `[m c]`.
+            share: What a term of scale one counts in that loss.
+        """
+        return None
+
     def cotangents(
         self,
         terms: LossTerms,
@@ -219,13 +246,13 @@ class Likelihood(ABC):
             return iter((terms.restore(self.sample(terms, mc_samples, generator)),))
         if fisher_type is FisherType.FORWARD_ONLY:
             raise ValueError("fisher_type='forward-only' uses no gradients, so there are no vectors to back-propagate")
-        if terms.gradient is None:
+        if (scores := terms.scores) is None:
             raise ValueError(
                 f"fisher_type='empirical': the gradient of each term of {self!r} cannot be read "
                 "from the gradient of the whole loss (soft targets, or a loss that was rescaled); "
                 "pass the target, or use 'mc' or 'type-2'"
             )
-        return iter((terms.restore(terms.gradient[None]),))
+        return iter((terms.restore(scores[None]),))
 
     def _type2(self, terms: LossTerms) -> Iterator[Tensor]:
         chunk, positions = self.vectors_per_chunk, terms.terms_per_datum

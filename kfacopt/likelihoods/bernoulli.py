@@ -106,6 +106,11 @@ class Bernoulli(Likelihood):
             output_scale=output_scale,
         )
 
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+        """Sum of `softplus(f) - y f`, with the targets that the gradient u = share · scale · (σ - y) stands for."""
+        logits, multiplier = widest(terms.parameters), share * _deviation(terms, 1.0).square()
+        return (multiplier * (F.softplus(logits) - logits.sigmoid() * logits) + gradient * logits).sum()
+
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients σ(f) - y at labels y drawn with probability σ(f)."""
         probabilities = terms.parameters.sigmoid()

@@ -89,6 +89,13 @@ class Categorical(Likelihood):
         layout = RowLayout.of(prediction, prediction.ndim - 1)
         return self._without_gradient(layout, layout.rows(prediction.detach()), None)
 
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+        """`-Σ t·log p` with the targets t that the gradient u = share · scale · (p - t) stands for."""
+        logs = widest(terms.parameters).log_softmax(-1)
+        # A masked class (logit -inf) has neither probability nor gradient.
+        each = torch.where(logs.isfinite(), (gradient - share * terms.scale[:, None] * logs.exp()) * logs, 0.0)
+        return each.sum()
+
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients p - e_y at labels y drawn from p."""
         probabilities = terms.parameters.softmax(-1)

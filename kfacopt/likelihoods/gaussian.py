@@ -66,6 +66,11 @@ class Gaussian(Likelihood):
             reads_target=target is not None,
         )
 
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+        """Sum of share · scale · (f - y)², from the gradient u = 2 share · scale · (f - y)."""
+        squares = gradient.square().sum(-1) / (4.0 * share * terms.scale)
+        return squares.sum()
+
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients at labels from N(f, 1/2): twice the deviation, of variance 2."""
         device = terms.parameters.device if generator is None else generator.device

@@ -21,6 +21,8 @@ class Precision:
         target: Largest distance of a target that counts as 0 or 1 from it.
         saturation: A probability this close to 0 or 1 may be rounded to it.
         quantum: Magnitude below which a gradient's entries may be rounded to zero.
+        factor: Largest relative distance between two factors of a loss that are taken for the same.
+        telling: Length of a term's gradient over that of its label, above which rounding leaves its factor that exact.
     """
 
     sum: float
@@ -28,6 +30,8 @@ class Precision:
     target: float
     saturation: float
     quantum: float
+    factor: float
+    telling: float
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Precision:
@@ -41,12 +45,14 @@ class Precision:
         # is the square of the direction's, hence the smaller numbers. Too tight, right losses are refused; too loose, a
         # wrong one passes that is as near to the right one.
         if coarsest == torch.float64:
-            sums, cosine, target = 1e-6, 1e-8, 1e-6
+            sums, cosine, target, factor = 1e-6, 1e-8, 1e-6, 1e-6
         elif coarsest == torch.float32:
-            sums, cosine, target = 1e-3, 1e-4, 1e-3
+            sums, cosine, target, factor = 1e-3, 1e-4, 1e-3, 1e-3
         else:
-            sums, cosine, target = 2e-2, 2e-2, 3e-2
-        return cls(sums, cosine, target, saturation=2.0 * limits.eps, quantum=quantum)
+            sums, cosine, target, factor = 2e-2, 2e-2, 3e-2, 6e-2
+        # A difference of probabilities is exact to an epsilon, absolutely; a few of them, from two ways to compute it.
+        telling = 4.0 * limits.eps / factor
+        return cls(sums, cosine, target, 2.0 * limits.eps, quantum, factor, telling)
 
 
 def largest_magnitude(lowest: Tensor, highest: Tensor) -> Tensor:

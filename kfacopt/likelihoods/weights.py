@@ -1,0 +1,89 @@
+"""What the user's loss counts each term, from its gradient at the prediction: the one place where factors are read.
+
+A loss may be multiplied by a constant, its data weighted, micro-batches added without dividing. With the target known,
+the gradient d_m of each plain loss term is too, and the user's gradient is `u_m = w_m · share · d_m` (share: what the
+loss function itself counts a term): the weight w_m is read off, and the Hessian of the user's loss is
+`Σ_m w_m · share · Hessian_m`. No label is needed for that but those that the likelihood has read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kfacopt.likelihoods.base import Likelihood, LossTerms
+from kfacopt.likelihoods.precision import Precision, largest_magnitude
+
+
+def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossTerms:
+    """The terms with their weights in the user's loss: exactly one, or one number, for all where that explains them.
+
+    Args:
+        likelihood: Of the terms.
+        terms: As `likelihood.terms` returned them.
+        gradient: The user's gradient at the prediction, in its shape.
+
+    Returns:
+        The terms, `scale` and `gradient` multiplied with `weights`; as they are (`weights` None) where no target could
+        be read, or where the gradient is not that of weighted terms.
+
+    >>> from kfacopt.likelihoods import Categorical
+    >>> logits, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])
+    >>> losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    >>> (gradient,) = torch.autograd.grad((torch.tensor([5.0, 1.0]) * losses).mean(), logits)
+    >>> weighed(Categorical(), Categorical().terms(logits, gradient=gradient), gradient).weights
+    tensor([5., 1.])
+    """
+    if terms.gradient is None or not terms.reads_target or terms.rows is None:
+        return terms
+    own = terms.gradient
+    precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
+    rows = terms.rows(gradient).to(own.dtype)
+    largest = largest_magnitude(*rows.aminmax())
+    rows = rows / largest  # so that squares neither over- nor underflow
+    squares, along = own.square().sum(-1), torch.linalg.vecdot(rows, own)
+    common, each = along.sum() / squares.sum(), along / squares
+    # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
+    telling = squares.sqrt() > precision.telling * terms.scale * _largest(terms.output_scale)
+    telling &= rows.abs().amax(-1) > 64.0 * precision.quantum / largest
+    differ = (each / common - 1.0).abs() > precision.factor
+    askew = torch.linalg.vector_norm(rows - each[:, None] * own, dim=-1) > 0.2 * torch.linalg.vector_norm(rows, dim=-1)
+    several, other = ((telling & differ).any(), (telling & askew).any())
+    factor = common * largest / likelihood.term_share(float(terms.count))
+    found, apart, wrong = torch.stack([factor.double(), several.double(), other.double()]).tolist()
+    if wrong:
+        return terms
+    if not found > 0.0 or found == float("inf"):  # nothing tells: no row has curvature, or a number is not finite
+        return replace(terms, weights=torch.ones_like(terms.scale))
+    if not apart:
+        plain = abs(found - 1.0) <= precision.factor
+        return times(terms, torch.full_like(terms.scale, 1.0 if plain else found))
+    return times(terms, torch.where(telling, each / common, 1.0) * found)
+
+
+def times(terms: LossTerms, weights: Tensor) -> LossTerms:
+    """Terms that count `weights` `[m]` in the user's loss."""
+    if bool((weights == 1.0).all()):
+        return replace(terms, weights=weights)
+    gradient = None if terms.gradient is None else terms.gradient * weights[:, None]
+    return replace(terms, scale=terms.scale * weights, gradient=gradient, weights=weights)
+
+
+def mean_weight(terms: LossTerms) -> float:
+    """Of the terms that are part of the loss; 1 where the weights are not known.
+
+    >>> from kfacopt.likelihoods import Gaussian
+    >>> terms = Gaussian().terms(torch.zeros(2, 1))
+    >>> mean_weight(times(terms, torch.tensor([1.0, 3.0])))
+    2.0
+    """
+    if terms.weights is None:
+        return 1.0
+    plain = torch.where(terms.weights > 0, terms.scale / terms.weights, 0.0)
+    return float(terms.scale.sum() / plain.sum()) if bool(plain.any()) else 1.0
+
+
+def _largest(output_scale: Tensor | None) -> float:
+    return 1.0 if output_scale is None else float(output_scale.amax().clamp_min(1e-20))
