@@ -30,10 +30,11 @@ class CurvatureBackend(ABC):
     1. `update(layer, rows)` inside the user's backward, for each layer and micro-batch, on steps where `wants_rows`
        said so: keep what you need of the rows (running sums); they are of the *sum* over the loss terms, and
        `rows.new_terms` says how many terms that is.
-    2. `fold(step, settings)`: average what was added into the statistics. If the step is skipped because a gradient is
+    2. `rescale(factors)`, only where the user's loss is not the plain mean: multiply the layers' sums.
+    3. `fold(step, settings)`: average what was added into the statistics. If the step is skipped because a gradient is
        not finite, `discard()` is called instead, and nothing after it.
-    3. `refresh(step, settings)`: bring caches up to date where they are due.
-    4. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
+    4. `refresh(step, settings)`: bring caches up to date where they are due.
+    5. `solve(gradients, settings)`: `(C + damping I)^-1 gradient` for each layer. A layer that is left out of the
        result is updated by AdamW in this step.
 
     A backend that wants no rows (`wants_rows` is always False) makes the optimizer's curvature options moot.
@@ -60,6 +61,13 @@ class CurvatureBackend(ABC):
 
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
         """Average what was added since the last step into the statistics."""
+
+    def rescale(self, factors: Mapping[Layer, float]) -> None:
+        """Multiply what was added since the last `fold`, layer by layer: the loss turned out to have a factor."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no rescale(): a loss with a constant factor, or micro-batches whose losses are "
+            f"added without dividing, needs it"
+        )
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:  # noqa: B027
         """Bring caches up to date where they are due."""

@@ -81,6 +81,10 @@ class LayerwiseBackend(CurvatureBackend):
         for block in self.blocks.values():
             block.discard()
 
+    def rescale(self, factors: Mapping[Layer, float]) -> None:
+        for layer, factor in factors.items():
+            self.blocks[layer.name].rescale(factor)
+
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
         found = {name: block.pending_checksum() for name, block in self.blocks.items()}

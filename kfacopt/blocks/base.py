@@ -93,6 +93,11 @@ class Block(ABC):
         sums = [average.pending for average in self.averages().values() if average.pending is not None]
         return torch.stack([total.abs().sum().float() for total in sums]).sum() if sums else None
 
+    def rescale(self, factor: float) -> None:
+        """Multiply what waits to be folded and comes from cotangents: the loss turns out to have a factor."""
+        for average in self.averages().values():
+            average.rescale(factor)
+
     def fold(self, decay: float) -> None:
         """Average what `update` added into the running averages (`decay` 0: replace them)."""
         for average in self.averages().values():

@@ -53,5 +53,10 @@ class FactoredBlock(Block):
         if self.owner is None:
             self.gradient_factor.add(gradient_covariance(rows.for_factors().gradients), rows.new_terms)
 
+    def rescale(self, factor: float) -> None:
+        for name, average in self.averages().items():
+            if name != "input_factor":
+                average.rescale(factor)
+
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -38,6 +38,11 @@ class RunningAverage:
         """What was added since the last fold, a sum not yet divided by its count."""
         return self._sum
 
+    def rescale(self, factor: float) -> None:
+        """Multiply what was added since the last fold."""
+        if self._sum is not None:
+            self._sum.mul_(factor)
+
     def fold(self, decay: float) -> None:
         """Average what was added into the running average; a mean over nothing changes nothing.
 

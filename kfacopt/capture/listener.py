@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,9 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
-from kfacopt.capture.graph import Mark, Walk, leave_mark
+from kfacopt.capture.graph import Mark, Walk, leave_mark, marks_on
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
+from kfacopt.capture.loss_graph import LossGraph, roots_of_backward
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
@@ -82,6 +83,7 @@ class Capture:
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
+        self._parameters = list(model.parameters())
         hook = hook_type()
         for module in model.modules():
             drop_inert_hooks(module)
@@ -246,6 +248,8 @@ class Capture:
         self.tally.passes += 1
         if not bool(terms.count > 0):
             return
+        graph_of = partial(self._this_backward().loss_graph, node, self._alive)
+        terms = self.tally.scale.weighed(forward.name, estimator.likelihoods, terms, gradient, node, graph_of)
         self.tally.terms = self.tally.terms + terms.count
         if forward.call is not None:
             self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
@@ -258,11 +262,12 @@ class Capture:
             for site, mark in marks.items()
             if mark is not None and mark in walk.nodes
         }
+        relative, divisor = self.tally.scale.relative(forward.name, likelihood, terms)
         if edges:
             reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges)
-            cotangents = split_cotangents(estimator.cotangents(terms), edges)
+            cotangents = split_cotangents(estimator.cotangents(relative), edges)
             approx = estimator.kfac_approx
-            for _, rows in rows_in_chunks(cotangents, reach, terms.count, approx, self.all_places):
+            for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places):
                 for layer, some in rows.items():
                     self._deliver(layer, some)
         for one in forwards:
@@ -311,12 +316,27 @@ class _Backward:
     task: int
     walk: Walk
     retained: list[Tensor]
+    _graph: LossGraph | None = None
+
+    def loss_graph(self, prediction: Node, alive: Mapping[Mark, Forward]) -> LossGraph | None:
+        """What is above the predictions: the one reached now, and those whose forwards are alive."""
+
+        def is_prediction(node: Node) -> bool:
+            kept = [alive[mark] for mark in marks_on(node) if mark in alive]
+            return node is prediction or any(forward.prediction is not None for forward in kept)
+
+        if self._graph is None and (roots := roots_of_backward()) is not None:
+            self._graph = LossGraph(roots, is_prediction)
+        return self._graph
 
 
 def _ended(capture: weakref.ref[Capture], backward: weakref.ref[_Backward]) -> None:
-    """A backward has ended: it must not keep the graph alive."""
+    """A backward has ended: the gradients are what it leaves, and it must not keep the graph alive."""
     held = capture()
-    if held is not None and held._backward is backward():
+    if held is None:
+        return
+    held.tally.scale.note_gradients(held._parameters)
+    if held._backward is backward():
         held._backward = None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.capture.graph import Mark
+from kfacopt.capture.scaling import LossScale
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import LossTerms
 
@@ -94,10 +95,14 @@ class Replay:
 
 @dataclass
 class Tally:
-    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time."""
+    """What arrived since the last step.
+
+    Loss terms, forwards that can be run again, curvature passes and their time, and the factors of the loss.
+    """
 
     terms: Tensor | float = 0.0
     replays: list[Replay] = field(default_factory=list)
     replayable: bool = True
     passes: int = 0
     seconds: float = 0.0
+    scale: LossScale = field(default_factory=LossScale)

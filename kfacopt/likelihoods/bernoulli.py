@@ -251,16 +251,30 @@ def _read_labels(
     flat = gradient.flatten()
     factor = flat.dot(flat) / flat.dot(expected.flatten())
     wrong = _count_deviations(gradient, factor, expected, multipliers, precision)
-    if wrong:
+    if wrong and not _explained_by_row(gradient, expected, multipliers, precision):
         middle = probabilities - (1.0 if positive is None else positive) * (1.0 - probabilities)
         middle = 0.5 * factor * (middle if weight is None else middle * weight)
         labels = (gradient < middle).to(probabilities.dtype)
         multipliers, expected = _weigh(probabilities, labels, weight, positive, alive)
         assert expected is not None
         wrong = _count_deviations(gradient, factor, expected, multipliers, precision)
-    if wrong and bool(torch.isfinite(factor) & (factor > 0)):
-        raise ValueError(_not_binary(wrong, gradient.numel()))
+        if wrong and bool(torch.isfinite(factor) & (factor > 0)):
+            raise ValueError(_not_binary(wrong, gradient.numel()))
     return labels, alive
+
+
+def _explained_by_row(
+    gradient: Tensor, expected: Tensor, multipliers: Tensor | None, precision: Precision
+) -> bool:
+    """Whether the gradients are the expected but for a factor of each row: the loss weights its data.
+
+    One number a row says nothing: any gradient is the expected one, but for a factor.
+    """
+    if gradient.shape[1] == 1:
+        return False
+    factor = gradient.square().sum(-1, keepdim=True) / (gradient * expected).sum(-1, keepdim=True)
+    factor = torch.where(factor > 0, factor, 1.0)  # a row that is not part of the loss
+    return _count_deviations(gradient, factor, expected, multipliers, precision) == 0
 
 
 def _count_deviations(
@@ -274,8 +288,7 @@ def _count_deviations(
     tolerance = precision.target + 2.0 * precision.quantum / factor
     deviation = torch.addcdiv(expected, gradient, factor, value=-1.0)
     if multipliers is None:
-        lowest, highest = deviation.aminmax()
-        if bool(torch.maximum(-lowest, highest) <= tolerance):
+        if bool((torch.maximum(-deviation.amin(-1), deviation.amax(-1)) <= tolerance.flatten()).all()):
             return 0
     else:
         tolerance = tolerance * multipliers
@@ -298,5 +311,7 @@ def _not_binary(wrong: int, total: int) -> str:
         f"non-binary BCE target: {wrong} of {total} targets are neither 0 nor 1 (or the gradient "
         "that reached the prediction is not that of BCEWithLogitsLoss with these arguments). For "
         "targets between 0 and 1 use kfacopt.Bernoulli(soft_targets=True), with reduction='mean' "
-        "to match torch's default; for another loss pass its own Likelihood as loss_func"
+        "to match torch's default. Weights of the outputs and positive weights are arguments of the "
+        "loss_func; weights of the data are read where there are several outputs a datum, for a "
+        "single one call the loss_func itself in the loop. For another loss pass its own Likelihood"
     )

@@ -14,7 +14,7 @@ from kfacopt.likelihoods.precision import (
     check_reduction,
     widest,
 )
-from kfacopt.likelihoods.softmax_gradient import Smoothing, class_axes, read_labels
+from kfacopt.likelihoods.softmax_gradient import Smoothing, class_axes, read_labels, unused_outputs
 
 
 class Categorical(Likelihood):
@@ -188,6 +188,13 @@ class Categorical(Likelihood):
             if found.recognised:
                 return self._from_labels(layout, logits, found.gradient, found.labels, found.live)
             doubtful = doubtful or (layout, logits, found.live)
+            unused = unused_outputs(rows, probabilities, found.live)
+            if unused:
+                raise ValueError(
+                    f"the loss does not depend on the outputs {unused} of the prediction {list(prediction.shape)}, to "
+                    f"which the softmax of CrossEntropyLoss gives a probability: let the model return the outputs "
+                    f"that are classes of the loss (or say where they are with prediction=lambda output: ...)"
+                )
         if doubtful is not None and self.class_weights is None:
             return self._without_gradient(*doubtful)
         raise ValueError(

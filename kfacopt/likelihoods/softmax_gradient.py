@@ -1,7 +1,8 @@
 """What the gradient of a cross-entropy tells of its target.
 
-For one row of logits the gradient is `k (s_y p - t_y∘w)` with an unknown k > 0 that all rows share. It sums to zero
-over the classes, whatever the target; and for hard labels there are only C such vectors, of which one fits.
+For one row of logits the gradient is `k (s_y p - t_y∘w)` with an unknown k > 0, which all rows share unless the loss
+weights its data. It sums to zero over the classes, whatever the target; and for hard labels there are only C such
+vectors, of which one fits.
 """
 
 from __future__ import annotations
@@ -121,6 +122,19 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     return [axis for axis in axes if not residual[axis] > allowed]
 
 
+def unused_outputs(gradient: Tensor, probabilities: Tensor, live: Tensor) -> list[int]:
+    """Classes that never have a gradient although they have a probability: the loss is of the other outputs alone.
+
+    >>> p = torch.tensor([[0.5, 0.3, 0.2]])
+    >>> unused_outputs(torch.tensor([[0.2, -0.2, 0.0]]), p, torch.tensor([True]))
+    [2]
+    """
+    # A gradient of probability and target that is exactly zero is one of rounding, or none at all.
+    unused = live.any() & (gradient == 0).all(0) & (probabilities * live[:, None] > 1e-2).any(0)
+    found: list[int] = unused.nonzero().flatten().tolist()
+    return found
+
+
 def _rounding(prediction: Tensor, axis: int, total: float) -> float:
     """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u| ≈ k Σ 2 (1 - p_max)`."""
     wide = prediction.detach().double()
@@ -138,6 +152,23 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     size, quantum = size * inverse, precision.quantum * inverse
     if smoothing.label_smoothing > 0:
         labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
+        found = _fitted(gradient, probabilities, labels, size, quantum, smoothing, precision)
+        if not found.recognised:
+            labels = _nearest_labels(gradient, probabilities, smoothing)
+    return _fitted(gradient, probabilities, labels, size, quantum, smoothing, precision)
+
+
+def _fitted(
+    gradient: Tensor,
+    probabilities: Tensor,
+    labels: Tensor,
+    size: Tensor,
+    quantum: Tensor,
+    smoothing: Smoothing,
+    precision: Precision,
+) -> ReadLabels:
+    """Labels of the rows that have a gradient, those of the rest, and whether they explain it."""
+    labels = labels.clone()
     live, zero = torch.ones_like(labels, dtype=torch.bool), size == 0
     if bool(zero.any()):
         # A row whose gradient was rounded to zero has all its probability on the label. Any other row without a
@@ -155,7 +186,19 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     curvature = smoothing.curvature(labels, probabilities)
     telling = (length > 3e-2 * curvature) & (size > 64.0 * quantum) & ~zero
     wrong = telling & (cosine < 1.0 - precision.cosine)
+    if probabilities.shape[1] == 2:
+        # All gradients of two classes lie along one line: that a label fits says only that all have the same factor,
+        # which those of soft targets have not.
+        factor = torch.where(telling, dot, 0.0).sum() / torch.where(telling, length.square(), 0.0).sum()
+        same = (dot / (factor * length.square()) - 1.0).abs() <= precision.factor
+        wrong |= telling & (length > precision.telling * curvature) & ~same
     return ReadLabels(labels, live, expected, recognised=not bool(wrong.any()))
+
+
+def _nearest_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing) -> Tensor:
+    """The labels under label smoothing where each row has a factor of its own: by direction alone."""
+    dot, length = smoothing.products(gradient, probabilities)
+    return (dot / length.sqrt().clamp_min(torch.finfo(dot.dtype).tiny)).argmax(-1)
 
 
 def _smoothed_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> Tensor:

@@ -44,7 +44,7 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     largest = largest_magnitude(*rows.aminmax())
     rows = rows / largest  # so that squares neither over- nor underflow
     squares, along = own.square().sum(-1), torch.linalg.vecdot(rows, own)
-    common, each = along.sum() / squares.sum(), along / squares
+    common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     telling = squares.sqrt() > precision.telling * terms.scale * _largest(terms.output_scale)
     telling &= rows.abs().amax(-1) > 64.0 * precision.quantum / largest
@@ -56,19 +56,19 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     if wrong:
         return terms
     if not found > 0.0 or found == float("inf"):  # nothing tells: no row has curvature, or a number is not finite
-        return replace(terms, weights=torch.ones_like(terms.scale))
+        return times(terms, 1.0)
     if not apart:
-        plain = abs(found - 1.0) <= precision.factor
-        return times(terms, torch.full_like(terms.scale, 1.0 if plain else found))
+        return times(terms, 1.0 if abs(found - 1.0) <= precision.factor else found)
     return times(terms, torch.where(telling, each / common, 1.0) * found)
 
 
-def times(terms: LossTerms, weights: Tensor) -> LossTerms:
-    """Terms that count `weights` `[m]` in the user's loss."""
-    if bool((weights == 1.0).all()):
-        return replace(terms, weights=weights)
-    gradient = None if terms.gradient is None else terms.gradient * weights[:, None]
-    return replace(terms, scale=terms.scale * weights, gradient=gradient, weights=weights)
+def times(terms: LossTerms, factor: Tensor | float) -> LossTerms:
+    """The terms, each counted `factor` (`[m]`, or one number) times as much as it was."""
+    if not isinstance(factor, Tensor):
+        factor = torch.full_like(terms.scale, factor)
+    weights = factor if terms.weights is None else terms.weights * factor
+    gradient = None if terms.gradient is None else terms.gradient * factor[:, None]
+    return replace(terms, scale=terms.scale * factor, gradient=gradient, weights=weights)
 
 
 def mean_weight(terms: LossTerms) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.capture.listener import Capture
 from kfacopt.capture.recording import without_autocast
+from kfacopt.capture.scaling import LossScale
 from kfacopt.layers.base import Rows
 from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import all_finite
 from kfacopt.optim.checks import check_model, check_params
+from kfacopt.optim.scaling import LossScaling
 
 Params = Iterable[Any]
 
@@ -59,7 +62,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._rest: list[CoverageRow] = []
         self._step = 0
         self._report: dict[str, float] = {"skipped_steps": 0.0}
-        self._reached: set[str] = set()
+        self._reached: Counter[str] = Counter()
+        self._scaling = LossScaling()
         self._expected: set[str] = set()
         super().__init__(model.parameters() if params is None else params, defaults)
         self._attach()
@@ -98,7 +102,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _deliver(self, layer: Layer, rows: Rows) -> None:
         assert self._fed is not None
         self._fed.update(layer, rows)
-        self._reached.add(layer.name)
+        self._reached[layer.name] += rows.first
 
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
@@ -198,6 +202,23 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._arm()
         return loss
 
+    def _settle_scale(self, exact: bool) -> float:
+        """Take in by which factor the loss of this step's backwards differs from the plain one.
+
+        Args:
+            exact: See `LossScaling.settle`.
+
+        Returns:
+            What brings the user's gradients at the predictions to the scale of `.grad`.
+        """
+        tally = self._open_capture().tally
+        self._scaling.settle(tally, self._estimator, list(self.model.parameters()), exact)
+        if self._fed is not None and tally.passes:
+            reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
+            if lacking := self._scaling.rescaling(tally, self._estimator, reached):
+                self._fed.rescale(lacking)
+        return self._scaling.undone
+
     @abstractmethod
     def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         """Move the parameters, or count a skipped step; the gradients are finite and not to be written to."""
@@ -219,6 +240,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
             "skipped_steps": self._report["skipped_steps"],
             "pending_terms": float(tally.terms),
             "pending_passes": tally.passes,
+            "pending_scale": tally.scale.state_dict(),
+            "pending_reached": dict(self._reached),
+            "loss_factor": self._scaling.factor,
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
@@ -229,6 +253,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
         capture.reset()
         capture.tally.terms = float(own.get("pending_terms", 0.0))
         capture.tally.passes = int(own.get("pending_passes", 0))
+        capture.tally.scale = LossScale.of_state(own.get("pending_scale", {}))
+        self._reached = Counter(own.get("pending_reached", {}))
+        self._scaling.factor = float(own.get("loss_factor", 1.0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -254,19 +281,20 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "_estimator", "_step", "_report", "_layers", *self._own_attributes)
+        own = ("model", "_estimator", "_step", "_report", "_layers", "_reached", "_scaling", *self._own_attributes)
         tally = self._open_capture().tally
+        pending = (float(tally.terms), tally.passes, tally.scale.state_dict())
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own} | {"_pending": (float(tally.terms), tally.passes)}
+        return state | {name: self.__dict__[name] for name in own} | {"_pending": pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "model" in state:  # a copy or an unpickled optimizer; load_state_dict comes here too, without it
-            self._capture, self._rest, self._reached = None, [], set()
+            self._capture, self._rest = None, []
             pending = self.__dict__.pop("_pending")
             self._attach()
             tally = self._open_capture().tally
-            tally.terms, tally.passes = pending
+            tally.terms, tally.passes, tally.scale = pending[0], pending[1], LossScale.of_state(pending[2])
 
 
 def _ignore(*_: Any) -> None:

@@ -130,6 +130,7 @@ class NaturalGradient(CapturingOptimizer):
             if any(bool(g.any()) for g in gradients.values()):
                 raise RuntimeError(self._nothing_seen())
             return
+        undone = self._settle_scale(exact=True)
         scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
         gradients = {p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients
         step = Step(
@@ -142,7 +143,7 @@ class NaturalGradient(CapturingOptimizer):
             self.state,
             self._estimator,
             tally.replays,
-            scale,
+            scale * undone,
             ProductRecorder() if self.solver.records else None,
         )
         updates = self.direction.updates(step)

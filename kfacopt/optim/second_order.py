@@ -223,6 +223,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         for group in self.param_groups:
             group["base_lr"] = groups.peak_rate(group)
         self._terms = float(tally.terms) or self._terms
+        quadratic = self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
+        undone = self._settle_scale(exact=quadratic)
         scale = self._estimator.likelihood.gradient_scale(self._terms)
         if scale != 1.0:
             gradients = {p: g * scale for p, g in gradients.items()}
@@ -245,7 +247,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
             self.state,
             self._estimator,
             tally.replays,
-            scale,
+            scale * undone,
+            loss_factor=self._scaling.factor,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
         self._report |= self.direction.health() | self.step_length.health()

@@ -58,7 +58,7 @@ def outcome_of_step(
     change = loss_change(parts_of(replays, estimator, gradient_scale), estimator)
     moved = [p for p in step if p in gradients]
     promised = inner_product([step[p] for p in moved], [gradients[p] for p in moved])
-    told = all(replay.terms.reads_target for replay in replays)
+    told = all(replay.terms.weights is not None for replay in replays)
     if not told and promised < 0.0 and change.linear < _LARGEST_RATIO * promised:
         return Outcome(math.nan, change.divergence, comparable=False)
     by_layer = {

@@ -72,8 +72,8 @@ class BatchLinearization:
     def match(self, gradient: Tensors) -> None:
         """Bring the gradients at the predictions to the scale of the parameters' gradient.
 
-        A loss scale, a clipped norm or a mean over micro-batches is a factor of the whole gradient that the user's
-        gradients at the predictions need not have.
+        A clipped norm is a factor of the whole gradient that the user's gradients at the predictions do not have, and
+        so is a loss scale of a likelihood that does not tell it: then it is taken out of the loss' gradient as well.
         """
         own, whole = inner_product(self.loss_gradient, self.loss_gradient), inner_product(gradient, gradient)
         both = inner_product(gradient, self.loss_gradient)
@@ -84,6 +84,7 @@ class BatchLinearization:
         if abs(factor - 1.0) > 1e-2:  # less is half precision's rounding: better the gradients as they are
             for piece in self.pieces:
                 piece.gradient = factor * piece.gradient
+                piece.loss_gradient = piece.loss_gradient if piece.told else piece.gradient
             self.loss_gradient = list(torch._foreach_mul(self.loss_gradient, factor))
 
     def _run_again(self, parts: Sequence[Part]) -> list[Piece]:

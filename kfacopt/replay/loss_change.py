@@ -29,14 +29,16 @@ class Part:
         likelihood: Of the terms.
         weight: Of this likelihood's mean in the whole loss.
         count: Over how many terms that mean goes, in all the step's forwards.
+        share: What a term's loss counts in the whole loss, beside the weights that its terms have.
         gradient: Of the whole loss with respect to the rows, as the user's backward had it, `[m c]`.
+        loss_gradient: The same, whatever becomes of `gradient` (`BatchLinearization.match`).
     """
 
     replay: Replay
     likelihood: Likelihood
-    weight: float
-    count: float
+    share: float
     gradient: Tensor
+    loss_gradient: Tensor
 
     @property
     def terms(self) -> LossTerms:
@@ -44,24 +46,9 @@ class Part:
         return self.replay.terms
 
     @property
-    def share(self) -> float:
-        """What a term's loss counts in the whole loss."""
-        return self.weight / self.count
-
-    @property
-    def loss_gradient(self) -> Tensor:
-        """The gradient, free of loss scaling, clipping and accumulation's 1/k where the target could be read.
-
-        Micro-batches whose means were added up, not averaged, are the exception: that sum is what the user minimises,
-        and each gradient is that of its own mean.
-        """
-        known = self.terms.gradient
-        if known is None or not self.terms.reads_target:
-            return self.gradient
-        own = known * (self.weight / float(self.terms.count))
-        # Above rounding, in bfloat16 too (a few 1e-4 over a batch); every 1/k and loss scale is farther from 1.
-        of_own_mean = abs(float((self.gradient - own).mul(own).sum())) < 1e-3 * float(own.square().sum())
-        return self.gradient if of_own_mean else known * self.share
+    def told(self) -> bool:
+        """Whether the terms have their weights in the user's loss; else it is taken for the plain one."""
+        return self.terms.weights is not None
 
 
 @dataclass(frozen=True)
@@ -98,16 +85,16 @@ def parts_of(replays: Sequence[Replay], estimator: FisherEstimator, gradient_sca
     for replay in replays:
         counts[replay.name] += float(replay.terms.count)
     first = {id(replay.call): place for place, replay in reversed(list(enumerate(replays)))}
-    return [
-        Part(
-            replay,
-            estimator.likelihoods[replay.name],
-            estimator.weights[replay.name],
-            counts[replay.name],
-            gradient_scale * as_rows(replay.terms, replay.gradient).to(replay.terms.parameters.dtype),
-        )
-        for replay in sorted(replays, key=lambda replay: first[id(replay.call)])
-    ]
+    parts = []
+    for replay in sorted(replays, key=lambda replay: first[id(replay.call)]):
+        likelihood, terms = estimator.likelihoods[replay.name], replay.terms
+        # Weights say what the user's loss counts a term; untold, it is a mean over all terms of the step's forwards.
+        share = estimator.weights[replay.name] / counts[replay.name]
+        if terms.weights is not None:
+            share = gradient_scale * likelihood.term_share(float(terms.count))
+        gradient = gradient_scale * as_rows(terms, replay.gradient).to(terms.parameters.dtype)
+        parts.append(Part(replay, likelihood, share, gradient, gradient))
+    return parts
 
 
 def loss_change(parts: Sequence[Part], estimator: FisherEstimator) -> LossChange:

@@ -99,7 +99,8 @@ class Metric(LinearOperator):
                     f"from the gradient of the whole loss; use 'ggn' or 'mc'"
                 )
             # The user's gradient, brought to the scale of the parameters' own, carries no loss scale or accumulation.
-            known = piece.terms.gradient if piece.terms.reads_target else piece.gradient / piece.share
-            columns = known[None]
+            scores = piece.terms.scores if piece.told else piece.gradient / piece.share
+            assert scores is not None
+            columns = scores[None]
         scaled: Tensor = columns * piece.share**0.5
         return scaled

@@ -48,8 +48,10 @@ class Step:
         state: The optimizer's `state`: a dict for each parameter, saved with it.
         estimator: Of the loss.
         replays: The step's forwards, where `wants_replays` asked for them.
-        gradient_scale: What brought the user's gradients to those of the mean loss.
+        gradient_scale: What brings the user's gradients at the predictions to those of the mean loss.
         recorder: Records the products of forwards that are run again, where the direction wants that.
+        loss_factor: Of the user's loss, over the plain one: of gradients and curvature alike. Kullback-Leibler
+            divergences are those of the plain one.
     """
 
     number: int
@@ -63,6 +65,7 @@ class Step:
     replays: Sequence[Replay] = ()
     gradient_scale: float = 1.0
     recorder: ProductRecorder | None = None
+    loss_factor: float = 1.0
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
 

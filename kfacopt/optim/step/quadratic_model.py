@@ -66,7 +66,8 @@ class QuadraticModel(StepLength):
             candidates.append([step.state[p]["last_step"] for p in parameters])
         if step.replays and self.wants_replays(step.number):
             gradient = [step.gradients[p] for p in parameters]
-            self._choose(step.number, step.metric(parameters, Curvature.GGN), gradient, candidates)
+            metric = step.metric(parameters, Curvature.GGN)
+            self._choose(step.number, metric, gradient, candidates, step.loss_factor)
         delta = _combined(candidates, self._chosen)
         for p, d in zip(parameters, delta, strict=True):
             step.state[p]["last_step"] = d
@@ -76,15 +77,18 @@ class QuadraticModel(StepLength):
         """Numbers worth logging: both coefficients, the model's damping, the last reduction ratio."""
         return dict(self._report)
 
-    def _choose(self, step: int, metric: Metric, gradient: list[Tensor], candidates: list[list[Tensor]]) -> None:
+    def _choose(
+        self, step: int, metric: Metric, gradient: list[Tensor], candidates: list[list[Tensor]], factor: float
+    ) -> None:
+        """Minimise the model; the damping and the divergence are those of the loss without its `factor`."""
         linearization = metric.linearization
         rows = [linearization.jacobian(c) for c in candidates]
         curved = torch.tensor([[metric.inner(a, b) for b in rows] for a in rows], dtype=torch.float64)
         lengths = torch.tensor([[inner_product(a, b) for b in candidates] for a in candidates], dtype=torch.float64)
         slopes = torch.tensor([inner_product(gradient, c) for c in candidates], dtype=torch.float64)
         if not math.isfinite(self._damping):
-            self._damping = self._initial * float(curved[0, 0] / lengths[0, 0].clamp_min(1e-300))
-        model = curved + self._damping * lengths
+            self._damping = self._initial * float(curved[0, 0] / lengths[0, 0].clamp_min(1e-300)) / factor
+        model = curved + factor * self._damping * lengths
         if not bool(model.isfinite().all() and slopes.isfinite().all()):
             self._chosen = (0.0, 0.0)
             return
@@ -92,7 +96,7 @@ class QuadraticModel(StepLength):
         scale = model.diagonal().clamp_min(1e-300).rsqrt()
         whitened = scale[:, None] * model * scale
         solution = -scale * (torch.linalg.pinv(whitened, rtol=1e-7, hermitian=True) @ (scale * slopes))
-        divergence = float(solution @ curved @ solution)
+        divergence = float(solution @ curved @ solution) / factor
         promised = float(slopes @ solution + 0.5 * solution @ model @ solution)
         alpha, *more = solution.tolist()
         self._chosen = (alpha, more[0] if more else 0.0)

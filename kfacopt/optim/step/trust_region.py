@@ -18,7 +18,8 @@ class TrustRegion(StepLength):
     """Shortens a step to `lr² uᵀ (C + damping I) u ≤ kl_clip`: one factor for all layers.
 
     The left side is twice the step's Kullback-Leibler divergence under the damped quadratic model (Ba et al. 2017,
-    section 5; Osawa et al. 2019). Where the direction is Newton's, `(C + damping I) u` is its momentum and the bound
+    section 5; Osawa et al. 2019); of a loss that is multiplied by a constant, as far as that can be told, it is that
+    of the plain loss, so that the constant does not change the step. Where the direction is Newton's, `(C + damping I) u` is its momentum and the bound
     costs nothing; otherwise the backend multiplies. Both bounds hold at the highest learning rate that a group has had
     or that its scheduler announces, so that a schedule shortens bounded steps too and raising `lr` does not lift the
     bounds.
@@ -53,7 +54,7 @@ class TrustRegion(StepLength):
         for group in step.groups:
             if math.isfinite(group["relative_clip"]):
                 updates = updates.scaled_apart(_relative_factors(step, group, updates))
-        length = squared_length(step, updates)
+        length = squared_length(step, updates) / step.loss_factor
         scale = kl_scale(length, float(step.groups[0]["kl_clip"]))
         self._report = {"kl_scale": scale, "kl": 0.5 * scale * scale * length}
         return updates.scaled(scale) if math.isfinite(scale) else None

@@ -1,0 +1,156 @@
+"""What a backward started from: the value of the user's loss, and what lies between it and the predictions.
+
+Only a loss whose target its gradient does not tell (squared errors, soft labels) is looked at. Torch hands the roots of
+a backward to nobody, so they are taken from the frame of its `_engine_run_backward`, which runs at the time: on this
+thread, or (hooks of an accelerator's nodes run on a thread of the engine's) on the only other one that is in it. Where
+that fails nothing is known of the loss, which is said (`kfacopt.optim.scaling`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, _engine_run_backward
+
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Alias", "ToCopy"}
+
+
+@dataclass(eq=False)
+class LossValue:
+    """The user's loss: its value, and whether it depends on nothing differentiable but the predictions."""
+
+    value: float
+    alone: bool = True
+
+
+class LossGraph:
+    """The graph above the predictions of one backward.
+
+    Args:
+        roots: What is differentiated, and the gradient that the backward starts with.
+        is_prediction: Whether a node is that of a prediction; what is below is not looked at.
+
+    Attributes:
+        loss: The sum over the roots, each times its gradient.
+        predictions: The nodes of the predictions that it depends on.
+
+    >>> f = torch.ones(2, 3, requires_grad=True) * 1.0
+    >>> loss = 5.0 * torch.nn.functional.mse_loss(f, torch.zeros(2, 3))
+    >>> graph = LossGraph([(loss, torch.tensor(1.0))], lambda node: node is f.grad_fn)
+    >>> graph.loss.value, graph.loss.alone, graph.is_uniform(f.grad_fn), graph.added(f.grad_fn)
+    (5.0, True, True, None)
+    """
+
+    def __init__(self, roots: list[tuple[Tensor, Tensor]], is_prediction: Callable[[Node], bool]) -> None:
+        self.loss = LossValue(sum(float((root.detach() * seed).sum()) for root, seed in roots))
+        self.predictions: set[Node] = set()
+        self._scalar = len(roots) == 1 and roots[0][0].numel() == 1
+        self._above: dict[Node, list[Node]] = {root.grad_fn: [] for root, _ in roots if root.grad_fn is not None}
+        queue = list(self._above)
+        while queue:
+            node = queue.pop()
+            if is_prediction(node):
+                self.predictions.add(node)
+                continue
+            self.loss.alone &= not isinstance(node, torch._C._functions.AccumulateGrad)  # type: ignore[attr-defined]
+            for following, _ in node.next_functions:
+                if following is None:
+                    continue
+                if following not in self._above:
+                    self._above[following] = []
+                    queue.append(following)
+                self._above[following].append(node)
+
+    def is_uniform(self, prediction: Node) -> bool:
+        """Whether the loss is a constant times the mean or sum of squares of a prediction's distance to its target.
+
+        That is: the last operations before the loss multiply or divide a number, those before them add numbers up, and
+        nothing comes in between. A weight of data or outputs would.
+        """
+        path = self._path(prediction)
+        if path is None or not self._scalar or not self.loss.alone or self.predictions != {prediction}:
+            return False
+        kinds = [_kind_of(node) for node in path]
+        return re.fullmatch(r"s*r+v*(qv*d|q|n)?v*", "".join(kinds)) is not None
+
+    def added(self, prediction: Node) -> str | None:
+        """The reduction, `"mean"` or `"sum"`, of torch's squared error of a prediction that is but added to the loss.
+
+        None: the prediction is used otherwise, or the squared error multiplied.
+        """
+        path = self._path(prediction)
+        if path is None or not self._scalar or _name(path[-1]) != "MseLoss":
+            return None
+        if any(_name(node) != "Add" or node._saved_alpha != 1 for node in path[:-1]):  # type: ignore[attr-defined]
+            return None
+        return {1: "mean", 2: "sum"}.get(_reduction(path[-1]))
+
+    def _path(self, prediction: Node) -> list[Node] | None:
+        """The nodes from the loss to a prediction, neither included, if there is but one way; None otherwise."""
+        path: list[Node] = []
+        node = prediction
+        while above := set(self._above.get(node, ())):
+            if len(above) > 1:
+                return None
+            (node,) = above
+            path.append(node)
+        return path[::-1] or None
+
+
+def roots_of_backward() -> list[tuple[Tensor, Tensor]] | None:
+    """What the backward that runs now differentiates, and with which gradients it starts; None: it is not to be seen."""
+    frame = next(_frames_of(sys._getframe()), None)
+    if frame is None:
+        others = [next(_frames_of(top), None) for top in sys._current_frames().values()]
+        running = [one for one in others if one is not None]
+        frame = running[0] if len(running) == 1 else None
+    if frame is None:
+        return None
+    outputs, arguments = frame.f_locals.get("t_outputs", ()), frame.f_locals.get("args", ())
+    seeds: Any = arguments[0] if arguments else ()
+    pairs = list(zip(outputs, seeds, strict=False))
+    fine = len(pairs) == len(outputs) and all(
+        isinstance(root, Tensor) and isinstance(seed, Tensor) and root.shape == seed.shape for root, seed in pairs
+    )
+    return pairs if fine and pairs else None
+
+
+def _frames_of(top: FrameType) -> Iterator[FrameType]:
+    frame: FrameType | None = top
+    while frame is not None:
+        if frame.f_code is _engine_run_backward.__code__:
+            yield frame
+        frame = frame.f_back
+
+
+def _name(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _reduction(node: Node) -> int:
+    """0: none, 1: mean, 2: sum."""
+    return int(node._saved_reduction)  # type: ignore[attr-defined]
+
+
+def _kind_of(node: Node) -> str:
+    """One letter for what a node does, as `LossGraph.is_uniform` reads them."""
+    name = _name(node)
+    if name == "MseLoss":
+        return "r" if _reduction(node) else "n"
+    if name in ("Mean", "Sum"):
+        return "r"
+    following = [one for one, _ in node.next_functions]
+    if name == "Pow" and node._saved_exponent == 2 or name == "Mul" and len(set(following)) == 1:  # type: ignore[attr-defined]
+        return "q"
+    if name in ("Mul", "Div"):
+        return "s"
+    if name in ("Sub", "Rsub"):
+        return "d"
+    return "v" if name in _VIEWS else "x"

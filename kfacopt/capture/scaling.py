@@ -1,0 +1,201 @@
+"""By what factors the user's loss differs from the plain one, over the backwards of one step.
+
+The user's loss is `Σ_b Σ_m w_m share_b l_m` over the backwards b (micro-batches): what it counts a term is read at each
+prediction (`kfacopt.likelihoods.weights`), and the statistics are sums over all of them. So that they keep the size of
+a mean loss' whatever the loss is multiplied with (a loss scaler's factor would leave half precision's range), rows are
+delivered relative to the step's first backward, and `rescaling` says at the end what they lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from kfacopt.capture.loss_graph import LossGraph, LossValue
+from kfacopt.likelihoods import Likelihood, LossTerms
+from kfacopt.likelihoods.precision import Precision
+from kfacopt.likelihoods.weights import mean_weight, times, weighed
+
+
+@dataclass(eq=False)
+class Seen:
+    """One prediction that a backward reached: its terms, the user's gradient as rows `[m c]`, the loss above it.
+
+    The loss is None where it could not be seen; `precision` is that of the user's numbers.
+    """
+
+    name: str
+    likelihood: Likelihood
+    terms: LossTerms
+    gradient: Tensor
+    loss: LossValue | None
+    precision: Precision
+
+    def value(self, share: float, factor: float) -> Tensor | None:
+        """Its part of a loss that is `factor` times the user's; `share` is what that counts a term untold."""
+        if self.terms.weights is not None:
+            share = factor * self.likelihood.term_share(float(self.terms.count))
+        return self.likelihood.loss_value(self.terms, factor * self.gradient, share)
+
+
+@dataclass(eq=False)
+class LossScale:
+    """What the backwards since the last step showed of the loss' factors.
+
+    Attributes:
+        told: By name of the loss term, `(mean weight, number of terms)` of every prediction that told its weights.
+        first: The same of the first of all, which rows are delivered relative to; None: none has told.
+        seen: Predictions whose weights are not known, and all where several may share a loss with such.
+        left: Norms of the parameters' gradients as the last backward left them, if the step may have to know.
+    """
+
+    told: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    first: tuple[float, float] | None = None
+    seen: list[Seen] = field(default_factory=list)
+    left: list[float] = field(default_factory=list)
+
+    def weighed(
+        self,
+        name: str,
+        likelihoods: Mapping[str, Likelihood],
+        terms: LossTerms,
+        gradient: Tensor,
+        node: Node,
+        graph_of: Callable[[], LossGraph | None],
+    ) -> LossTerms:
+        """The terms with their weights in the user's loss where these can be told; what cannot is noted.
+
+        Args:
+            name: Of the loss term.
+            likelihoods: Of all loss terms.
+            terms: As the likelihood read them.
+            gradient: The user's, at the prediction.
+            node: The prediction's.
+            graph_of: The graph above the predictions, if it can be seen; asked for only if it is needed.
+        """
+        likelihood = likelihoods[name]
+        terms = weighed(likelihood, terms, gradient)
+        if terms.weights is not None and len(likelihoods) == 1 or terms.rows is None:
+            return terms
+        graph, rows = graph_of(), terms.rows(gradient).to(terms.parameters.dtype)
+        if terms.weights is None and graph is not None:
+            terms = told_by_value(likelihood, terms, rows, Precision.of(gradient), graph, node)
+        if terms.weights is None or len(likelihoods) > 1:
+            loss = None if graph is None else graph.loss
+            self.seen.append(Seen(name, likelihood, terms, rows, loss, Precision.of(gradient)))
+        return terms
+
+    def relative(self, name: str, likelihood: Likelihood, terms: LossTerms) -> tuple[LossTerms, Tensor]:
+        """The terms as rows are made of them, and what sums over those rows are to be divided by."""
+        if terms.weights is None:
+            return terms, terms.count
+        found = mean_weight(terms), float(terms.count)
+        self.told.setdefault(name, []).append(found)
+        self.first = self.first or found
+        weight, count = self.first
+        if likelihood.reduction == "sum":
+            return (terms if weight == 1.0 else times(terms, 1.0 / weight)), terms.count
+        factor = count / (found[1] * weight)
+        return (terms if factor == 1.0 else times(terms, factor)), torch.full_like(terms.count, count)
+
+    def rescaling(self, likelihood: Likelihood, backwards: int, undone: float) -> float:
+        """What a layer's rows lack, averaged as they were delivered in `backwards` of the backwards.
+
+        Args:
+            likelihood: Of the loss.
+            backwards: How many reached the layer.
+            undone: What the user multiplied the gradients with to undo a scale of the loss.
+        """
+        if self.first is None:
+            return 1.0
+        return undone * self.first[0] * (1.0 if likelihood.reduction == "sum" else backwards)
+
+    def factor(self, likelihoods: Mapping[str, Likelihood], weights: Mapping[str, float]) -> float:
+        """What the whole loss is, over the plain one; 1 where nothing tells.
+
+        Args:
+            likelihoods, weights: Of the loss terms by name, as they were announced.
+        """
+        found = []
+        for name, told in self.told.items():
+            whole = sum(w for w, _ in told)
+            if likelihoods[name].reduction == "sum":
+                whole = sum(w * n for w, n in told) / sum(n for _, n in told)
+            found.append(whole / weights[name])
+        return sum(found) / len(found) if found else 1.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are predictions whose weights are not known."""
+        return any(one.terms.weights is None for one in self.seen)
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether it matters what becomes of the gradients between backward and step: the loss may be scaled."""
+        return self.is_open or any(weight != 1.0 for told in self.told.values() for weight, _ in told)
+
+    def note_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Note what a backward has left in `.grad`."""
+        self.left = norms_of([p.grad for p in parameters]) if self.wants_norms else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python; what only the step's own batches tell is left out, as they are."""
+        return {"told": self.told, "first": self.first, "left": self.left}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> LossScale:
+        """From what `state_dict` returned, or nothing."""
+        told = {name: [(float(w), float(n)) for w, n in pairs] for name, pairs in state.get("told", {}).items()}
+        first = state.get("first")
+        return cls(told, None if first is None else (float(first[0]), float(first[1])), left=list(state.get("left", [])))
+
+
+def norms_of(gradients: list[Tensor | None]) -> list[float]:
+    """Of dense gradients in float32; 0 where there is none.
+
+    >>> norms_of([None, torch.tensor([3.0, 4.0])])
+    [0.0, 5.0]
+    """
+    norms = [
+        torch.zeros(()) if g is None or g.is_sparse else torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients
+    ]
+    return torch.stack([norm.double().cpu() for norm in norms]).tolist() if norms else []
+
+
+def told_by_value(
+    likelihood: Likelihood, terms: LossTerms, gradient: Tensor, precision: Precision, graph: LossGraph, node: Node
+) -> LossTerms:
+    """Terms of squared errors with the factor that the value of the loss tells, where it does.
+
+    Of squared errors multiplied by a constant, gradient u and value L give the constant, as `Σ u² / L` grows with it.
+    That L has nothing else in it, and the constant is one for all terms, is seen in the graph; or that the squared
+    error is added to the loss as it is.
+
+    Args:
+        likelihood, terms: What is known without.
+        gradient: The user's, as rows `[m c]`.
+        precision: Of the user's numbers.
+        graph, node: The graph above the predictions, and the prediction.
+    """
+    share = likelihood.term_share(float(terms.count))
+    plain, half = likelihood.loss_value(terms, gradient, share), likelihood.loss_value(terms, gradient, 2.0 * share)
+    if plain is None or half is None or not torch.allclose(2.0 * half, plain):
+        return terms  # no squared error
+    factor: Tensor | float | None = None
+    if graph.is_uniform(node) and graph.loss.value > 0.0:
+        factor = float(plain) / graph.loss.value
+        factor = 1.0 if abs(factor - 1.0) <= precision.factor else factor
+    elif (reduction := graph.added(node)) is not None:
+        factor = (1.0 if reduction == "sum" else 1.0 / gradient.numel()) / (share * terms.scale)
+    if factor is not None:
+        return replace(times(terms, factor), gradient=gradient / share)
+    return terms
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    return torch.float64 if gradient.dtype == torch.float64 else torch.float32

@@ -1,0 +1,150 @@
+"""The factor of the user's loss at a step: what backwards showed of it, less what was divided out of the gradients.
+
+Between backward and step a loop may undo a scale of the loss (`torch.amp.GradScaler`, a division by the number of
+micro-batches) or change the gradients for good (clipping). Only the first is a factor of the curvature too. Which it
+was is told from what has become of the gradients: a GradScaler that calls `step` is asked; a factor of the loss that
+`.grad` lacks by exactly that, or a power of two below one, was undone; anything else is clipping.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+import torch
+from torch import nn
+
+from kfacopt.capture.records import Tally
+from kfacopt.capture.scaling import LossScale, Seen, norms_of
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.estimator import FisherEstimator
+
+_PLAIN = 1e-6
+"""Relative distance from one up to which a number is one: rounding in float32."""
+
+
+class LossScaling:
+    """Says at each step by which factor the loss differs from the plain one.
+
+    Attributes:
+        factor: Of the whole loss, over the plain one that the optimizer was given: of the last step that showed it.
+        undone: What the gradients were multiplied with between backward and step to undo a scale of the loss.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.undone = 1.0
+        self._said = False
+
+    def settle(self, tally: Tally, estimator: FisherEstimator, parameters: Sequence[nn.Parameter], exact: bool) -> None:
+        """Take in what the backwards of a step showed.
+
+        Args:
+            tally: What arrived since the last step.
+            estimator: Of the loss.
+            parameters: Of the model, in its order, with the gradients of the step.
+            exact: Whether the step follows a quadratic model, which a wrong factor would make wrong.
+
+        Raises:
+            RuntimeError: If the step is to be exact, and the loss is evidently not the plain one by a factor or weights
+                that its gradient does not tell.
+        """
+        self.undone, scale = 1.0, tally.scale
+        if not tally.passes:
+            return
+        factor = scale.factor(estimator.likelihoods, estimator.weights)
+        candidates = [1.0]
+        if scale.wants_norms:
+            candidates += _undone(scale, factor, norms_of([p.grad for p in parameters]))
+        if not scale.is_open:
+            self.undone = candidates[-1]
+        else:
+            fits = [undone for undone in candidates if _is_plain(scale.seen, estimator, undone)]
+            if not fits:
+                self._doubt(scale.seen, exact)
+            self.undone = fits[0] if fits else candidates[-1]
+        self.factor = factor * self.undone if scale.told else 1.0
+
+    def rescaling(self, tally: Tally, estimator: FisherEstimator, layers: Mapping[Layer, int]) -> dict[Layer, float]:
+        """What the rows that were delivered lack of the loss' factor, by layer; those that lack nothing are left out.
+
+        Args:
+            tally: What arrived since the last step.
+            estimator: Of the loss.
+            layers: In how many backwards each was delivered.
+        """
+        found = {n: tally.scale.rescaling(estimator.likelihood, n, self.undone) for n in set(layers.values())}
+        return {layer: found[n] for layer, n in layers.items() if abs(found[n] - 1.0) > _PLAIN}
+
+    def _doubt(self, seen: Sequence[Seen], exact: bool) -> None:
+        names = ", ".join(sorted({repr(one.likelihood) for one in seen if one.terms.weights is None}))
+        alone = all(one.loss is not None and one.loss.alone for one in seen)
+        advice = (
+            "Let the loop call the very loss module that the optimizer was given (reduction='none' for weights): what "
+            "it counts each datum is read then. Or drop the weights and the constant factor"
+        )
+        if alone:
+            text = (
+                f"the loss that was differentiated is not that of {names}: its value is another than its gradient at "
+                f"the prediction says. It is multiplied by a constant factor, weights its data or outputs, or is not "
+                f"CrossEntropyLoss (MSELoss, BCEWithLogitsLoss) of the model's output, and which of these the gradient "
+                f"does not tell: the curvature would be that of the plain loss. {advice}"
+            )
+            if exact:
+                raise RuntimeError(text)
+        else:
+            text = (
+                f"whether {names} has a constant factor or weights in the loss that was differentiated cannot be told, "
+                f"as the loss has other parts or cannot be seen: its curvature is taken to be that of the plain loss. {advice}"
+            )
+        if not self._said:
+            self._said = True
+            warnings.warn(text, stacklevel=6)
+
+
+def _undone(scale: LossScale, factor: float, norms: Sequence[float]) -> list[float]:
+    """What the gradients may have been multiplied with to undo a scale of the loss: a number, or nothing."""
+    if (scaler := _scale_of_grad_scaler()) is not None:
+        return [1.0 / scaler]
+    ratios = [now / before for before, now in zip(scale.left, norms, strict=False) if before > 0.0]
+    if not ratios or not all(map(math.isfinite, ratios)) or min(ratios) <= 0.0:
+        return []
+    ratio = ratios[0]
+    if max(ratios) - min(ratios) > 1e-2 * ratio or abs(ratio - 1.0) <= _PLAIN:
+        return []  # not one factor for all (clipped by layer, noise added, ...), or nothing happened
+    power = math.log2(ratio)
+    halved = ratio < 1.0 and abs(power - round(power)) <= _PLAIN
+    # Of a loss that is not told, its value decides.
+    return [ratio] if halved or scale.is_open or abs(ratio * factor - 1.0) <= 1e-2 else []
+
+
+def _scale_of_grad_scaler() -> float | None:
+    """The scale of the GradScaler that calls the optimizer's `step`, if one does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            return float(frame.f_locals["self"].get_scale())
+        frame = frame.f_back
+    return None
+
+
+def _is_plain(seen: Sequence[Seen], estimator: FisherEstimator, undone: float) -> bool:
+    """Whether a loss is the plain one times `1 / undone`, by its value; False where that cannot be said."""
+    counts = dict.fromkeys(estimator.likelihoods, 0.0)
+    for one in seen:
+        counts[one.name] += float(one.terms.count)
+    found, tolerance = 0.0, 0.0
+    for one in seen:
+        share = estimator.weights[one.name] * one.likelihood.term_share(counts[one.name])
+        if (value := one.value(share, undone)) is None:
+            return True  # a likelihood that does not know its loss is taken at its word
+        found += float(value)
+        tolerance = max(tolerance, one.precision.factor)
+    losses = {one.loss for one in seen}
+    want = sum(math.nan if loss is None else undone * loss.value for loss in losses)
+    # What is not finite of the user's is for the step to skip.
+    return None not in losses and not abs(found - want) > tolerance * max(abs(found), abs(want))
+
