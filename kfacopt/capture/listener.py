@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,13 +29,16 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
-from kfacopt.capture.graph import Mark, Walk, leave_mark
+from kfacopt.capture.derivatives import Derivatives
+from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
+from kfacopt.capture.roots import OpenCall, refuse_reduced, returns_losses
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
 
 
@@ -48,6 +51,12 @@ class Capture:
         estimator: Turns prediction and gradient into cotangents.
         deliver: Called with each layer's rows, inside the user's backward.
         discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
+
+    Attributes:
+        tally: What arrived since the last step.
+        derivatives: Notices a loss of derivatives of the model.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
+            delivered any more.
 
     `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, `all_places` once.
     """
@@ -65,19 +74,21 @@ class Capture:
         self.all_places = False
         self.wants_replays = False
         self.tally = Tally()
+        self.derivatives = Derivatives(list(model.parameters()))
+        self.used_elsewhere: set[Layer] = set()
         self._estimator = estimator
         self._deliver, self._discard = deliver, discard
         self._layers: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             for module in layer.modules:
                 self._layers.setdefault(module, []).append(layer)
-        self._depth = 0
+        self._open: list[OpenCall] = []
         self._root: nn.Module | None = None
         self._paused = False
         self._pass = CotangentPass()
         self._backward: _Backward | None = None
         self._sites: dict[Site, weakref.ref[Mark]] = {}
-        self._layer_of: weakref.WeakKeyDictionary[Mark, Layer] = weakref.WeakKeyDictionary()
+        self._within: weakref.WeakKeyDictionary[Mark, Uses] = weakref.WeakKeyDictionary()
         self._outputs = WeakTensorKeyDictionary()
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
@@ -104,12 +115,12 @@ class Capture:
             forward.call = None
             forward.prediction = None
         self._alive.clear()
-        self._sites, self._call, self._depth, self._root = {}, None, 0, None
+        self._sites, self._call, self._open, self._root = {}, None, [], None
         self._backward = None
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""
-        self.tally = Tally()
+        self.tally, self.derivatives.in_the_loss = Tally(), False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -132,29 +143,31 @@ class Capture:
         if self._paused or torch._C._current_graph_task_id() != -1:
             return
         if module is self._root and not _calls_itself(module):
-            self._depth = 0  # a forward that was interrupted (KeyboardInterrupt) never left
-        if self._depth == 0:
+            self._open.clear()  # a forward that was interrupted (KeyboardInterrupt) never left
+        if not self._open:
             self._root, self._sites, self._call = module, {}, None
             self._backward = None  # one that raised has not said that it ended
             if self.wants_replays and not self._idle:
                 self._call = Call.now(module, inputs, kwargs)
-        self._depth += 1
+        self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused or torch._C._current_graph_task_id() != -1 or self._depth == 0:
+        if self._paused or torch._C._current_graph_task_id() != -1 or not self._open:
             return
-        self._depth -= 1
-        if self.wants_rows and output is not None and not self._idle:
+        ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
+        found = ended.found(module, output) if listens else None
+        if self.wants_rows and listens:
             if isinstance(output, Tensor):
                 self._outputs[output] = None
             for layer in self._layers.get(module, ()):
                 self._keep_site(layer, module, inputs, kwargs, output)
-        if self._depth == 0:
-            sites, call, self._root = self._sites, self._call, None
-            self._sites, self._call = {}, None
-            wanted = self.wants_rows or self.wants_terms or self.wants_replays
-            if wanted and output is not None and not self._idle:  # None: the forward raised
-                self._keep_forward(module, sites, call, output)
+        if self._open:
+            self._open[-1].note(found)
+            return
+        sites, call, self._root = self._sites, self._call, None
+        self._sites, self._call = {}, None
+        if listens and (self.wants_rows or self.wants_terms or self.wants_replays):
+            self._keep_forward(module, sites, call, output, ended)
 
     def _keep_site(
         self,
@@ -167,16 +180,24 @@ class Capture:
         site = site_of(layer, module, inputs, kwargs, output)
         if site is not None:
             mark = leave_mark(output.grad_fn)
-            self._layer_of[mark] = layer
+            self._within[mark] = site.uses
             self._sites[site] = weakref.ref(mark)
 
     def _keep_forward(
-        self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any
+        self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any, ended: OpenCall
     ) -> None:
         if not sites and next(root.parameters(), None) is None:
             return  # a loss or metric module held by the model is no root
         refusal = ""
+        if self._estimator.guesses and returns_losses(output):
+            if ended.sole is None:
+                refusal = ended.refusal()
+            else:
+                root, output = ended.sole
+                call = None if call is None else replace(call, inside=root)
         try:
+            if refusal:
+                raise ValueError(refusal)
             named = list(self._estimator.predictions(output).items())
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
@@ -197,8 +218,11 @@ class Capture:
         """The user's backward has reached the prediction that was marked: run the curvature pass."""
         if self._paused or goes_unnoticed() or mark not in self._alive:
             return
+        node = torch._C._current_autograd_node()
+        if self.derivatives.takes_one(node):
+            return
         forward = self._alive.pop(mark)
-        prediction, node = forward.prediction, torch._C._current_autograd_node()
+        prediction = forward.prediction
         if prediction is None:
             # No later root used it. If calls led to it, it was the prediction after all.
             if self._leads_to_calls(forward, node):
@@ -239,24 +263,30 @@ class Capture:
 
     def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
         estimator = self._estimator
-        likelihood = estimator.likelihoods[forward.name]
-        terms = likelihood.terms(prediction, gradient=gradient)
+        terms = self._terms(forward, prediction, gradient)
         walk = self._this_backward().walk
         forwards = [forward, *self._upstream(forward, node)]
         self.tally.passes += 1
         if not bool(terms.count > 0):
             return
         self.tally.terms = self.tally.terms + terms.count
+        self.tally.verified &= terms.reads_target
         if forward.call is not None:
             self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
             scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
             self.tally.replayable &= len(forwards) == 1 and not scaled
         # The tensors of an ambiguous output may each have kept the same call.
         marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
+        self.used_elsewhere |= {
+            layer
+            for layers in self._layers.values()
+            for layer in layers
+            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
+        }
         edges = {
             site: GradientEdge(walk.nodes[mark], site.output_nr)
             for site, mark in marks.items()
-            if mark is not None and mark in walk.nodes
+            if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
         }
         if edges:
             reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges)
@@ -268,12 +298,26 @@ class Capture:
         for one in forwards:
             one.sites.clear()
 
+    def _terms(self, forward: Forward, prediction: Tensor, gradient: Tensor) -> LossTerms:
+        """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
+        name = type(forward.root).__name__
+        try:
+            terms = self._estimator.likelihoods[forward.name].terms(prediction, gradient=gradient)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
+                f"output of several, pass prediction=lambda output: ...)"
+            ) from error
+        if not terms.reads_target:
+            refuse_reduced(prediction, gradient, name)
+        return terms
+
     def _this_backward(self) -> _Backward:
         """The backward of the user's that runs now."""
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward.task != task:
             retained = [tensor for tensor in self._outputs if tensor.retains_grad]
-            self._backward = _Backward(task, Walk(self._layer_of), retained)
+            self._backward = _Backward(task, Walk(self._within), retained)
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward

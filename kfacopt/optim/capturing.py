@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._report: dict[str, float] = {"skipped_steps": 0.0}
         self._reached: set[str] = set()
         self._expected: set[str] = set()
+        self._unseen_uses: dict[nn.Parameter, str] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
         self._attach()
 
@@ -75,16 +77,22 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _wants_replays(self) -> bool:
         """Whether the coming step runs its forwards again."""
 
+    def _solves_on_replays(self) -> bool:
+        """Whether the coming step goes where the forwards that are run again say."""
+        return self._wants_replays()
+
     def _wants_terms(self) -> bool:
         """Whether the coming step has to know the number of loss terms."""
         return self._estimator.likelihood.reduction == "sum"
 
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
-        self._frozen_pattern = self._requires_grad_pattern()
+        self._pattern = self._covered_pattern()
         deliver, discard, all_places = _ignore, _ignore, False
         if (backend := self._fed) is not None:
-            wanted, excluded = self._parameters(curvature=True), self._parameters(curvature=False)
+            wanted = self._parameters(curvature=True)
+            excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
+            excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
             backend.attach(self._layers)
@@ -114,16 +122,33 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _parameters(self, curvature: bool) -> list[nn.Parameter]:
         return [p for g in self.param_groups if g.get("curvature", True) is curvature for p in g["params"]]
 
-    def _requires_grad_pattern(self) -> tuple[bool, ...]:
-        return tuple(p.requires_grad for group in self.param_groups for p in group["params"])
+    def _covered_pattern(self) -> tuple[tuple[bool, bool], ...]:
+        """What the choice of layers depends on: which parameters train, and which are used out of the hooks' sight."""
+        return tuple((p.requires_grad, p in self._unseen_uses) for group in self.param_groups for p in group["params"])
 
-    def _follow_freezing(self) -> None:
-        """Attach anew where parameters were frozen or unfrozen since; what was captured for this step stays."""
-        if self._requires_grad_pattern() != self._frozen_pattern:
+    def _follow_changes(self) -> None:
+        """Attach anew where parameters were frozen, unfrozen or found to be used elsewhere since.
+
+        What was captured for this step stays.
+        """
+        self._note_unseen_uses()
+        if self._covered_pattern() != self._pattern:
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
             self._expected &= expected  # a layer that was not hooked when the forward ran owes no rows
+
+    def _note_unseen_uses(self) -> None:
+        """Layers that act on the loss in a way that their calls do not show have no curvature from now on."""
+        capture = self._open_capture()
+        found = dict.fromkeys(capture.used_elsewhere, USED_ELSEWHERE)
+        if capture.derivatives.in_the_loss and not capture.tally.verified:
+            found |= dict.fromkeys((layer for layer in self._layers if layer.name in self._reached), DERIVATIVE)
+        new = {layer: why for layer, why in found.items() if not self._unseen_uses.keys() & layer.parameters.values()}
+        self._unseen_uses |= {p: why for layer, why in new.items() for p in layer.parameters.values()}
+        for why in dict.fromkeys(new.values()):
+            names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)
+            warnings.warn(f"{names}: {why}. That is not in the curvature: trained by AdamW from now on", stacklevel=4)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
@@ -152,7 +177,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         if self._capture is not None:
             self._forget()
-            self._follow_freezing()
+            self._follow_changes()
 
     def _forget(self) -> None:
         """Forget what arrived since the last step."""
@@ -181,7 +206,15 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_freezing()
+        if self._open_capture().derivatives.in_the_loss:
+            if self._solves_on_replays():
+                raise RuntimeError(
+                    f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write "
+                    f"a module whose forward takes the derivatives and returns the residual, and give the optimizer "
+                    f"that as its model; take derivatives that are only looked at without create_graph=True"
+                )
+            self._open_capture().tally.replayable = False
+        self._follow_changes()
         gradients = {p: _dense_gradient(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
         if not all_finite(list(gradients.values())):
             self._report["skipped_steps"] += 1.0
@@ -219,6 +252,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             "skipped_steps": self._report["skipped_steps"],
             "pending_terms": float(tally.terms),
             "pending_passes": tally.passes,
+            "unseen_uses": {n: why for n, p in self.model.named_parameters() if (why := self._unseen_uses.get(p))},
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
@@ -242,19 +276,24 @@ class CapturingOptimizer(torch.optim.Optimizer):
             raise KeyError(
                 f"this state dict has no 'curvature' section with {key!r}: it is not one of a {type(self).__name__}"
             )
-        self._follow_freezing()
-        before = self._own_state()
-        if own is not None:
-            self._load_own_state(own)
+        self._follow_changes()
+        before, unseen_uses = self._own_state(), self._unseen_uses
         try:
+            if own is not None:
+                held = dict(self.model.named_parameters())
+                self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}
+                self._follow_changes()
+                self._load_own_state(own)
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
         except (ValueError, KeyError):
+            self._unseen_uses = unseen_uses
+            self._follow_changes()
             self._load_own_state(before)
             raise
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "_estimator", "_step", "_report", "_layers", *self._own_attributes)
+        own = ("model", "_estimator", "_step", "_report", "_layers", "_unseen_uses", *self._own_attributes)
         tally = self._open_capture().tally
         state: dict[str, Any] = super().__getstate__()
         return state | {name: self.__dict__[name] for name in own} | {"_pending": (float(tally.terms), tally.passes)}
@@ -267,6 +306,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._attach()
             tally = self._open_capture().tally
             tally.terms, tally.passes = pending
+
+
+USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
+DERIVATIVE = "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
 
 
 def _ignore(*_: Any) -> None:
