@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import Node
 
+from kfacopt.capture.destination import Destination, Gradients
 from kfacopt.capture.graph import nodes_below
 
 
@@ -21,32 +21,24 @@ class Derivatives:
     computed of it acts on the parameters in a way that neither the prediction nor its gradient shows.
 
     Args:
-        parameters: Whose gradients count.
+        gradients: Of the model.
+
+    Attributes:
+        in_the_loss: Whether such a backward has come since this was last set to False.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, gradients: Gradients) -> None:
         self.in_the_loss = False
-        """Whether such a backward has come since this was last set to False."""
-        self._parameters = parameters
-        self._leaves: tuple[int, bool] = (-1, False)  # the last backward asked about, and the answer
+        self._gradients = gradients
 
-    def takes_one(self, node: Node) -> bool:
-        """Whether the backward that has reached a forward's node only takes a derivative; it is followed if so."""
-        if not torch.is_grad_enabled() or self._leaves_gradients():
-            return False
+    def follow(self, node: Node) -> None:
+        """The running backward, which takes a derivative, has reached a forward's node: watch what it makes."""
         for below in nodes_below(node, set()):
             below.register_hook(partial(_follow, weakref.ref(self)))
-        return True
 
-    def _leaves_gradients(self) -> bool:
-        """Whether the backward that runs now adds to `.grad` of a parameter."""
-        task = torch._C._current_graph_task_id()
-        if self._leaves[0] != task:
-            self._leaves = task, any(_accumulates(p) for p in self._parameters if p.requires_grad)
-        return self._leaves[1]
-
-    def _goes_through(self) -> None:
-        self.in_the_loss = self.in_the_loss or self._leaves_gradients()
+    def reached(self) -> None:
+        """A backward goes through what was made."""
+        self.in_the_loss = self.in_the_loss or self._gradients.destination() is Destination.GRAD
 
 
 def _follow(watch: weakref.ref[Derivatives], cotangents: Sequence[Tensor | None], _: Any) -> None:
@@ -59,11 +51,4 @@ def _follow(watch: weakref.ref[Derivatives], cotangents: Sequence[Tensor | None]
 def _reached(watch: weakref.ref[Derivatives], _: Any) -> None:
     held = watch()
     if held is not None:
-        held._goes_through()
-
-
-def _accumulates(parameter: nn.Parameter) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
-    except RuntimeError:  # what autograd.grad returns is not accumulated, and torch refuses the question
-        return False
+        held.reached()

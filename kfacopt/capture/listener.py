@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
 from kfacopt.capture.derivatives import Derivatives
+from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
 from kfacopt.capture.passes import CotangentPass
@@ -58,6 +59,7 @@ class Capture:
         used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
             delivered any more.
 
+    While `is_paused`, forwards and backwards are not ours.
     `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, `all_places` once.
     """
 
@@ -74,7 +76,10 @@ class Capture:
         self.all_places = False
         self.wants_replays = False
         self.tally = Tally()
-        self.derivatives = Derivatives(list(model.parameters()))
+        self._gradients = Gradients(list(model.parameters()))
+        self._returned = Returned(self._gradients)
+        self._task = -1
+        self.derivatives = Derivatives(self._gradients)
         self.used_elsewhere: set[Layer] = set()
         self._estimator = estimator
         self._deliver, self._discard = deliver, discard
@@ -84,7 +89,7 @@ class Capture:
                 self._layers.setdefault(module, []).append(layer)
         self._open: list[OpenCall] = []
         self._root: nn.Module | None = None
-        self._paused = False
+        self.is_paused = False
         self._pass = CotangentPass()
         self._backward: _Backward | None = None
         self._sites: dict[Site, weakref.ref[Mark]] = {}
@@ -110,10 +115,10 @@ class Capture:
     def reset(self) -> None:
         """Forget what arrived since the last step, and forwards whose backward has not come."""
         self.reset_tally()
+        self._returned.reset()
         for forward in self._alive.values():
-            forward.sites.clear()
+            forward.consume()
             forward.call = None
-            forward.prediction = None
         self._alive.clear()
         self._sites, self._call, self._open, self._root = {}, None, [], None
         self._backward = None
@@ -122,25 +127,16 @@ class Capture:
         """Forget what arrived since the last step."""
         self.tally, self.derivatives.in_the_loss = Tally(), False
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this context forwards and backwards are not ours."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
     @property
     def _idle(self) -> bool:
         # A forward inside a backward is a recomputation (activation checkpointing), not a new forward.
         # Under a torch.func transform it is not the model's own parameters that are differentiated.
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         recomputed = torch._C._current_graph_task_id() != -1
-        return self._paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
+        return self.is_paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._paused or torch._C._current_graph_task_id() != -1:
+        if self.is_paused or torch._C._current_graph_task_id() != -1:
             return
         if module is self._root and not _calls_itself(module):
             self._open.clear()  # a forward that was interrupted (KeyboardInterrupt) never left
@@ -152,7 +148,7 @@ class Capture:
         self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused or torch._C._current_graph_task_id() != -1 or not self._open:
+        if self.is_paused or torch._C._current_graph_task_id() != -1 or not self._open:
             return
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None
@@ -214,40 +210,66 @@ class Capture:
             self._alive[mark] = forward
             node.register_prehook(partial(_arrive, weakref.ref(self), mark))
 
+    def settle(self) -> None:
+        """Before the step: what counts is what left its gradient."""
+        self._forget_thrown_away()
+        self._returned.settle(self.tally, self._deliver)
+
     def arrived(self, mark: Mark, gradients: Sequence[Tensor | None]) -> None:
-        """The user's backward has reached the prediction that was marked: run the curvature pass."""
-        if self._paused or goes_unnoticed() or mark not in self._alive:
+        """A backward of the user's has reached the prediction that was marked: run the curvature pass if it is due."""
+        if self.is_paused or goes_unnoticed() or mark not in self._alive:
             return
-        node = torch._C._current_autograd_node()
-        if self.derivatives.takes_one(node):
-            return
-        forward = self._alive.pop(mark)
-        prediction = forward.prediction
+        node, destination = torch._C._current_autograd_node(), self._gradients.destination()
+        if destination is not Destination.GRAD and torch.is_grad_enabled():
+            self.derivatives.follow(node)
+        if destination is Destination.RETURNED and mark not in self._returned.marks:
+            with self._returned.taking_in(mark):
+                self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+        elif destination is Destination.GRAD:
+            if (task := torch._C._current_graph_task_id()) > self._task:  # one within it has a greater number
+                self._task = task
+                self._returned.look()
+                self._forget_thrown_away()
+            try:
+                for led in self._take(mark, node, gradients, self.tally, self._deliver):
+                    self._alive.pop(led).consume()
+            except BaseException:
+                self._alive.pop(mark)
+                self._discard()
+                self.reset_tally()
+                self._backward = None
+                raise
+
+    def _forget_thrown_away(self) -> None:
+        if self.tally.passes and self._gradients.thrown_away:
+            self._discard()
+            self.reset_tally()
+
+    def _take(
+        self, mark: Mark, node: Node, gradients: Sequence[Tensor | None], tally: Tally, deliver: Callable[..., None]
+    ) -> list[Mark]:
+        """A curvature pass, unless no gradient of a loss has come; the marks of the forwards that took part."""
+        forward = self._alive[mark]
+        prediction, gradient = forward.prediction, gradients[forward.output_nr]
         if prediction is None:
             # No later root used it. If calls led to it, it was the prediction after all.
             if self._leads_to_calls(forward, node):
                 raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
-            return
-        gradient = gradients[forward.output_nr]
-        if gradient is None:
-            return
+            return [mark]
+        if gradient is None or gradient.numel() == 0:
+            return [mark]
         if prediction._version != forward.version:
             raise RuntimeError(
                 f"the prediction of {type(forward.root).__name__} was modified in place after the forward: "
                 f"curvature would be that of another prediction; use an out-of-place operation"
             )
-        forward.prediction = None
         started = time.perf_counter()
-        try:
-            with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
-                self._curvature_pass(forward, node, prediction, gradient.detach())
-        except BaseException:
-            self._discard()
-            self.reset_tally()
-            self._backward = None
-            raise
-        finally:
-            self.tally.seconds += time.perf_counter() - started
+        upstream = self._upstream(forward, node)
+        with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
+            read = _Read(node, prediction, gradient.detach(), [forward, *(self._alive[led] for led in upstream)])
+            self._curvature_pass(read, tally, deliver)
+        tally.seconds += time.perf_counter() - started
+        return [mark, *upstream]
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
@@ -261,55 +283,55 @@ class Capture:
             for tensor, gradient in kept:
                 tensor.grad = gradient
 
-    def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
-        estimator = self._estimator
-        terms = self._terms(forward, prediction, gradient)
-        walk = self._this_backward().walk
-        forwards = [forward, *self._upstream(forward, node)]
-        self.tally.passes += 1
+    def _curvature_pass(self, read: _Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
+        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
+        tally.passes += 1
         if not bool(terms.count > 0):
             return
-        self.tally.terms = self.tally.terms + terms.count
-        self.tally.verified &= terms.reads_target
+        tally.terms = tally.terms + terms.count
+        tally.verified &= terms.reads_target
         if forward.call is not None:
-            self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
+            tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
             scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
-            self.tally.replayable &= len(forwards) == 1 and not scaled
-        # The tensors of an ambiguous output may each have kept the same call.
-        marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
+            tally.replayable &= sole and not scaled
+        if edges := self._edges(read.forwards):
+            reach = partial(self._pass, GradientEdge(read.node, forward.output_nr), edges)
+            cotangents = split_cotangents(self._estimator.cotangents(terms), edges)
+            approx = self._estimator.kfac_approx
+            for _, rows in rows_in_chunks(cotangents, reach, terms.count, approx, self.all_places):
+                for layer, some in rows.items():
+                    deliver(layer, some)
+
+    def _edges(self, forwards: Sequence[Forward]) -> dict[Site, GradientEdge]:
+        """The calls that led to a prediction, of layers that act by their calls alone."""
+        walk = self._this_backward().walk
         self.used_elsewhere |= {
             layer
             for layers in self._layers.values()
             for layer in layers
             if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
         }
-        edges = {
+        # The tensors of an ambiguous output may each have kept the same call.
+        marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
+        return {
             site: GradientEdge(walk.nodes[mark], site.output_nr)
             for site, mark in marks.items()
             if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
         }
-        if edges:
-            reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges)
-            cotangents = split_cotangents(estimator.cotangents(terms), edges)
-            approx = estimator.kfac_approx
-            for _, rows in rows_in_chunks(cotangents, reach, terms.count, approx, self.all_places):
-                for layer, some in rows.items():
-                    self._deliver(layer, some)
-        for one in forwards:
-            one.sites.clear()
 
-    def _terms(self, forward: Forward, prediction: Tensor, gradient: Tensor) -> LossTerms:
+    def _terms(self, read: _Read) -> LossTerms:
         """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
-        name = type(forward.root).__name__
+        forward = read.forwards[0]
+        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
         try:
-            terms = self._estimator.likelihoods[forward.name].terms(prediction, gradient=gradient)
+            terms = likelihood.terms(read.prediction, gradient=read.gradient)
         except ValueError as error:
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
                 f"output of several, pass prediction=lambda output: ...)"
             ) from error
         if not terms.reads_target:
-            refuse_reduced(prediction, gradient, name)
+            refuse_reduced(read.prediction, read.gradient, name)
         return terms
 
     def _this_backward(self) -> _Backward:
@@ -322,23 +344,23 @@ class Capture:
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward
 
-    def _upstream(self, forward: Forward, node: Node) -> list[Forward]:
+    def _upstream(self, forward: Forward, node: Node) -> list[Mark]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
 
         They are no predictions themselves: their own backward is not waited for any more.
         """
-        found: list[Forward] = []
-        if not (self._alive or forward.sites):
+        found: list[Mark] = []
+        if not (len(self._alive) > 1 or forward.sites):
             return found
         for mark in self._this_backward().walk.onwards(node):
-            if (kept := self._alive.get(mark)) is None:
+            if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
             if forward.call is not None and kept.call is forward.call:
                 # A term that another term of the same call is computed from is a prediction of its own; but another
                 # call's prediction that comes later may lead there, and is to find it.
                 self._backward = None
                 continue
-            found.append(self._alive.pop(mark))
+            found.append(mark)
         return found
 
     def _leads_to_calls(self, forward: Forward, node: Node) -> bool:
@@ -346,6 +368,19 @@ class Capture:
         walk = Walk({})
         walk.onwards(node)
         return any(reference() in walk.nodes for reference in forward.sites.values())
+
+
+@dataclass(eq=False)
+class _Read:
+    """A prediction that the user's backward has reached: its node, the gradient there, the forwards that led to it.
+
+    The first of these is its own.
+    """
+
+    node: Node
+    prediction: Tensor
+    gradient: Tensor
+    forwards: Sequence[Forward]
 
 
 @dataclass(eq=False)
@@ -360,8 +395,10 @@ class _Backward:
 def _ended(capture: weakref.ref[Capture], backward: weakref.ref[_Backward]) -> None:
     """A backward has ended: it must not keep the graph alive."""
     held = capture()
-    if held is not None and held._backward is backward():
-        held._backward = None
+    if held is not None:
+        held._returned.remember()
+        if held._backward is backward():
+            held._backward = None
 
 
 def _arrive(capture: weakref.ref[Capture], mark: Mark, gradients: Sequence[Tensor | None]) -> None:

@@ -96,6 +96,11 @@ class Forward:
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
 
+    def consume(self) -> None:
+        """Its backward has come: what was kept for it is not needed any more."""
+        self.sites.clear()
+        self.prediction = None
+
 
 @dataclass(eq=False)
 class Replay:
@@ -121,3 +126,12 @@ class Tally:
     verified: bool = True
     passes: int = 0
     seconds: float = 0.0
+
+    def merge(self, other: Tally) -> None:
+        """Add what another tally counted."""
+        self.terms = self.terms + other.terms
+        self.replays += other.replays
+        self.replayable &= other.replayable
+        self.verified &= other.verified
+        self.passes += other.passes
+        self.seconds += other.seconds

@@ -173,8 +173,8 @@ def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) 
     if len(candidates) == 1:
         return candidates[0]
     raise ValueError(
-        f"an output of type {type(output).__name__} with {len(candidates)} differentiable tensors (losses left out) does not say which "
-        f"is the prediction: pass prediction=lambda output: ... to the optimizer"
+        f"an output of type {type(output).__name__} with {len(candidates)} differentiable tensors (losses left out) "
+        f"does not say which is the prediction: pass prediction=lambda output: ... to the optimizer"
     )
 
 

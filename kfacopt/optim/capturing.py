@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -97,10 +98,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
             backend.attach(self._layers)
             deliver, discard, all_places = self._deliver, backend.discard, backend.all_places
+        is_paused = False
         if self._capture is not None:
+            is_paused = self._capture.is_paused
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
-        self._capture.all_places = all_places
+        self._capture.all_places, self._capture.is_paused = all_places, is_paused
         self._arm()
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
@@ -168,6 +171,26 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """Numbers worth logging, of the last step; `skipped_steps` in all, as gradients were not finite."""
         return dict(self._report)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forwards and backwards are nobody's: none of them counts for the step.
+
+        A backward for its own sake (saliency, a gradient of the inputs) needs no pause: only what leaves gradients of
+        the parameters in `.grad` counts. Contexts may be nested.
+
+        >>> import kfacopt
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = kfacopt.KFAC(model, nn.MSELoss())
+        >>> with optimizer.paused():
+        ...     model(torch.ones(3, 2)).square().mean().backward()
+        """
+        before = self._open_capture().is_paused
+        self._open_capture().is_paused = True
+        try:
+            yield
+        finally:
+            self._open_capture().is_paused = before
+
     def close(self) -> None:
         """Remove every hook from the model. The optimizer can still step, with the curvature it has."""
         self._open_capture().close()
@@ -206,6 +229,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._open_capture().settle()
         if self._open_capture().derivatives.in_the_loss:
             if self._solves_on_replays():
                 raise RuntimeError(
@@ -222,8 +246,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         elif not gradients:
             self._forget()
         else:
-            capture, device = self._open_capture(), next(iter(gradients)).device
-            with capture.paused(), without_autocast(device):
+            device = next(iter(gradients)).device
+            with self.paused(), without_autocast(device):
                 self._take_step(gradients)
             self._step += 1
         self._reached.clear()
@@ -309,7 +333,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
 
 USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
-DERIVATIVE = "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
+DERIVATIVE = (
+    "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
+)
 
 
 def _ignore(*_: Any) -> None:

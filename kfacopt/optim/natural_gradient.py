@@ -193,8 +193,9 @@ class NaturalGradient(CapturingOptimizer):
         wanted = f" with the outputs {names}" if names else ""
         return (
             f"no forward of the model{wanted} followed by a backward has arrived since the last step: call the model "
-            f"itself (not a copy, and not only its parts), with gradients enabled, and zero_grad() before the forward. Where the loss is of derivatives of the model, "
-            f"let a module take them and return the residual, and give the optimizer that"
+            f"itself (not a copy, and not only its parts), with gradients enabled, and zero_grad() before the forward. "
+            f"Where the loss is of derivatives of the model, let a module take them and return the residual, and give "
+            f"the optimizer that"
         )
 
     # -- state -----------------------------------------------------------------------------------------------------
