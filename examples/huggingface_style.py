@@ -40,7 +40,8 @@ class TinyLanguageModel(nn.Module):
         self.head = nn.Linear(WIDTH, vocabulary)
 
     def forward(self, *, input_ids: Tensor, labels: Tensor | None = None) -> Output:
-        x = self.tokens(input_ids) + self.places.weight[: input_ids.shape[1]]
+        places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        x = self.tokens(input_ids) + self.places(places)
         q, k, v = self.attend(self.normalize(x)).chunk(3, dim=-1)
         x = x + self.project(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
         logits = self.head(x + self.features(x))

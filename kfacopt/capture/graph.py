@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch.autograd.graph import Node
-
-from kfacopt.layers.layer import Layer
 
 _KEY = "kfacopt"
 
@@ -46,6 +44,10 @@ def _metadata(node: Node) -> dict[str, list[Mark]]:
     return metadata
 
 
+Uses = Counter[int]
+"""How many operations read a parameter, each as often as it does, by the parameter's `id`."""
+
+
 class Walk:
     """What one backward's gradient flows on to, from prediction after prediction; no node is visited twice.
 
@@ -53,13 +55,12 @@ class Walk:
     A walk keeps the graph alive.
 
     Args:
-        layers: The covered layer that was called where a mark is, of those marks that stand for a call.
+        within: For those marks that stand for a call of a layer, what that call itself reads (`uses_within`).
 
     Attributes:
         nodes: Where every mark is that was come by.
-        calls: How many calls of each layer were come by.
-        uses: How many edges lead into a leaf (a parameter), by its `id`: the number of operations that read it, each
-            as often as it does. More than its layer's calls: it is used outside its module too.
+        uses: Of every leaf that was come by. A parameter that autocast casts is used as often as the cast is.
+        explained: What of that the calls of layers account for. Less: a parameter is used outside its module, too.
 
     >>> weight = torch.ones(2, requires_grad=True)
     >>> walk = Walk({})
@@ -69,11 +70,11 @@ class Walk:
     3
     """
 
-    def __init__(self, layers: Mapping[Mark, Layer]) -> None:
+    def __init__(self, within: Mapping[Mark, Uses]) -> None:
         self.nodes: dict[Mark, Node] = {}
-        self.calls: Counter[Layer] = Counter()
-        self.uses: Counter[int] = Counter()
-        self._layers = layers
+        self.uses: Uses = Counter()
+        self.explained: Uses = Counter()
+        self._within = within
         self._visited: set[Node] = set()
 
     def onwards(self, start: Node) -> list[Mark]:
@@ -84,19 +85,52 @@ class Walk:
         """
         found: list[Mark] = []
         own = set(marks_on(start))
-        queue = [] if start in self._visited else [start]
-        self._visited.update(queue)
-        while queue:
-            node = queue.pop()
+        for node in nodes_below(start, self._visited, self.uses):
             for mark in marks_on(node):
                 self.nodes[mark] = node
                 found.append(mark)
-                if (layer := self._layers.get(mark)) is not None:
-                    self.calls[layer] += 1
-            for following, _ in node.next_functions:
-                if isinstance(following, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
-                    self.uses[id(following.variable)] += 1
-                elif following is not None and following not in self._visited:
-                    self._visited.add(following)
-                    queue.append(following)
+                self.explained.update(self._within.get(mark, ()))
         return [mark for mark in found if mark not in own]
+
+    def used_elsewhere(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is used otherwise than by its layer's calls: by a function, or in a derivative."""
+        return self.uses[id(parameter)] > self.explained[id(parameter)]
+
+
+def uses_within(output: Node, inputs: Iterable[Node]) -> Uses:
+    """What the operations of one call read, from its output's node down to those of its inputs.
+
+    >>> x, weight = torch.ones(2, requires_grad=True) * 1.0, torch.ones(2, requires_grad=True)
+    >>> dict(uses_within((weight * (x + weight)).grad_fn, [x.grad_fn])) == {id(weight): 2}
+    True
+    """
+    uses: Uses = Counter()
+    for _ in nodes_below(output, set(inputs), uses):
+        pass
+    return uses
+
+
+def nodes_below(start: Node, visited: set[Node], uses: Uses | None = None) -> Iterator[Node]:
+    """The nodes from `start` on that were not visited; they are added to `visited`, their uses of leaves to `uses`."""
+    uses = Counter() if uses is None else uses
+    queue = [] if start in visited else [start]
+    visited.update(queue)
+    while queue:
+        node = queue.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if (leaf := _leaf_of(following)) is not None:
+                uses[id(leaf)] += 1
+            elif following not in visited:
+                visited.add(following)
+                queue.append(following)
+
+
+def _leaf_of(node: Node) -> torch.Tensor | None:
+    """The leaf whose gradient a node accumulates, or brings to its type: autocast casts a weight once for all uses."""
+    if node.name() == "ToCopyBackward0" and (below := node.next_functions[0][0]) is not None:
+        node = below
+    is_leaf = isinstance(node, torch._C._functions.AccumulateGrad)  # type: ignore[attr-defined]
+    return node.variable if is_leaf else None  # type: ignore[attr-defined]

@@ -16,9 +16,9 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,14 +29,18 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
-from kfacopt.capture.graph import Mark, Walk, leave_mark, marks_on
+from kfacopt.capture.derivatives import Derivatives
+from kfacopt.capture.destination import Destination, Gradients, Returned
+from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
-from kfacopt.capture.loss_graph import LossGraph, roots_of_backward
+from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
+from kfacopt.capture.roots import OpenCall, refuse_reduced, returns_losses
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
 
 
@@ -50,6 +54,13 @@ class Capture:
         deliver: Called with each layer's rows, inside the user's backward.
         discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
 
+    Attributes:
+        tally: What arrived since the last step.
+        derivatives: Notices a loss of derivatives of the model.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
+            delivered any more.
+
+    While `is_paused`, forwards and backwards are not ours.
     `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, `all_places` once.
     """
 
@@ -66,24 +77,29 @@ class Capture:
         self.all_places = False
         self.wants_replays = False
         self.tally = Tally()
+        self._gradients = Gradients(list(model.parameters()))
+        self._loss = RunningLoss()
+        self._returned = Returned(self._gradients)
+        self._task = -1
+        self.derivatives = Derivatives(self._gradients)
+        self.used_elsewhere: set[Layer] = set()
         self._estimator = estimator
         self._deliver, self._discard = deliver, discard
         self._layers: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
             for module in layer.modules:
                 self._layers.setdefault(module, []).append(layer)
-        self._depth = 0
+        self._open: list[OpenCall] = []
         self._root: nn.Module | None = None
-        self._paused = False
+        self.is_paused = False
         self._pass = CotangentPass()
         self._backward: _Backward | None = None
         self._sites: dict[Site, weakref.ref[Mark]] = {}
-        self._layer_of: weakref.WeakKeyDictionary[Mark, Layer] = weakref.WeakKeyDictionary()
+        self._within: weakref.WeakKeyDictionary[Mark, Uses] = weakref.WeakKeyDictionary()
         self._outputs = WeakTensorKeyDictionary()
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
-        self._parameters = list(model.parameters())
         hook = hook_type()
         for module in model.modules():
             drop_inert_hooks(module)
@@ -101,26 +117,17 @@ class Capture:
     def reset(self) -> None:
         """Forget what arrived since the last step, and forwards whose backward has not come."""
         self.reset_tally()
+        self._returned.reset()
         for forward in self._alive.values():
-            forward.sites.clear()
+            forward.consume()
             forward.call = None
-            forward.prediction = None
         self._alive.clear()
-        self._sites, self._call, self._depth, self._root = {}, None, 0, None
+        self._sites, self._call, self._open, self._root = {}, None, [], None
         self._backward = None
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""
-        self.tally = Tally()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within this context forwards and backwards are not ours."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
+        self.tally, self.derivatives.in_the_loss = Tally(), False
 
     @property
     def _idle(self) -> bool:
@@ -128,35 +135,37 @@ class Capture:
         # Under a torch.func transform it is not the model's own parameters that are differentiated.
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         recomputed = torch._C._current_graph_task_id() != -1
-        return self._paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
+        return self.is_paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._paused or torch._C._current_graph_task_id() != -1:
+        if self.is_paused or torch._C._current_graph_task_id() != -1:
             return
         if module is self._root and not _calls_itself(module):
-            self._depth = 0  # a forward that was interrupted (KeyboardInterrupt) never left
-        if self._depth == 0:
+            self._open.clear()  # a forward that was interrupted (KeyboardInterrupt) never left
+        if not self._open:
             self._root, self._sites, self._call = module, {}, None
             self._backward = None  # one that raised has not said that it ended
             if self.wants_replays and not self._idle:
                 self._call = Call.now(module, inputs, kwargs)
-        self._depth += 1
+        self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._paused or torch._C._current_graph_task_id() != -1 or self._depth == 0:
+        if self.is_paused or torch._C._current_graph_task_id() != -1 or not self._open:
             return
-        self._depth -= 1
-        if self.wants_rows and output is not None and not self._idle:
+        ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
+        found = ended.found(module, output) if listens else None
+        if self.wants_rows and listens:
             if isinstance(output, Tensor):
                 self._outputs[output] = None
             for layer in self._layers.get(module, ()):
                 self._keep_site(layer, module, inputs, kwargs, output)
-        if self._depth == 0:
-            sites, call, self._root = self._sites, self._call, None
-            self._sites, self._call = {}, None
-            wanted = self.wants_rows or self.wants_terms or self.wants_replays
-            if wanted and output is not None and not self._idle:  # None: the forward raised
-                self._keep_forward(module, sites, call, output)
+        if self._open:
+            self._open[-1].note(found)
+            return
+        sites, call, self._root = self._sites, self._call, None
+        self._sites, self._call = {}, None
+        if listens and (self.wants_rows or self.wants_terms or self.wants_replays):
+            self._keep_forward(module, sites, call, output, ended)
 
     def _keep_site(
         self,
@@ -169,16 +178,24 @@ class Capture:
         site = site_of(layer, module, inputs, kwargs, output)
         if site is not None:
             mark = leave_mark(output.grad_fn)
-            self._layer_of[mark] = layer
+            self._within[mark] = site.uses
             self._sites[site] = weakref.ref(mark)
 
     def _keep_forward(
-        self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any
+        self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any, ended: OpenCall
     ) -> None:
         if not sites and next(root.parameters(), None) is None:
             return  # a loss or metric module held by the model is no root
         refusal = ""
+        if self._estimator.guesses and returns_losses(output):
+            if ended.sole is None:
+                refusal = ended.refusal()
+            else:
+                root, output = ended.sole
+                call = None if call is None else replace(call, inside=root)
         try:
+            if refusal:
+                raise ValueError(refusal)
             named = list(self._estimator.predictions(output).items())
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
@@ -195,37 +212,66 @@ class Capture:
             self._alive[mark] = forward
             node.register_prehook(partial(_arrive, weakref.ref(self), mark))
 
+    def settle(self) -> None:
+        """Before the step: what counts is what left its gradient."""
+        self._forget_thrown_away()
+        self._returned.settle(self.tally, self._deliver)
+
     def arrived(self, mark: Mark, gradients: Sequence[Tensor | None]) -> None:
-        """The user's backward has reached the prediction that was marked: run the curvature pass."""
-        if self._paused or goes_unnoticed() or mark not in self._alive:
+        """A backward of the user's has reached the prediction that was marked: run the curvature pass if it is due."""
+        if self.is_paused or goes_unnoticed() or mark not in self._alive:
             return
-        forward = self._alive.pop(mark)
-        prediction, node = forward.prediction, torch._C._current_autograd_node()
+        node, destination = torch._C._current_autograd_node(), self._gradients.destination()
+        if destination is not Destination.GRAD and torch.is_grad_enabled():
+            self.derivatives.follow(node)
+        if destination is Destination.RETURNED and mark not in self._returned.marks:
+            with self._returned.taking_in(mark):
+                self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+        elif destination is Destination.GRAD:
+            if (task := torch._C._current_graph_task_id()) > self._task:  # one within it has a greater number
+                self._task = task
+                self._returned.look()
+                self._forget_thrown_away()
+            try:
+                for led in self._take(mark, node, gradients, self.tally, self._deliver):
+                    self._alive.pop(led).consume()
+            except BaseException:
+                self._alive.pop(mark)
+                self._discard()
+                self.reset_tally()
+                self._backward = None
+                raise
+
+    def _forget_thrown_away(self) -> None:
+        if self.tally.passes and self._gradients.thrown_away:
+            self._discard()
+            self.reset_tally()
+
+    def _take(
+        self, mark: Mark, node: Node, gradients: Sequence[Tensor | None], tally: Tally, deliver: Callable[..., None]
+    ) -> list[Mark]:
+        """A curvature pass, unless no gradient of a loss has come; the marks of the forwards that took part."""
+        forward = self._alive[mark]
+        prediction, gradient = forward.prediction, gradients[forward.output_nr]
         if prediction is None:
             # No later root used it. If calls led to it, it was the prediction after all.
             if self._leads_to_calls(forward, node):
                 raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
-            return
-        gradient = gradients[forward.output_nr]
-        if gradient is None:
-            return
+            return [mark]
+        if gradient is None or gradient.numel() == 0:
+            return [mark]
         if prediction._version != forward.version:
             raise RuntimeError(
                 f"the prediction of {type(forward.root).__name__} was modified in place after the forward: "
                 f"curvature would be that of another prediction; use an out-of-place operation"
             )
-        forward.prediction = None
         started = time.perf_counter()
-        try:
-            with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
-                self._curvature_pass(forward, node, prediction, gradient.detach())
-        except BaseException:
-            self._discard()
-            self.reset_tally()
-            self._backward = None
-            raise
-        finally:
-            self.tally.seconds += time.perf_counter() - started
+        upstream = self._upstream(forward, node)
+        with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
+            read = _Read(node, prediction, gradient.detach(), [forward, *(self._alive[led] for led in upstream)])
+            self._curvature_pass(read, tally, deliver)
+        tally.seconds += time.perf_counter() - started
+        return [mark, *upstream]
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
@@ -239,67 +285,92 @@ class Capture:
             for tensor, gradient in kept:
                 tensor.grad = gradient
 
-    def _curvature_pass(self, forward: Forward, node: Node, prediction: Tensor, gradient: Tensor) -> None:
-        estimator = self._estimator
-        likelihood = estimator.likelihoods[forward.name]
-        terms = likelihood.terms(prediction, gradient=gradient)
-        walk = self._this_backward().walk
-        forwards = [forward, *self._upstream(forward, node)]
-        self.tally.passes += 1
+    def _curvature_pass(self, read: _Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
+        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
+        tally.passes += 1
         if not bool(terms.count > 0):
             return
-        graph_of = partial(self._this_backward().loss_graph, node, self._alive)
-        terms = self.tally.scale.weighed(forward.name, estimator.likelihoods, terms, gradient, node, graph_of)
-        self.tally.terms = self.tally.terms + terms.count
+        name, likelihoods = forward.name, self._estimator.likelihoods
+        terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
+        tally.terms = tally.terms + terms.count
+        tally.verified &= terms.reads_target
         if forward.call is not None:
-            self.tally.replays.append(Replay(forward.call, terms, gradient, forward.name, len(forwards) == 1))
+            tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
             scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
-            self.tally.replayable &= len(forwards) == 1 and not scaled
-        # The tensors of an ambiguous output may each have kept the same call.
-        marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
-        edges = {
-            site: GradientEdge(walk.nodes[mark], site.output_nr)
-            for site, mark in marks.items()
-            if mark is not None and mark in walk.nodes
-        }
-        relative, divisor = self.tally.scale.relative(forward.name, likelihood, terms)
-        if edges:
-            reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges)
-            cotangents = split_cotangents(estimator.cotangents(relative), edges)
-            approx = estimator.kfac_approx
+            tally.replayable &= sole and not scaled
+        relative, divisor = tally.scale.relative(name, likelihoods[name], terms)
+        if edges := self._edges(read.forwards):
+            reach = partial(self._pass, GradientEdge(read.node, forward.output_nr), edges)
+            cotangents = split_cotangents(self._estimator.cotangents(relative), edges)
+            approx = self._estimator.kfac_approx
             for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places):
                 for layer, some in rows.items():
-                    self._deliver(layer, some)
-        for one in forwards:
-            one.sites.clear()
+                    deliver(layer, some)
+
+    def _loss_graph(self) -> LossGraph | None:
+        """What lies above the predictions, in the backward of the user's that runs now."""
+        predictions = {mark for mark, forward in self._alive.items() if forward.prediction is not None}
+        return self._loss.graph(lambda node: not predictions.isdisjoint(marks_on(node)))
+
+    def _edges(self, forwards: Sequence[Forward]) -> dict[Site, GradientEdge]:
+        """The calls that led to a prediction, of layers that act by their calls alone."""
+        walk = self._this_backward().walk
+        self.used_elsewhere |= {
+            layer
+            for layers in self._layers.values()
+            for layer in layers
+            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
+        }
+        # The tensors of an ambiguous output may each have kept the same call.
+        marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
+        return {
+            site: GradientEdge(walk.nodes[mark], site.output_nr)
+            for site, mark in marks.items()
+            if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
+        }
+
+    def _terms(self, read: _Read) -> LossTerms:
+        """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
+        forward = read.forwards[0]
+        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
+        try:
+            terms = likelihood.terms(read.prediction, gradient=read.gradient)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
+                f"output of several, pass prediction=lambda output: ...)"
+            ) from error
+        if not terms.reads_target:
+            refuse_reduced(read.prediction, read.gradient, name)
+        return terms
 
     def _this_backward(self) -> _Backward:
         """The backward of the user's that runs now."""
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward.task != task:
             retained = [tensor for tensor in self._outputs if tensor.retains_grad]
-            self._backward = _Backward(task, Walk(self._layer_of), retained)
+            self._backward = _Backward(task, Walk(self._within), retained)
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward
 
-    def _upstream(self, forward: Forward, node: Node) -> list[Forward]:
+    def _upstream(self, forward: Forward, node: Node) -> list[Mark]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
 
         They are no predictions themselves: their own backward is not waited for any more.
         """
-        found: list[Forward] = []
-        if not (self._alive or forward.sites):
+        found: list[Mark] = []
+        if not (len(self._alive) > 1 or forward.sites):
             return found
         for mark in self._this_backward().walk.onwards(node):
-            if (kept := self._alive.get(mark)) is None:
+            if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
             if forward.call is not None and kept.call is forward.call:
                 # A term that another term of the same call is computed from is a prediction of its own; but another
                 # call's prediction that comes later may lead there, and is to find it.
                 self._backward = None
                 continue
-            found.append(self._alive.pop(mark))
+            found.append(mark)
         return found
 
     def _leads_to_calls(self, forward: Forward, node: Node) -> bool:
@@ -310,34 +381,36 @@ class Capture:
 
 
 @dataclass(eq=False)
+class _Read:
+    """A prediction that the user's backward has reached: its node, the gradient there, the forwards that led to it.
+
+    The first of these is its own.
+    """
+
+    node: Node
+    prediction: Tensor
+    gradient: Tensor
+    forwards: Sequence[Forward]
+
+
+@dataclass(eq=False)
 class _Backward:
     """A backward of the user's, while it runs: what it has reached, and whose gradients the user asked for."""
 
     task: int
     walk: Walk
     retained: list[Tensor]
-    _graph: LossGraph | None = None
-
-    def loss_graph(self, prediction: Node, alive: Mapping[Mark, Forward]) -> LossGraph | None:
-        """What is above the predictions: the one reached now, and those whose forwards are alive."""
-
-        def is_prediction(node: Node) -> bool:
-            kept = [alive[mark] for mark in marks_on(node) if mark in alive]
-            return node is prediction or any(forward.prediction is not None for forward in kept)
-
-        if self._graph is None and (roots := roots_of_backward()) is not None:
-            self._graph = LossGraph(roots, is_prediction)
-        return self._graph
 
 
 def _ended(capture: weakref.ref[Capture], backward: weakref.ref[_Backward]) -> None:
     """A backward has ended: the gradients are what it leaves, and it must not keep the graph alive."""
     held = capture()
-    if held is None:
-        return
-    held.tally.scale.note_gradients(held._parameters)
-    if held._backward is backward():
-        held._backward = None
+    if held is not None:
+        held._returned.remember()
+        held.tally.scale.note_gradients(held._gradients.held())
+        held._loss.forget()
+        if held._backward is backward():
+            held._backward = None
 
 
 def _arrive(capture: weakref.ref[Capture], mark: Mark, gradients: Sequence[Tensor | None]) -> None:

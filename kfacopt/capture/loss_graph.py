@@ -8,6 +8,7 @@ that fails nothing is known of the loss, which is said (`kfacopt.optim.scaling`)
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -78,19 +79,23 @@ class LossGraph:
         if path is None or not self._scalar or not self.loss.alone or self.predictions != {prediction}:
             return False
         kinds = [_kind_of(node) for node in path]
-        return re.fullmatch(r"s*r+v*(qv*d|q|n)?v*", "".join(kinds)) is not None
+        return re.fullmatch(r"s*r+v*(qv*d?|n)?v*", "".join(kinds)) is not None
 
     def added(self, prediction: Node) -> str | None:
-        """The reduction, `"mean"` or `"sum"`, of torch's squared error of a prediction that is but added to the loss.
+        """The reduction, `"mean"` or `"sum"`, of the squared error of a prediction that is but added to the loss.
 
         None: the prediction is used otherwise, or the squared error multiplied.
         """
         path = self._path(prediction)
-        if path is None or not self._scalar or _name(path[-1]) != "MseLoss":
+        if path is None or not self._scalar:
             return None
-        if any(_name(node) != "Add" or node._saved_alpha != 1 for node in path[:-1]):  # type: ignore[attr-defined]
+        own = list(itertools.dropwhile(_adds, path))
+        if not own or re.fullmatch(r"r(v*(qv*d?|n))?", "".join(map(_kind_of, own))) is None:
             return None
-        return {1: "mean", 2: "sum"}.get(_reduction(path[-1]))
+        if _name(own[0]) == "MseLoss":
+            return {1: "mean", 2: "sum"}[_reduction(own[0])]
+        # Those with another number are of some axes.
+        return {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(own[0].name()) if len(own) > 1 else None
 
     def _path(self, prediction: Node) -> list[Node] | None:
         """The nodes from the loss to a prediction, neither included, if there is but one way; None otherwise."""
@@ -104,8 +109,28 @@ class LossGraph:
         return path[::-1] or None
 
 
+class RunningLoss:
+    """The graph above the predictions of the backward that runs now: looked at when it reaches the first of them."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The backward has ended: its graph must not be kept alive."""
+        self._task = -1
+        self._graph: LossGraph | None = None
+
+    def graph(self, is_prediction: Callable[[Node], bool]) -> LossGraph | None:
+        """The graph, or None if what is differentiated cannot be seen; to be asked within a backward."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            roots = roots_of_backward()
+            self._task, self._graph = task, None if roots is None else LossGraph(roots, is_prediction)
+        return self._graph
+
+
 def roots_of_backward() -> list[tuple[Tensor, Tensor]] | None:
-    """What the backward that runs now differentiates, and with which gradients it starts; None: it is not to be seen."""
+    """What the backward that runs now differentiates, and the gradients it starts with; None: it is not to be seen."""
     frame = next(_frames_of(sys._getframe()), None)
     if frame is None:
         others = [next(_frames_of(top), None) for top in sys._current_frames().values()]
@@ -130,6 +155,10 @@ def _frames_of(top: FrameType) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _adds(node: Node) -> bool:
+    return _name(node) == "Add" and node._saved_alpha == 1  # type: ignore[attr-defined,no-any-return]
+
+
 def _name(node: Node) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
 
@@ -147,7 +176,8 @@ def _kind_of(node: Node) -> str:
     if name in ("Mean", "Sum"):
         return "r"
     following = [one for one, _ in node.next_functions]
-    if name == "Pow" and node._saved_exponent == 2 or name == "Mul" and len(set(following)) == 1:  # type: ignore[attr-defined]
+    squared = name == "Pow" and node._saved_exponent == 2  # type: ignore[attr-defined]
+    if squared or (name == "Mul" and len(set(following)) == 1):
         return "q"
     if name in ("Mul", "Div"):
         return "s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kfacopt.capture.graph import uses_within
 from kfacopt.capture.records import Site
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods.estimator import tensors_of
 
 # Set while a forward or backward is nobody's: a curvature pass must not trigger another, nor a second optimizer's.
 _unnoticed: ContextVar[bool] = ContextVar("kfacopt_unnoticed", default=False)
@@ -71,9 +74,12 @@ def site_of(
     own = all(module._parameters.get(role) is p for role, p in layer.parameters.items())
     if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
         return None
+    own_ids = {id(p) for p in layer.parameters.values()}
+    above = [x.grad_fn for x in tensors_of((inputs, kwargs)) if x.grad_fn is not None]
+    uses = Counter({key: n for key, n in uses_within(output.grad_fn, above).items() if key in own_ids})
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     named = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-    return Site(layer, module, detached, named, output.output_nr, output.shape)
+    return Site(layer, module, detached, named, output.output_nr, output.shape, uses)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

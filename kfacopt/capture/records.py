@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.capture.buffers import copied_buffers
-from kfacopt.capture.graph import Mark
+from kfacopt.capture.graph import Mark, Uses
 from kfacopt.capture.scaling import LossScale
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import LossTerms
@@ -18,7 +18,10 @@ from kfacopt.likelihoods import LossTerms
 
 @dataclass(eq=False)
 class Site:
-    """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at."""
+    """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at.
+
+    `uses` counts how often the call itself read the layer's parameters.
+    """
 
     layer: Layer
     module: nn.Module
@@ -26,11 +29,15 @@ class Site:
     kwargs: dict[str, Any]
     output_nr: int
     shape: torch.Size
+    uses: Uses
 
 
 @dataclass(eq=False)
 class Call:
-    """What is needed to run a forward again: the damping rule compares the loss before and after a step."""
+    """What is needed to run a forward again: the damping rule compares the loss before and after a step.
+
+    `inside` is the module within it whose output is the prediction, where the forward returns the loss.
+    """
 
     module: nn.Module
     inputs: tuple[Any, ...]
@@ -38,6 +45,7 @@ class Call:
     random_state: Tensor
     device_random_state: Tensor | None
     autocast_dtype: torch.dtype | None
+    inside: nn.Module | None = None
 
     @classmethod
     def now(cls, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -62,7 +70,15 @@ class Call:
             torch.set_rng_state(self.random_state)
             if self.device_random_state is not None:
                 torch.cuda.set_rng_state(self.device_random_state)
-            return self.module(*self.inputs, **self.kwargs)
+            if self.inside is None:
+                return self.module(*self.inputs, **self.kwargs)
+            outputs: list[Any] = []
+            handle = self.inside.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            try:
+                self.module(*self.inputs, **self.kwargs)
+            finally:
+                handle.remove()
+            return outputs[-1]
 
 
 @dataclass(eq=False)
@@ -81,6 +97,11 @@ class Forward:
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
 
+    def consume(self) -> None:
+        """Its backward has come: what was kept for it is not needed any more."""
+        self.sites.clear()
+        self.prediction = None
+
 
 @dataclass(eq=False)
 class Replay:
@@ -95,14 +116,25 @@ class Replay:
 
 @dataclass
 class Tally:
-    """What arrived since the last step.
+    """What arrived since the last step: loss terms, forwards that can be run again, curvature passes and their time.
 
-    Loss terms, forwards that can be run again, curvature passes and their time, and the factors of the loss.
+    `verified`: whether every gradient at a prediction was found to be that of the announced loss. `scale`: the factors
+    of the loss; who merges two tallies merges these.
     """
 
     terms: Tensor | float = 0.0
     replays: list[Replay] = field(default_factory=list)
     replayable: bool = True
+    verified: bool = True
     passes: int = 0
     seconds: float = 0.0
     scale: LossScale = field(default_factory=LossScale)
+
+    def merge(self, other: Tally) -> None:
+        """Add what another tally counted."""
+        self.terms = self.terms + other.terms
+        self.replays += other.replays
+        self.replayable &= other.replayable
+        self.verified &= other.verified
+        self.passes += other.passes
+        self.seconds += other.seconds

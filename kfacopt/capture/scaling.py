@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from kfacopt.capture.loss_graph import LossGraph, LossValue
+from kfacopt.layers.base import Rows
 from kfacopt.likelihoods import Likelihood, LossTerms
 from kfacopt.likelihoods.precision import Precision
 from kfacopt.likelihoods.weights import mean_weight, times, weighed
@@ -43,19 +44,39 @@ class Seen:
         return self.likelihood.loss_value(self.terms, factor * self.gradient, share)
 
 
+class Reference(NamedTuple):
+    """The prediction that rows are delivered relative to.
+
+    Its mean weight, its number of terms, and whether the loss is a mean over them.
+    """
+
+    weight: float
+    terms: float
+    averaged: bool
+
+    def over(self, other: Reference) -> tuple[float, float]:
+        """Factor of another prediction's terms, and what sums over its rows are to be divided by.
+
+        Means of any number of terms are so added as means; sums as sums.
+        """
+        if self.averaged:
+            return self.terms / (other.terms * self.weight), self.terms
+        return 1.0 / self.weight, other.terms
+
+
 @dataclass(eq=False)
 class LossScale:
     """What the backwards since the last step showed of the loss' factors.
 
     Attributes:
         told: By name of the loss term, `(mean weight, number of terms)` of every prediction that told its weights.
-        first: The same of the first of all, which rows are delivered relative to; None: none has told.
+        first: The first of all; None: none has told.
         seen: Predictions whose weights are not known, and all where several may share a loss with such.
         left: Norms of the parameters' gradients as the last backward left them, if the step may have to know.
     """
 
     told: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    first: tuple[float, float] | None = None
+    first: Reference | None = None
     seen: list[Seen] = field(default_factory=list)
     left: list[float] = field(default_factory=list)
 
@@ -80,7 +101,7 @@ class LossScale:
         """
         likelihood = likelihoods[name]
         terms = weighed(likelihood, terms, gradient)
-        if terms.weights is not None and len(likelihoods) == 1 or terms.rows is None:
+        if (terms.weights is not None and len(likelihoods) == 1) or terms.rows is None:
             return terms
         graph, rows = graph_of(), terms.rows(gradient).to(terms.parameters.dtype)
         if terms.weights is None and graph is not None:
@@ -94,26 +115,43 @@ class LossScale:
         """The terms as rows are made of them, and what sums over those rows are to be divided by."""
         if terms.weights is None:
             return terms, terms.count
-        found = mean_weight(terms), float(terms.count)
-        self.told.setdefault(name, []).append(found)
+        found = Reference(mean_weight(terms), float(terms.count), likelihood.reduction != "sum")
+        self.told.setdefault(name, []).append((found.weight, found.terms))
         self.first = self.first or found
-        weight, count = self.first
-        if likelihood.reduction == "sum":
-            return (terms if weight == 1.0 else times(terms, 1.0 / weight)), terms.count
-        factor = count / (found[1] * weight)
+        factor, count = self.first.over(found)
         return (terms if factor == 1.0 else times(terms, factor)), torch.full_like(terms.count, count)
 
-    def rescaling(self, likelihood: Likelihood, backwards: int, undone: float) -> float:
+    def merge(self, other: LossScale) -> Callable[[Rows], Rows]:
+        """Take in what other backwards told.
+
+        Returns:
+            What brings their rows, delivered relative to their own first, to what ours are relative to.
+        """
+        for name, told in other.told.items():
+            self.told.setdefault(name, []).extend(told)
+        self.seen += other.seen
+        if self.first is None or other.first is None:
+            self.first = self.first or other.first
+            return lambda rows: rows
+        first, theirs = self.first, other.first
+
+        def adapted(rows: Rows) -> Rows:
+            factor, count = first.over(theirs._replace(weight=1.0))
+            gradients = rows.gradients * (factor * theirs.weight) ** 0.5
+            return replace(rows, gradients=gradients, terms=torch.full_like(rows.terms, count))
+
+        return adapted if first != theirs else lambda rows: rows
+
+    def rescaling(self, backwards: int, undone: float) -> float:
         """What a layer's rows lack, averaged as they were delivered in `backwards` of the backwards.
 
         Args:
-            likelihood: Of the loss.
             backwards: How many reached the layer.
             undone: What the user multiplied the gradients with to undo a scale of the loss.
         """
         if self.first is None:
             return 1.0
-        return undone * self.first[0] * (1.0 if likelihood.reduction == "sum" else backwards)
+        return undone * self.first.weight * (backwards if self.first.averaged else 1.0)
 
     def factor(self, likelihoods: Mapping[str, Likelihood], weights: Mapping[str, float]) -> float:
         """What the whole loss is, over the plain one; 1 where nothing tells.
@@ -139,20 +177,20 @@ class LossScale:
         """Whether it matters what becomes of the gradients between backward and step: the loss may be scaled."""
         return self.is_open or any(weight != 1.0 for told in self.told.values() for weight, _ in told)
 
-    def note_gradients(self, parameters: list[nn.Parameter]) -> None:
+    def note_gradients(self, gradients: list[Tensor | None]) -> None:
         """Note what a backward has left in `.grad`."""
-        self.left = norms_of([p.grad for p in parameters]) if self.wants_norms else []
+        self.left = norms_of(gradients) if self.wants_norms else []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python; what only the step's own batches tell is left out, as they are."""
-        return {"told": self.told, "first": self.first, "left": self.left}
+        return {"told": self.told, "first": self.first and list(self.first), "left": self.left}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> LossScale:
         """From what `state_dict` returned, or nothing."""
         told = {name: [(float(w), float(n)) for w, n in pairs] for name, pairs in state.get("told", {}).items()}
         first = state.get("first")
-        return cls(told, None if first is None else (float(first[0]), float(first[1])), left=list(state.get("left", [])))
+        return cls(told, None if first is None else Reference(*first), left=list(state.get("left", [])))
 
 
 def norms_of(gradients: list[Tensor | None]) -> list[float]:

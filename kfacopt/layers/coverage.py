@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,7 +47,7 @@ class Coverage:
 def find_layers(
     model: nn.Module,
     wanted: Collection[nn.Parameter],
-    excluded: Collection[nn.Parameter],
+    excluded: Mapping[nn.Parameter, str],
     separate: bool,
 ) -> tuple[list[Layer], list[CoverageRow]]:
     """Group a model's parameters into layers, and say of the rest why they are in none.
@@ -55,20 +55,20 @@ def find_layers(
     Args:
         model: The model.
         wanted: The parameters that are to get curvature if they can.
-        excluded: Those that the user's param groups exclude from curvature.
+        excluded: Those that get none whatever they are, and why.
         separate: Give weight and bias a layer each.
 
     Returns:
         The layers, and a row for every group of parameters that is in none of them.
     """
-    wanted_ids, excluded_ids = {id(p) for p in wanted}, {id(p) for p in excluded}
+    wanted_ids, reasons = {id(p) for p in wanted}, {id(p): why for p, why in excluded.items()}
     places = _places(model)
     layers: list[Layer] = []
     rest: dict[tuple[str, str, str], list[str]] = {}
     groups: dict[tuple[tuple[int, ...], str], list[Place]] = {}
     parameters = {id(p): p for p in model.parameters()}
     for key, held in places.items():
-        treatment, why = _reason_against(key, parameters[key], held, wanted_ids, excluded_ids)
+        treatment, why = _reason_against(key, parameters[key], held, wanted_ids, reasons)
         if why:
             rest.setdefault((held[0][0], treatment, why), []).append(held[0][2])
             continue
@@ -103,7 +103,7 @@ def _places(model: nn.Module) -> dict[int, list[Place]]:
 
 
 def _reason_against(
-    key: int, parameter: nn.Parameter, held: list[Place], wanted: set[int], excluded: set[int]
+    key: int, parameter: nn.Parameter, held: list[Place], wanted: set[int], excluded: Mapping[int, str]
 ) -> tuple[str, str]:
     """Treatment and reason of a parameter that gets no curvature; empty if it does."""
     _, module, _ = held[0]
@@ -112,7 +112,7 @@ def _reason_against(
     if not parameter.requires_grad:
         return "frozen", "requires_grad is False"
     if key in excluded:
-        return "AdamW", "its param group has 'curvature': False"
+        return "AdamW", excluded[key]
     handler = handler_for(module)
     if handler is None:
         return "AdamW", f"no handler for {type(module).__name__}"

@@ -263,9 +263,7 @@ def _read_labels(
     return labels, alive
 
 
-def _explained_by_row(
-    gradient: Tensor, expected: Tensor, multipliers: Tensor | None, precision: Precision
-) -> bool:
+def _explained_by_row(gradient: Tensor, expected: Tensor, multipliers: Tensor | None, precision: Precision) -> bool:
     """Whether the gradients are the expected but for a factor of each row: the loss weights its data.
 
     One number a row says nothing: any gradient is the expected one, but for a factor.

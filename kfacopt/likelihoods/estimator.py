@@ -63,6 +63,11 @@ class FisherEstimator:
         """The tensors of a model's output that the loss is taken of, by the loss term's name."""
         return {"": find_prediction(output, self.prediction)}
 
+    @property
+    def guesses(self) -> bool:
+        """Whether nobody has said where in an output the prediction is."""
+        return self.prediction is None and "" in self.likelihoods
+
     def sampled(self, likelihood: Likelihood, terms: LossTerms) -> Tensor:
         """Gradients at labels drawn from the model, `[v m c]`."""
         return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
@@ -148,7 +153,7 @@ def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) 
     """The tensor of a model's output that the loss is taken of.
 
     A tensor; `.logits` of an object or `["logits"]` of a dict; the only floating-point tensor of a tuple, list or dict
-    that a gradient can flow to; or what `select` says.
+    that a gradient can flow to and that has axes (what has none is a loss); or what `select` says.
 
     Raises:
         TypeError: If `select` returns something else than a tensor.
@@ -164,13 +169,18 @@ def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) 
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    candidates = [t for t in tensors_of(output) if t.is_floating_point() and t.requires_grad]
+    candidates = [t for t in tensors_of(output) if may_be_prediction(t)]
     if len(candidates) == 1:
         return candidates[0]
     raise ValueError(
-        f"an output of type {type(output).__name__} with {len(candidates)} differentiable tensors does not say which "
-        f"is the prediction: pass prediction=lambda output: ... to the optimizer"
+        f"an output of type {type(output).__name__} with {len(candidates)} differentiable tensors (losses left out) "
+        f"does not say which is the prediction: pass prediction=lambda output: ... to the optimizer"
     )
+
+
+def may_be_prediction(tensor: Tensor) -> bool:
+    """Whether a loss may be taken of a tensor: a number without axes is one."""
+    return tensor.is_floating_point() and tensor.requires_grad and tensor.ndim > 0
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -65,6 +67,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._reached: Counter[str] = Counter()
         self._scaling = LossScaling()
         self._expected: set[str] = set()
+        self._unseen_uses: dict[nn.Parameter, str] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
         self._attach()
 
@@ -79,24 +82,32 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _wants_replays(self) -> bool:
         """Whether the coming step runs its forwards again."""
 
+    def _solves_on_replays(self) -> bool:
+        """Whether the coming step goes where the forwards that are run again say."""
+        return self._wants_replays()
+
     def _wants_terms(self) -> bool:
         """Whether the coming step has to know the number of loss terms."""
         return self._estimator.likelihood.reduction == "sum"
 
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
-        self._frozen_pattern = self._requires_grad_pattern()
+        self._pattern = self._covered_pattern()
         deliver, discard, all_places = _ignore, _ignore, False
         if (backend := self._fed) is not None:
-            wanted, excluded = self._parameters(curvature=True), self._parameters(curvature=False)
+            wanted = self._parameters(curvature=True)
+            excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
+            excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
             backend.attach(self._layers)
             deliver, discard, all_places = self._deliver, backend.discard, backend.all_places
+        is_paused = False
         if self._capture is not None:
+            is_paused = self._capture.is_paused
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
-        self._capture.all_places = all_places
+        self._capture.all_places, self._capture.is_paused = all_places, is_paused
         self._arm()
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
@@ -118,16 +129,33 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _parameters(self, curvature: bool) -> list[nn.Parameter]:
         return [p for g in self.param_groups if g.get("curvature", True) is curvature for p in g["params"]]
 
-    def _requires_grad_pattern(self) -> tuple[bool, ...]:
-        return tuple(p.requires_grad for group in self.param_groups for p in group["params"])
+    def _covered_pattern(self) -> tuple[tuple[bool, bool], ...]:
+        """What the choice of layers depends on: which parameters train, and which are used out of the hooks' sight."""
+        return tuple((p.requires_grad, p in self._unseen_uses) for group in self.param_groups for p in group["params"])
 
-    def _follow_freezing(self) -> None:
-        """Attach anew where parameters were frozen or unfrozen since; what was captured for this step stays."""
-        if self._requires_grad_pattern() != self._frozen_pattern:
+    def _follow_changes(self) -> None:
+        """Attach anew where parameters were frozen, unfrozen or found to be used elsewhere since.
+
+        What was captured for this step stays.
+        """
+        self._note_unseen_uses()
+        if self._covered_pattern() != self._pattern:
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
             self._expected &= expected  # a layer that was not hooked when the forward ran owes no rows
+
+    def _note_unseen_uses(self) -> None:
+        """Layers that act on the loss in a way that their calls do not show have no curvature from now on."""
+        capture = self._open_capture()
+        found = dict.fromkeys(capture.used_elsewhere, USED_ELSEWHERE)
+        if capture.derivatives.in_the_loss and not capture.tally.verified:
+            found |= dict.fromkeys((layer for layer in self._layers if layer.name in self._reached), DERIVATIVE)
+        new = {layer: why for layer, why in found.items() if not self._unseen_uses.keys() & layer.parameters.values()}
+        self._unseen_uses |= {p: why for layer, why in new.items() for p in layer.parameters.values()}
+        for why in dict.fromkeys(new.values()):
+            names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)
+            warnings.warn(f"{names}: {why}. That is not in the curvature: trained by AdamW from now on", stacklevel=4)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
@@ -147,6 +175,26 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """Numbers worth logging, of the last step; `skipped_steps` in all, as gradients were not finite."""
         return dict(self._report)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context forwards and backwards are nobody's: none of them counts for the step.
+
+        A backward for its own sake (saliency, a gradient of the inputs) needs no pause: only what leaves gradients of
+        the parameters in `.grad` counts. Contexts may be nested.
+
+        >>> import kfacopt
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = kfacopt.KFAC(model, nn.MSELoss())
+        >>> with optimizer.paused():
+        ...     model(torch.ones(3, 2)).square().mean().backward()
+        """
+        before = self._open_capture().is_paused
+        self._open_capture().is_paused = True
+        try:
+            yield
+        finally:
+            self._open_capture().is_paused = before
+
     def close(self) -> None:
         """Remove every hook from the model. The optimizer can still step, with the curvature it has."""
         self._open_capture().close()
@@ -156,7 +204,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         if self._capture is not None:
             self._forget()
-            self._follow_freezing()
+            self._follow_changes()
 
     def _forget(self) -> None:
         """Forget what arrived since the last step."""
@@ -185,7 +233,16 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_freezing()
+        self._open_capture().settle()
+        if self._open_capture().derivatives.in_the_loss:
+            if self._solves_on_replays():
+                raise RuntimeError(
+                    f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write "
+                    f"a module whose forward takes the derivatives and returns the residual, and give the optimizer "
+                    f"that as its model; take derivatives that are only looked at without create_graph=True"
+                )
+            self._open_capture().tally.replayable = False
+        self._follow_changes()
         gradients = {p: _dense_gradient(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
         if not all_finite(list(gradients.values())):
             self._report["skipped_steps"] += 1.0
@@ -193,8 +250,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         elif not gradients:
             self._forget()
         else:
-            capture, device = self._open_capture(), next(iter(gradients)).device
-            with capture.paused(), without_autocast(device):
+            device = next(iter(gradients)).device
+            with self.paused(), without_autocast(device):
                 self._take_step(gradients)
             self._step += 1
         self._reached.clear()
@@ -202,20 +259,17 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._arm()
         return loss
 
-    def _settle_scale(self, exact: bool) -> float:
+    def _settle_scale(self) -> float:
         """Take in by which factor the loss of this step's backwards differs from the plain one.
-
-        Args:
-            exact: See `LossScaling.settle`.
 
         Returns:
             What brings the user's gradients at the predictions to the scale of `.grad`.
         """
         tally = self._open_capture().tally
-        self._scaling.settle(tally, self._estimator, list(self.model.parameters()), exact)
+        self._scaling.settle(tally, self._estimator, list(self.model.parameters()), self._solves_on_replays())
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
-            if lacking := self._scaling.rescaling(tally, self._estimator, reached):
+            if lacking := self._scaling.rescaling(tally, reached):
                 self._fed.rescale(lacking)
         return self._scaling.undone
 
@@ -243,6 +297,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             "pending_scale": tally.scale.state_dict(),
             "pending_reached": dict(self._reached),
             "loss_factor": self._scaling.factor,
+            "unseen_uses": {n: why for n, p in self.model.named_parameters() if (why := self._unseen_uses.get(p))},
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
@@ -269,19 +324,25 @@ class CapturingOptimizer(torch.optim.Optimizer):
             raise KeyError(
                 f"this state dict has no 'curvature' section with {key!r}: it is not one of a {type(self).__name__}"
             )
-        self._follow_freezing()
-        before = self._own_state()
-        if own is not None:
-            self._load_own_state(own)
+        self._follow_changes()
+        before, unseen_uses = self._own_state(), self._unseen_uses
         try:
+            if own is not None:
+                held = dict(self.model.named_parameters())
+                self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}
+                self._follow_changes()
+                self._load_own_state(own)
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
         except (ValueError, KeyError):
+            self._unseen_uses = unseen_uses
+            self._follow_changes()
             self._load_own_state(before)
             raise
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("model", "_estimator", "_step", "_report", "_layers", "_reached", "_scaling", *self._own_attributes)
+        common = ("model", "_estimator", "_step", "_report", "_layers", "_reached", "_scaling", "_unseen_uses")
+        own = (*common, *self._own_attributes)
         tally = self._open_capture().tally
         pending = (float(tally.terms), tally.passes, tally.scale.state_dict())
         state: dict[str, Any] = super().__getstate__()
@@ -295,6 +356,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._attach()
             tally = self._open_capture().tally
             tally.terms, tally.passes, tally.scale = pending[0], pending[1], LossScale.of_state(pending[2])
+
+
+USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
+DERIVATIVE = (
+    "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
+)
 
 
 def _ignore(*_: Any) -> None:

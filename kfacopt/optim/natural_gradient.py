@@ -130,7 +130,7 @@ class NaturalGradient(CapturingOptimizer):
             if any(bool(g.any()) for g in gradients.values()):
                 raise RuntimeError(self._nothing_seen())
             return
-        undone = self._settle_scale(exact=True)
+        undone = self._settle_scale()
         scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
         gradients = {p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients
         step = Step(
@@ -194,7 +194,9 @@ class NaturalGradient(CapturingOptimizer):
         wanted = f" with the outputs {names}" if names else ""
         return (
             f"no forward of the model{wanted} followed by a backward has arrived since the last step: call the model "
-            f"itself (not a copy, and not only its parts), with gradients enabled, and zero_grad() before the forward"
+            f"itself (not a copy, and not only its parts), with gradients enabled, and zero_grad() before the forward. "
+            f"Where the loss is of derivatives of the model, let a module take them and return the residual, and give "
+            f"the optimizer that"
         )
 
     # -- state -----------------------------------------------------------------------------------------------------

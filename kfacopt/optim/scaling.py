@@ -68,41 +68,46 @@ class LossScaling:
             self.undone = fits[0] if fits else candidates[-1]
         self.factor = factor * self.undone if scale.told else 1.0
 
-    def rescaling(self, tally: Tally, estimator: FisherEstimator, layers: Mapping[Layer, int]) -> dict[Layer, float]:
+    def rescaling(self, tally: Tally, layers: Mapping[Layer, int]) -> dict[Layer, float]:
         """What the rows that were delivered lack of the loss' factor, by layer; those that lack nothing are left out.
 
         Args:
             tally: What arrived since the last step.
-            estimator: Of the loss.
             layers: In how many backwards each was delivered.
         """
-        found = {n: tally.scale.rescaling(estimator.likelihood, n, self.undone) for n in set(layers.values())}
+        found = {n: tally.scale.rescaling(n, self.undone) for n in set(layers.values())}
         return {layer: found[n] for layer, n in layers.items() if abs(found[n] - 1.0) > _PLAIN}
 
     def _doubt(self, seen: Sequence[Seen], exact: bool) -> None:
+        """Say that the loss is not the plain one, or cannot be told to be.
+
+        Raises:
+            RuntimeError: If it is not, and the step is to be exact.
+        """
         names = ", ".join(sorted({repr(one.likelihood) for one in seen if one.terms.weights is None}))
-        alone = all(one.loss is not None and one.loss.alone for one in seen)
-        advice = (
-            "Let the loop call the very loss module that the optimizer was given (reduction='none' for weights): what "
-            "it counts each datum is read then. Or drop the weights and the constant factor"
-        )
-        if alone:
-            text = (
-                f"the loss that was differentiated is not that of {names}: its value is another than its gradient at "
-                f"the prediction says. It is multiplied by a constant factor, weights its data or outputs, or is not "
-                f"CrossEntropyLoss (MSELoss, BCEWithLogitsLoss) of the model's output, and which of these the gradient "
-                f"does not tell: the curvature would be that of the plain loss. {advice}"
-            )
-            if exact:
-                raise RuntimeError(text)
-        else:
-            text = (
-                f"whether {names} has a constant factor or weights in the loss that was differentiated cannot be told, "
-                f"as the loss has other parts or cannot be seen: its curvature is taken to be that of the plain loss. {advice}"
-            )
+        evident = all(one.loss is not None and one.loss.alone for one in seen)
+        text = (_OTHER if evident else _HIDDEN).format(names) + _ADVICE
+        if evident and exact:
+            raise RuntimeError(text)
         if not self._said:
             self._said = True
             warnings.warn(text, stacklevel=6)
+
+
+_OTHER = (
+    "the loss that was differentiated is not that of {}: its value is another than its gradient at the prediction "
+    "says. It is multiplied by a constant factor, weights its data or outputs, or is not CrossEntropyLoss (MSELoss, "
+    "BCEWithLogitsLoss) of the model's output; which of these the gradient does not tell, and the curvature would be "
+    "that of the plain loss. "
+)
+_HIDDEN = (
+    "whether {} has weights or a constant factor in the loss that was differentiated cannot be told, as the loss has "
+    "other parts or cannot be seen: its curvature is taken to be that of the plain loss. "
+)
+_ADVICE = (
+    "Let the loop call the very loss module that the optimizer was given (with reduction='none' for weights), so that "
+    "its target is seen; or drop the weights and the constant factor"
+)
 
 
 def _undone(scale: LossScale, factor: float, norms: Sequence[float]) -> list[float]:
@@ -147,4 +152,3 @@ def _is_plain(seen: Sequence[Seen], estimator: FisherEstimator, undone: float) -
     want = sum(math.nan if loss is None else undone * loss.value for loss in losses)
     # What is not finite of the user's is for the step to skip.
     return None not in losses and not abs(found - want) > tolerance * max(abs(found), abs(want))
-

@@ -171,7 +171,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _wants_replays(self) -> bool:
         judged = self.damping_rule is not None and self.damping_rule.due(self._step)
-        return judged or self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
+        return judged or self._solves_on_replays()
+
+    def _solves_on_replays(self) -> bool:
+        return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _attach(self) -> None:
         if any(group["relative_damping"] for group in self.param_groups):
@@ -223,8 +226,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         for group in self.param_groups:
             group["base_lr"] = groups.peak_rate(group)
         self._terms = float(tally.terms) or self._terms
-        quadratic = self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
-        undone = self._settle_scale(exact=quadratic)
+        undone = self._settle_scale()
         scale = self._estimator.likelihood.gradient_scale(self._terms)
         if scale != 1.0:
             gradients = {p: g * scale for p, g in gradients.items()}

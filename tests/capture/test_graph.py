@@ -106,9 +106,8 @@ def test_a_walk_counts_calls_and_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     held = attached(model)
     F.cross_entropy(model(torch.ones(2, 4, dtype=torch.float64)), torch.tensor([0, 1])).backward()
     (walk,) = walks
-    assert {layer.name: calls for layer, calls in walk.calls.items()} == {"inner": 2, "head": 1}
-    names = {name: walk.uses[id(p)] for name, p in model.named_parameters()}
-    assert names == {"inner.weight": 3, "inner.bias": 2, "head.weight": 1, "head.bias": 1}
+    found = {name: (walk.explained[id(p)], walk.uses[id(p)]) for name, p in model.named_parameters()}
+    assert found == {"inner.weight": (2, 3), "inner.bias": (2, 2), "head.weight": (1, 1), "head.bias": (1, 1)}
     held.close()
 
 
@@ -125,7 +124,7 @@ def test_calls_that_did_not_lead_to_the_prediction_are_left_alone() -> None:
             return {"first": self.first(h), "second": self.second(h)}
 
     model = fresh(Heads)
-    layers, _ = find_layers(model, list(model.parameters()), (), False)
+    layers, _ = find_layers(model, list(model.parameters()), {}, False)
     estimator = TermsEstimator({"first": nn.CrossEntropyLoss(), "second": nn.CrossEntropyLoss()})
     delivered: list[str] = []
     capture = Capture(model, layers, estimator, lambda layer, rows: delivered.append(layer.name), lambda: None)

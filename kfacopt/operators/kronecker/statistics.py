@@ -120,7 +120,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         frozen = [names[id(p)] for p in self._params if not p.requires_grad]
         if frozen:
             raise ValueError(f"params {', '.join(frozen)} are frozen: leave them out, or set requires_grad")
-        layers, rest = find_layers(self._model_func, self._params, (), self._separate)
+        layers, rest = find_layers(self._model_func, self._params, {}, self._separate)
         held = {id(p) for layer in layers for p in layer.parameters.values()}
         loose = [p for p in self._params if id(p) not in held]
         if loose and self._uncovered == "error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.capture.chunks import Reached, rows_in_chunks, split_cotangents
+from kfacopt.capture.graph import Uses, nodes_below
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import recorded, without_autocast
 from kfacopt.capture.records import Site
@@ -74,6 +76,7 @@ class Sweep:
         with recorded(self._layers) as edges, torch.enable_grad(), copied_buffers(self._model):
             output = self._model(X)
         prediction = find_prediction(output, self._estimator.prediction)
+        _refuse_other_uses(self._layers, prediction, edges)
         terms = self._estimator.likelihood.terms(prediction.detach(), target=y)
         if not bool(terms.count > 0):
             return
@@ -101,3 +104,26 @@ class Sweep:
                 result.setdefault(site.layer, []).append((site, nothing))
             return result
         return self._backward(get_gradient_edge(prediction), edges, cotangents) if edges else {}
+
+
+def _refuse_other_uses(layers: Sequence[Layer], prediction: Tensor, edges: Mapping[Site, GradientEdge]) -> None:
+    """Refuse layers that act on the prediction otherwise than by calls of their modules.
+
+    Raises:
+        NotImplementedError: If there is one, by name.
+    """
+    node = get_gradient_edge(prediction).node
+    reached: set[Node] = set()
+    uses: Uses = Counter()
+    for _ in nodes_below(node, reached, uses):
+        pass
+    for site, edge in edges.items():
+        if edge.node in reached:
+            uses.subtract(site.uses)
+    names = [repr(layer.name) for layer in layers if any(uses[id(p)] > 0 for p in layer.parameters.values())]
+    if names:
+        raise NotImplementedError(
+            f"the weights of {', '.join(names)} are used outside their modules, too (F.linear of a weight, "
+            f"layer.forward(x), or a derivative taken in the forward), and that is not in the Kronecker factors: leave "
+            f"them out of params, call the module itself, or use GGNLinearOperator"
+        )

@@ -18,11 +18,11 @@ class TrustRegion(StepLength):
     """Shortens a step to `lr² uᵀ (C + damping I) u ≤ kl_clip`: one factor for all layers.
 
     The left side is twice the step's Kullback-Leibler divergence under the damped quadratic model (Ba et al. 2017,
-    section 5; Osawa et al. 2019); of a loss that is multiplied by a constant, as far as that can be told, it is that
-    of the plain loss, so that the constant does not change the step. Where the direction is Newton's, `(C + damping I) u` is its momentum and the bound
-    costs nothing; otherwise the backend multiplies. Both bounds hold at the highest learning rate that a group has had
-    or that its scheduler announces, so that a schedule shortens bounded steps too and raising `lr` does not lift the
-    bounds.
+    section 5; Osawa et al. 2019). It is that of the plain loss: a constant factor of the user's, where it can be told,
+    is divided out, so that it does not change the step. Where the direction is Newton's, `(C + damping I) u` is its
+    momentum and the bound costs nothing; otherwise the backend multiplies. Both bounds hold at the highest learning
+    rate that a group has had or that its scheduler announces, so that a schedule shortens bounded steps too and raising
+    `lr` does not lift the bounds.
 
     Args:
         kl_clip: The bound; None: no bound. A param group's `kl_clip` from then on; the first group's counts.
