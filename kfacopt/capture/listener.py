@@ -38,6 +38,8 @@ from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
 from kfacopt.capture.roots import OpenCall, refuse_reduced, returns_losses
+from kfacopt.capture.scaling import terms_of
+from kfacopt.capture.targets import Targets
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import LossTerms
@@ -99,6 +101,7 @@ class Capture:
         self._outputs = WeakTensorKeyDictionary()
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
+        self._targets = Targets(estimator.loss_modules, self._alive)
         self._handles: list[RemovableHandle] = []
         hook = hook_type()
         for module in model.modules():
@@ -112,6 +115,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._targets.close()
         self.reset()
 
     def reset(self) -> None:
@@ -334,7 +338,7 @@ class Capture:
         forward = read.forwards[0]
         name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
         try:
-            terms = likelihood.terms(read.prediction, gradient=read.gradient)
+            terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
         except ValueError as error:
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "

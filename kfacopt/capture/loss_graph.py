@@ -155,8 +155,13 @@ def _frames_of(top: FrameType) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node only arranges numbers anew."""
+    return _name(node) in _VIEWS
+
+
 def _adds(node: Node) -> bool:
-    return _name(node) == "Add" and node._saved_alpha == 1  # type: ignore[attr-defined,no-any-return]
+    return _name(node) == "Add" and node._saved_alpha == 1  # type: ignore[attr-defined]
 
 
 def _name(node: Node) -> str:
@@ -183,4 +188,4 @@ def _kind_of(node: Node) -> str:
         return "s"
     if name in ("Sub", "Rsub"):
         return "d"
-    return "v" if name in _VIEWS else "x"
+    return "v" if is_view(node) else "x"

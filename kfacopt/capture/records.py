@@ -96,10 +96,12 @@ class Forward:
     output_nr: int = 0
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
+    targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
 
     def consume(self) -> None:
         """Its backward has come: what was kept for it is not needed any more."""
         self.sites.clear()
+        self.targets.clear()
         self.prediction = None
 
 

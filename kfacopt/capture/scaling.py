@@ -8,7 +8,7 @@ delivered relative to the step's first backward, and `rescaling` says at the end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -203,6 +203,26 @@ def norms_of(gradients: list[Tensor | None]) -> list[float]:
         torch.zeros(()) if g is None or g.is_sparse else torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients
     ]
     return torch.stack([norm.double().cpu() for norm in norms]).tolist() if norms else []
+
+
+def terms_of(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targets: Sequence[Tensor]) -> LossTerms:
+    """The loss terms of a prediction, from the user's gradient there, or from the target if there is but one.
+
+    A target counts where the gradient is that of weighted terms with this target: the user's loss may be another than
+    the one that was called.
+
+    Raises:
+        ValueError: If the gradient is not that of the likelihood.
+    """
+    if len(targets) == 1:
+        try:
+            terms = likelihood.terms(prediction, target=targets[0])
+        except ValueError:  # a target that torch would broadcast, say: the gradient tells more
+            return likelihood.terms(prediction, gradient=gradient)
+        found = weighed(likelihood, terms, gradient) if bool(terms.count > 0) else terms
+        if found.weights is not None:
+            return found
+    return likelihood.terms(prediction, gradient=gradient)
 
 
 def told_by_value(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class FisherEstimator:
     """The likelihood by the loss term's name; "" where there is one."""
     weights: Mapping[str, float]
     """What each term counts in the whole loss."""
+    loss_modules: Sequence[nn.Module]
+    """The losses that were given as torch's modules: a loop that calls them shows their targets."""
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class FisherEstimator:
             )
         self.likelihood = likelihood_from(loss_func)
         self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
+        self.loss_modules = [loss_func] if isinstance(loss_func, nn.Module) else []
         self.fisher_type, self.mc_samples = fisher.kind.fisher_type, fisher.samples
         self.kfac_approx = _member(KFACType, "kfac_approx", kfac_approx)
         self.separate_weight_and_bias = bool(separate_weight_and_bias)
@@ -132,6 +135,7 @@ class TermsEstimator(FisherEstimator):
         super().__init__(next(iter(pairs.values()))[1], **options)
         self.likelihoods = {name: likelihood_from(loss) for name, (_, loss) in pairs.items()}
         self.weights = {name: float(weight) for name, (weight, _) in pairs.items()}
+        self.loss_modules = [loss for _, loss in pairs.values() if isinstance(loss, nn.Module)]
         for name, weight in self.weights.items():
             if not weight > 0.0:
                 raise ValueError(f"the weight of loss term {name!r} must be positive, got {weight}")

@@ -26,8 +26,8 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
         gradient: The user's gradient at the prediction, in its shape.
 
     Returns:
-        The terms, `scale` and `gradient` multiplied with `weights`; as they are (`weights` None) where no target could
-        be read, or where the gradient is not that of weighted terms.
+        The terms, `scale` and `gradient` multiplied with `weights`; as they are where they are weighed, or (`weights`
+        None) no target could be read, or the gradient is not that of weighted terms.
 
     >>> from kfacopt.likelihoods import Categorical
     >>> logits, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])
@@ -36,7 +36,7 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     >>> weighed(Categorical(), Categorical().terms(logits, gradient=gradient), gradient).weights
     tensor([5., 1.])
     """
-    if terms.gradient is None or not terms.reads_target or terms.rows is None:
+    if terms.weights is not None or terms.gradient is None or not terms.reads_target or terms.rows is None:
         return terms
     own = terms.gradient
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
@@ -49,7 +49,9 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     telling = squares.sqrt() > precision.telling * terms.scale * _largest(terms.output_scale)
     telling &= rows.abs().amax(-1) > 64.0 * precision.quantum / largest
     differ = (each / common - 1.0).abs() > precision.factor
+    # A squared sine of 4%: half precision, and smoothed labels, stay within; other losses have rows that do not.
     askew = torch.linalg.vector_norm(rows - each[:, None] * own, dim=-1) > 0.2 * torch.linalg.vector_norm(rows, dim=-1)
+    askew |= each / common < -precision.factor
     several, other = ((telling & differ).any(), (telling & askew).any())
     factor = common * largest / likelihood.term_share(float(terms.count))
     found, apart, wrong = torch.stack([factor.double(), several.double(), other.double()]).tolist()

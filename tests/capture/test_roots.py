@@ -126,7 +126,7 @@ def test_micro_batches_of_different_length() -> None:
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
     gradient_factor, input_factor = optimizer.backend.blocks[""].factors()
     torch.testing.assert_close(input_factor, rows.mT @ rows / len(rows), rtol=1e-10, atol=1e-12)
-    expected = torch.eye(8, dtype=torch.float64) * 2 / 8
+    expected = 2 * torch.eye(8, dtype=torch.float64) * 2 / 8  # two mean losses were added, not averaged
     torch.testing.assert_close(gradient_factor, expected, rtol=1e-10, atol=1e-12)
 
 

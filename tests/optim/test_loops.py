@@ -603,9 +603,9 @@ def test_loss_scaling(optimizer: Any, fisher_type: str) -> None:
 
 @both
 def test_scaled_losses(optimizer: Any) -> None:
-    """A loss weighted by the user is the weighted gradient in the same curvature."""
-    model, loss, x, y, made = setup(optimizer, kl_clip=None)
-    twin, _, _, _, plain = setup(optimizer, kl_clip=None, lr=0.2)
+    """A constant factor of the loss is one of the curvature, too: twice the loss at twice the damping."""
+    model, loss, x, y, made = setup(optimizer, damping=0.1)
+    twin, _, _, _, plain = setup(optimizer, damping=0.05)
     for _ in range(3):
         made.zero_grad()
         (2.0 * loss(model(x), y)).backward()

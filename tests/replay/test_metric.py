@@ -12,6 +12,7 @@ import kfacopt
 from kfacopt.capture.records import Call, Replay
 from kfacopt.likelihoods.estimator import TermsEstimator
 from kfacopt.likelihoods.fisher import Curvature, Fisher
+from kfacopt.likelihoods.weights import weighed
 from kfacopt.operators import CGInverseLinearOperator, IdentityLinearOperator, hutchinson_trace
 from kfacopt.replay.linearization import BatchLinearization
 from kfacopt.replay.metric import Metric
@@ -43,8 +44,10 @@ def metric_of(
         value = scale / pieces * loss(prediction, some_y)
         at_prediction, *found = torch.autograd.grad(value, [prediction, *parameters])
         gradient = [g + clip / scale * f for g, f in zip(gradient, found, strict=True)]
-        replays.append(Replay(call, estimator.likelihood.terms(prediction, gradient=at_prediction), at_prediction))
-    linearization = BatchLinearization(parameters, replays, estimator, 1.0)
+        terms = estimator.likelihood.terms(prediction, gradient=at_prediction)
+        replays.append(Replay(call, weighed(estimator.likelihood, terms, at_prediction), at_prediction))
+    # That the loop has unscaled is for the optimizer to find out (`kfacopt.optim.scaling`).
+    linearization = BatchLinearization(parameters, replays, estimator, 1.0 / scale)
     linearization.match(gradient)
     return Metric(linearization, kind)
 
