@@ -72,13 +72,13 @@ class LossScale:
         told: By name of the loss term, `(mean weight, number of terms)` of every prediction that told its weights.
         first: The first of all; None: none has told.
         seen: Predictions whose weights are not known, and all where several may share a loss with such.
-        left: Norms of the parameters' gradients as the last backward left them, if the step may have to know.
+        left: Norms of the parameters' gradients as the last backward left them, if the step may have to know; or None.
     """
 
     told: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     first: Reference | None = None
     seen: list[Seen] = field(default_factory=list)
-    left: list[float] = field(default_factory=list)
+    left: Tensor | None = None
 
     def weighed(
         self,
@@ -142,15 +142,17 @@ class LossScale:
 
         return adapted if first != theirs else lambda rows: rows
 
-    def rescaling(self, backwards: int, undone: float) -> float:
+    def rescaling(self, backwards: int, undone: float, empirical: bool) -> float:
         """What a layer's rows lack, averaged as they were delivered in `backwards` of the backwards.
 
         Args:
             backwards: How many reached the layer.
             undone: What the user multiplied the gradients with to undo a scale of the loss.
+            empirical: Whether they are the user's own gradients where nothing tells their factor.
         """
         if self.first is None:
-            return 1.0
+            averaged = self.is_open and self.seen[0].likelihood.reduction != "sum"
+            return (undone * (backwards if averaged else 1.0)) ** 2 if empirical else 1.0
         return undone * self.first.weight * (backwards if self.first.averaged else 1.0)
 
     def factor(self, likelihoods: Mapping[str, Likelihood], weights: Mapping[str, float]) -> float:
@@ -175,34 +177,42 @@ class LossScale:
     @property
     def wants_norms(self) -> bool:
         """Whether it matters what becomes of the gradients between backward and step: the loss may be scaled."""
-        return self.is_open or any(weight != 1.0 for told in self.told.values() for weight, _ in told)
+        told = [weight for pairs in self.told.values() for weight, _ in pairs]
+        return self.is_open or len(told) > 1 or any(weight != 1.0 for weight in told)
 
-    def note_gradients(self, gradients: list[Tensor | None]) -> None:
+    def note_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Note what a backward has left in `.grad`."""
-        self.left = norms_of(gradients) if self.wants_norms else []
+        self.left = norms_of(gradients) if self.wants_norms else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python; what only the step's own batches tell is left out, as they are."""
-        return {"told": self.told, "first": self.first and list(self.first), "left": self.left}
+        left = None if self.left is None else self.left.tolist()
+        return {"told": self.told, "first": self.first and list(self.first), "left": left}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> LossScale:
         """From what `state_dict` returned, or nothing."""
         told = {name: [(float(w), float(n)) for w, n in pairs] for name, pairs in state.get("told", {}).items()}
-        first = state.get("first")
-        return cls(told, None if first is None else Reference(*first), left=list(state.get("left", [])))
+        first, left = state.get("first"), state.get("left")
+        return cls(
+            told,
+            None if first is None else Reference(*first),
+            left=None if left is None else torch.tensor(left, dtype=torch.float64),
+        )
 
 
-def norms_of(gradients: list[Tensor | None]) -> list[float]:
-    """Of dense gradients in float32; 0 where there is none.
+def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Of dense gradients, in float32 at least, `[p]` in float64; 0 where there is none.
 
     >>> norms_of([None, torch.tensor([3.0, 4.0])])
-    [0.0, 5.0]
+    tensor([0., 5.], dtype=torch.float64)
     """
-    norms = [
-        torch.zeros(()) if g is None or g.is_sparse else torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients
-    ]
-    return torch.stack([norm.double().cpu() for norm in norms]).tolist() if norms else []
+    dense = [g for g in gradients if g is not None and not g.is_sparse]
+    norms = iter(torch._foreach_norm(dense, 2, torch.float64 if _any_double(dense) else torch.float32) if dense else ())
+    device = dense[0].device if dense else None
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    found = [zero if g is None or g.is_sparse else next(norms).to(device, torch.float64) for g in gradients]
+    return torch.stack(found) if found else zero[None][:0]
 
 
 def terms_of(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targets: Sequence[Tensor]) -> LossTerms:
@@ -255,5 +265,5 @@ def told_by_value(
     return terms
 
 
-def _wide(gradient: Tensor) -> torch.dtype:
-    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
+def _any_double(tensors: Sequence[Tensor]) -> bool:
+    return any(t.dtype == torch.float64 for t in tensors)

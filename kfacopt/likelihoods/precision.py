@@ -54,6 +54,10 @@ class Precision:
         telling = 4.0 * limits.eps / factor
         return cls(sums, cosine, target, 2.0 * limits.eps, quantum, factor, telling)
 
+    def differ(self, one: float, other: float) -> bool:
+        """Whether two numbers, each a sum over a loss' terms, are not the same; none is of what is not finite."""
+        return abs(one - other) > self.factor * max(abs(one), abs(other))
+
 
 def largest_magnitude(lowest: Tensor, highest: Tensor) -> Tensor:
     """Largest magnitude of numbers between these; at least 1e-20, so that it can be inverted."""

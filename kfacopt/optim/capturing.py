@@ -269,7 +269,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._scaling.settle(tally, self._estimator, list(self.model.parameters()), self._solves_on_replays())
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
-            if lacking := self._scaling.rescaling(tally, reached):
+            if lacking := self._scaling.rescaling(tally, self._estimator, reached):
                 self._fed.rescale(lacking)
         return self._scaling.undone
 

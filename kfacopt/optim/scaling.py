@@ -12,15 +12,18 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import product
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kfacopt.capture.records import Tally
 from kfacopt.capture.scaling import LossScale, Seen, norms_of
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import FisherType
 from kfacopt.likelihoods.estimator import FisherEstimator
+from kfacopt.likelihoods.weights import times
 
 _PLAIN = 1e-6
 """Relative distance from one up to which a number is one: rounding in float32."""
@@ -57,25 +60,28 @@ class LossScaling:
             return
         factor = scale.factor(estimator.likelihoods, estimator.weights)
         candidates = [1.0]
-        if scale.wants_norms:
-            candidates += _undone(scale, factor, norms_of([p.grad for p in parameters]))
-        if not scale.is_open:
-            self.undone = candidates[-1]
-        else:
-            fits = [undone for undone in candidates if _is_plain(scale.seen, estimator, undone)]
+        if scale.wants_norms and (scaler := _scale_of_grad_scaler()) is not None:
+            candidates = [1.0 / scaler, 1.0]
+        elif scale.wants_norms:
+            candidates = [*_undone(scale, factor, [p.grad for p in parameters]), 1.0]
+        self.undone = candidates[0]
+        if scale.is_open:
+            fits = [one for one in candidates if _is_plain(scale.seen, estimator, one) or _is_mean(tally, one)]
+            self.undone = fits[0] if fits else 1.0
             if not fits:
                 self._doubt(scale.seen, exact)
-            self.undone = fits[0] if fits else candidates[-1]
         self.factor = factor * self.undone if scale.told else 1.0
 
-    def rescaling(self, tally: Tally, layers: Mapping[Layer, int]) -> dict[Layer, float]:
+    def rescaling(self, tally: Tally, estimator: FisherEstimator, layers: Mapping[Layer, int]) -> dict[Layer, float]:
         """What the rows that were delivered lack of the loss' factor, by layer; those that lack nothing are left out.
 
         Args:
             tally: What arrived since the last step.
+            estimator: Of the loss.
             layers: In how many backwards each was delivered.
         """
-        found = {n: tally.scale.rescaling(n, self.undone) for n in set(layers.values())}
+        empirical = estimator.fisher_type is FisherType.EMPIRICAL
+        found = {n: tally.scale.rescaling(n, self.undone, empirical) for n in set(layers.values())}
         return {layer: found[n] for layer, n in layers.items() if abs(found[n] - 1.0) > _PLAIN}
 
     def _doubt(self, seen: Sequence[Seen], exact: bool) -> None:
@@ -110,20 +116,24 @@ _ADVICE = (
 )
 
 
-def _undone(scale: LossScale, factor: float, norms: Sequence[float]) -> list[float]:
+def _undone(scale: LossScale, factor: float, gradients: Sequence[Tensor | None]) -> list[float]:
     """What the gradients may have been multiplied with to undo a scale of the loss: a number, or nothing."""
-    if (scaler := _scale_of_grad_scaler()) is not None:
-        return [1.0 / scaler]
-    ratios = [now / before for before, now in zip(scale.left, norms, strict=False) if before > 0.0]
+    if scale.left is None or len(scale.left) != len(gradients):
+        return []
+    left, now = scale.left.tolist(), norms_of(gradients).tolist()
+    ratios = [after / before for before, after in zip(left, now, strict=True) if before > 0.0]
     if not ratios or not all(map(math.isfinite, ratios)) or min(ratios) <= 0.0:
         return []
     ratio = ratios[0]
     if max(ratios) - min(ratios) > 1e-2 * ratio or abs(ratio - 1.0) <= _PLAIN:
         return []  # not one factor for all (clipped by layer, noise added, ...), or nothing happened
-    power = math.log2(ratio)
-    halved = ratio < 1.0 and abs(power - round(power)) <= _PLAIN
+    # Powers of two and numbers of micro-batches are divided by; that a clipped norm is such a fraction is rare.
+    power, whole = math.log2(ratio), round(1.0 / ratio)
+    divided = ratio < 1.0 and (
+        abs(power - round(power)) <= _PLAIN or (whole <= 100 and abs(1.0 / ratio - whole) <= 1e-4)
+    )
     # Of a loss that is not told, its value decides.
-    return [ratio] if halved or scale.is_open or abs(ratio * factor - 1.0) <= 1e-2 else []
+    return [ratio] if divided or scale.is_open or abs(ratio * factor - 1.0) <= 1e-3 else []
 
 
 def _scale_of_grad_scaler() -> float | None:
@@ -136,19 +146,35 @@ def _scale_of_grad_scaler() -> float | None:
     return None
 
 
+def _is_mean(tally: Tally, undone: float) -> bool:
+    """Whether a loss is the mean of the plain losses of several backwards; their terms are weighted so then."""
+    roots = {one.loss for one in tally.scale.seen}
+    if len(roots) < 2 or None in roots or any(one.terms.weights is not None for one in tally.scale.seen):
+        return False
+    weight = 1.0 / len(roots)
+    for one in tally.scale.seen:
+        share = weight * one.likelihood.term_share(float(one.terms.count))
+        value = one.value(share, undone)
+        assert one.loss is not None
+        if value is None or one.name or one.precision.differ(float(value), undone * one.loss.value):
+            return False
+    for one, replay in product(tally.scale.seen, tally.replays):
+        if replay.terms is one.terms:
+            replay.terms = times(one.terms, weight / undone)
+    return True
+
+
 def _is_plain(seen: Sequence[Seen], estimator: FisherEstimator, undone: float) -> bool:
     """Whether a loss is the plain one times `1 / undone`, by its value; False where that cannot be said."""
     counts = dict.fromkeys(estimator.likelihoods, 0.0)
     for one in seen:
         counts[one.name] += float(one.terms.count)
-    found, tolerance = 0.0, 0.0
+    found = 0.0
     for one in seen:
         share = estimator.weights[one.name] * one.likelihood.term_share(counts[one.name])
         if (value := one.value(share, undone)) is None:
             return True  # a likelihood that does not know its loss is taken at its word
         found += float(value)
-        tolerance = max(tolerance, one.precision.factor)
     losses = {one.loss for one in seen}
     want = sum(math.nan if loss is None else undone * loss.value for loss in losses)
-    # What is not finite of the user's is for the step to skip.
-    return None not in losses and not abs(found - want) > tolerance * max(abs(found), abs(want))
+    return None not in losses and not any(one.precision.differ(found, want) for one in seen)
