@@ -101,7 +101,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
             backend.attach(self._layers)
-            deliver, discard, all_places = self._deliver, backend.discard, backend.all_places
+            deliver, discard, all_places = self._deliver, self._discard, backend.all_places
         is_paused = False
         if self._capture is not None:
             is_paused = self._capture.is_paused
@@ -114,6 +114,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
         assert self._fed is not None
         self._fed.update(layer, rows)
         self._reached[layer.name] += rows.first
+
+    def _discard(self) -> None:
+        """Forget the rows that were delivered since the last step."""
+        if self._fed is not None:
+            self._fed.discard()
+        self._reached.clear()
 
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
@@ -208,9 +214,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Forget what arrived since the last step."""
-        if self._fed is not None:
-            self._fed.discard()
-        self._reached.clear()
+        self._discard()
         self._open_capture().reset_tally()
 
     # -- the step --------------------------------------------------------------------------------------------------
