@@ -50,8 +50,7 @@ class Precision:
             sums, cosine, target, factor = 1e-3, 1e-4, 1e-3, 1e-3
         else:
             sums, cosine, target, factor = 2e-2, 2e-2, 3e-2, 6e-2
-        # A difference of probabilities is exact to an epsilon, absolutely; a few of them, from two ways to compute it.
-        telling = 4.0 * limits.eps / factor
+        telling = limits.eps / factor  # a difference of probabilities is exact to an epsilon, absolutely
         return cls(sums, cosine, target, 2.0 * limits.eps, quantum, factor, telling)
 
     def differ(self, one: float, other: float) -> bool:

@@ -47,7 +47,7 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     telling = squares.sqrt() > precision.telling * terms.scale * _largest(terms.output_scale)
-    telling &= rows.abs().amax(-1) > 64.0 * precision.quantum / largest
+    telling &= common * own.abs().amax(-1) > 64.0 * precision.quantum / largest
     differ = (each / common - 1.0).abs() > precision.factor
     # A squared sine of 4%: half precision, and smoothed labels, stay within; other losses have rows that do not.
     askew = torch.linalg.vector_norm(rows - each[:, None] * own, dim=-1) > 0.2 * torch.linalg.vector_norm(rows, dim=-1)
@@ -55,9 +55,9 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     several, other = ((telling & differ).any(), (telling & askew).any())
     factor = common * largest / likelihood.term_share(float(terms.count))
     found, apart, wrong = torch.stack([factor.double(), several.double(), other.double()]).tolist()
-    if wrong:
+    if wrong or found < 0.0:
         return terms
-    if not found > 0.0 or found == float("inf"):  # nothing tells: no row has curvature, or a number is not finite
+    if not 0.0 < found < float("inf"):  # nothing tells: no row has a gradient, or a number is not finite
         return times(terms, 1.0)
     if not apart:
         return times(terms, 1.0 if abs(found - 1.0) <= precision.factor else found)
