@@ -175,6 +175,11 @@ class LossScale:
         return any(one.terms.weights is None for one in self.seen)
 
     @property
+    def has_value(self) -> bool:
+        """Whether the loss' value verifies what the gradients do not tell."""
+        return self.is_open and all(one.value(1.0, 1.0) is not None for one in self.seen)
+
+    @property
     def wants_norms(self) -> bool:
         """Whether it matters what becomes of the gradients between backward and step: the loss may be scaled."""
         told = [weight for pairs in self.told.values() for weight, _ in pairs]

@@ -59,11 +59,7 @@ class LossScaling:
         if not tally.passes:
             return
         factor = scale.factor(estimator.likelihoods, estimator.weights)
-        candidates = [1.0]
-        if scale.wants_norms and (scaler := _scale_of_grad_scaler()) is not None:
-            candidates = [1.0 / scaler, 1.0]
-        elif scale.wants_norms:
-            candidates = [*_undone(scale, factor, [p.grad for p in parameters]), 1.0]
+        candidates = _undone(scale, factor, [p.grad for p in parameters]) if scale.wants_norms else [1.0]
         self.undone = candidates[0]
         if scale.is_open:
             fits = [one for one in candidates if _is_plain(scale.seen, estimator, one) or _is_mean(tally, one)]
@@ -117,33 +113,36 @@ _ADVICE = (
 
 
 def _undone(scale: LossScale, factor: float, gradients: Sequence[Tensor | None]) -> list[float]:
-    """What the gradients may have been multiplied with to undo a scale of the loss: a number, or nothing."""
+    """What the gradients may have been multiplied with to undo a scale of the loss; the likeliest first."""
+    scaler = _scale_of_grad_scaler()
+    known = [1.0] if scaler == 1.0 else [1.0 / scaler, 1.0]
     if scale.left is None or len(scale.left) != len(gradients):
-        return []
+        return known
     left, now = scale.left.tolist(), norms_of(gradients).tolist()
-    ratios = [after / before for before, after in zip(left, now, strict=True) if before > 0.0]
+    ratios = [scaler * after / before for before, after in zip(left, now, strict=True) if before > 0.0]
     if not ratios or not all(map(math.isfinite, ratios)) or min(ratios) <= 0.0:
-        return []
+        return known
     ratio = ratios[0]
     if max(ratios) - min(ratios) > 1e-2 * ratio or abs(ratio - 1.0) <= _PLAIN:
-        return []  # not one factor for all (clipped by layer, noise added, ...), or nothing happened
+        return known  # not one factor for all (clipped by layer, noise added, ...), or nothing else happened
     # Powers of two and numbers of micro-batches are divided by; that a clipped norm is such a fraction is rare.
     power, whole = math.log2(ratio), round(1.0 / ratio)
     divided = ratio < 1.0 and (
         abs(power - round(power)) <= _PLAIN or (whole <= 100 and abs(1.0 / ratio - whole) <= 1e-4)
     )
     # Of a loss that is not told, its value decides.
-    return [ratio] if divided or scale.is_open or abs(ratio * factor - 1.0) <= 1e-3 else []
+    likely = divided or scale.has_value or abs(ratio * factor / scaler - 1.0) <= 1e-3
+    return [ratio / scaler, *known] if likely else known
 
 
-def _scale_of_grad_scaler() -> float | None:
-    """The scale of the GradScaler that calls the optimizer's `step`, if one does."""
+def _scale_of_grad_scaler() -> float:
+    """The scale of the GradScaler that calls the optimizer's `step`, which has divided the gradients by it; or 1."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is torch.amp.GradScaler.step.__code__:
-            return float(frame.f_locals["self"].get_scale())
+            return float(frame.f_locals["self"].get_scale())  # 1 of one that is not enabled
         frame = frame.f_back
-    return None
+    return 1.0
 
 
 def _is_mean(tally: Tally, undone: float) -> bool:

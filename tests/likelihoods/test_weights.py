@@ -41,7 +41,9 @@ def weights() -> Tensor:
     return 0.2 + 3.0 * torch.rand(DATA, generator=generator(), dtype=torch.float64)
 
 
-def read(likelihood: Likelihood, each: Callable[[Tensor], Tensor], f: Tensor, target: Tensor | None = None) -> LossTerms:
+def read(
+    likelihood: Likelihood, each: Callable[[Tensor], Tensor], f: Tensor, target: Tensor | None = None
+) -> LossTerms:
     (gradient,) = torch.autograd.grad(each(f), f)
     terms = likelihood.terms(f, gradient=gradient) if target is None else likelihood.terms(f, target=target)
     return weighed(likelihood, terms, gradient)
@@ -82,7 +84,9 @@ def test_weights_of_the_data_are_read(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.scale, plain.scale * found.weights)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient, plain.gradient * found.weights[:, None])
-    assert mean_weight(found) == pytest.approx(float(w.double().mean()), rel=max(0.1 * (dtype == torch.bfloat16), DTYPES[dtype]))
+    assert mean_weight(found) == pytest.approx(
+        float(w.double().mean()), rel=max(0.1 * (dtype == torch.bfloat16), DTYPES[dtype])
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
