@@ -14,7 +14,7 @@ class LevenbergMarquardt:
     `gᵀδ + ½ δᵀ(C + damping I)δ` predicted: the reduction ratio ρ. `ρ > 3/4`: damping is multiplied by
     `decay ** every`; `ρ < 1/4`: divided by it (Martens & Grosse 2015, section 6.5). Where the loss cannot be measured
     again the damping stays: several roots on the way to one prediction (an encoder and a decoder called separately),
-    or a float16 loss scaling that cannot be told from the gradient (`MSELoss`, soft targets).
+    or float16 with a loss whose gradient does not tell its target (`MSELoss` in the functional form, soft targets).
 
     Args:
         every: Steps between two adjustments; each costs a forward.

@@ -24,8 +24,9 @@ class Gaussian(Likelihood):
 
     Note:
         Without a target, each term's gradient is `count` times the user's gradient. That holds while the loss is
-        not rescaled (`GradScaler`, a division for gradient accumulation), and only the empirical Fisher uses it. A
-        position left out of the loss cannot be told from one fitted perfectly: both count.
+        not rescaled (`GradScaler`, a division for gradient accumulation); optimizers find out by the value of the loss
+        (`kfacopt.capture.scaling`), and weights of the data where the loop calls their `MSELoss`. A position left out
+        of the loss cannot be told from one fitted perfectly: both count.
 
     >>> terms = Gaussian(reduction="mean").terms(torch.zeros(4, 3), target=torch.ones(4, 3))
     >>> terms.count.item(), terms.scale[0].item(), terms.gradient[0, 0].item()

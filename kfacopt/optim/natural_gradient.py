@@ -40,6 +40,9 @@ class NaturalGradient(CapturingOptimizer):
     leaves at the prediction tells the targets. Buffers (running statistics) stay as they are. Every parameter of the
     model that has a gradient takes part, whatever its layer.
 
+    A constant factor of the loss and weights of its data are in the curvature as in the gradient, as far as they are
+    told (see `SecondOrderOptimizer`); a loss whose value contradicts that there is none that is not told is refused.
+
     A loss of several terms, as of a physics-informed network, is a dict: the model returns a dict of tensors, and
     `loss_func={"interior": nn.MSELoss(), "boundary": (10.0, nn.MSELoss())}` names the loss of each and its weight.
 
@@ -59,6 +62,7 @@ class NaturalGradient(CapturingOptimizer):
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
+        RuntimeError: In `step`, a loss with weights or a factor that cannot be told.
 
     >>> model = torch.nn.Linear(3, 1)
     >>> optimizer = NaturalGradient(model, torch.nn.MSELoss(), damping=1e-6)

@@ -49,8 +49,8 @@ class TrustRegionNewton(CapturingOptimizer):
 
     Args:
         model: The chain, all of whose trainable parameters are trained.
-        loss_func: The loss, as torch's module or a `kfacopt.Likelihood`; it is not called. A `MSELoss` must not be
-            rescaled in the loop: its gradient does not tell by how much.
+        loss_func: The loss, as torch's module or a `kfacopt.Likelihood`; it is not called. Weights of
+            a `MSELoss` in the loop are told only where the loop calls it, and refused otherwise.
         strategies: `GaussNewton()`, `ExactTrustRegion()`, `SaddleFree(rank=...)` or your own; one or several.
         radius: First radius, a length in the space of all parameters.
         largest_radius: Bound on it.
@@ -148,19 +148,21 @@ class TrustRegionNewton(CapturingOptimizer):
         self._report |= {"accepted": 0.0, "attempts": 0.0, "cost": 0.0, "rho": math.nan}
         if not any(bool(g.any()) for g in gradients.values()):
             return
-        replay = _only(self._open_capture().tally.replays, self.model)
+        replay, undone = _only(self._open_capture().tally.replays, self.model), self._settle_scale()
         if len(gradients) < len(parameters):
             raise RuntimeError("a parameter of the chain has no gradient: call backward before step")
         gradient = flat([gradients[p].double() for p in parameters])
-        scale = _scale_of_terms(replay, self._estimator.likelihood)
-        at_output = TermsLoss(self._estimator.likelihood, replay.terms, replay.gradient, scale)
+        # What the loop's loss counts a term, beside the weights that the terms have.
+        scale = self._estimator.likelihood.term_share(float(replay.terms.count))
+        scale = scale if replay.terms.weights is None else undone * scale
+        at_output = TermsLoss(self._estimator.likelihood, replay.terms, undone * replay.gradient, scale)
 
         def make(kind: type[ChainHessian]) -> ChainHessian:
             return kind.at_output(self.model, at_output, replay.call.inputs[0], tolerance=1e-3)
 
         curvatures, best = Curvatures(make), _Trial(0.0, None)
         before = [p.clone() for p in group["params"]]
-        per_mean = 1.0 / (scale * float(replay.terms.count))  # the loop's loss may be a sum, or rescaled
+        per_mean = self._estimator.likelihood.gradient_scale(float(replay.terms.count))  # the loop's loss may be a sum
         for place, strategy in enumerate(self.strategies):
             curvature = strategy.curvature(curvatures)
             if place == 0:
@@ -222,7 +224,7 @@ class TrustRegionNewton(CapturingOptimizer):
     def _loss_change(self, replay: Replay) -> float:
         """Of the mean loss; infinite where a prediction is not finite."""
         estimator = self._estimator
-        scale = estimator.likelihood.gradient_scale(float(replay.terms.count))
+        scale = self._scaling.undone * estimator.likelihood.gradient_scale(float(replay.terms.count))
         return loss_change(parts_of([replay], estimator, scale), estimator).total
 
 
@@ -260,16 +262,6 @@ def _only(replays: list[Replay], model: nn.Module) -> Replay:
             f"keywords: TrustRegionNewton needs a call of the whole chain with one tensor"
         )
     return replays[0]
-
-
-def _scale_of_terms(replay: Replay, likelihood: Likelihood) -> float:
-    """What the user's loss multiplies the sum over the terms with: 1/count of a mean, and any rescaling."""
-    terms = replay.terms
-    if terms.gradient is not None and terms.rows is not None:
-        squared = float(terms.gradient.square().sum())
-        if squared > 0.0:
-            return float((terms.rows(replay.gradient).to(terms.gradient) * terms.gradient).sum()) / squared
-    return 1.0 if likelihood.reduction == "sum" else 1.0 / float(terms.count)
 
 
 def _check_gradient(hessian: ChainHessian, gradient: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 Between backward and step a loop may undo a scale of the loss (`torch.amp.GradScaler`, a division by the number of
 micro-batches) or change the gradients for good (clipping). Only the first is a factor of the curvature too. Which it
-was is told from what has become of the gradients: a GradScaler that calls `step` is asked; a factor of the loss that
-`.grad` lacks by exactly that, or a power of two below one, was undone; anything else is clipping.
+was is told from what has become of the gradients. A GradScaler that calls `step` is asked (it is found on the stack).
+Beside it, gradients were divided if they lack the very factor of the loss, or by a power of two or a whole number up to
+100; anything else is clipping. A plain loss is never in doubt; a weighted one, scaled and unscaled by hand by another
+number, is taken for a clipped one.
 """
 
 from __future__ import annotations

@@ -30,13 +30,13 @@ from kfacopt.schedules import Interval
 class SecondOrderOptimizer(CapturingOptimizer):
     r"""Preconditioned gradient descent with momentum, weight decay and a trust region, on any curvature backend.
 
-    With `g` the gradient in `.grad`, `C` the backend's curvature of the mean loss:
+    With `g` the gradient in `.grad`, `C` the backend's curvature of the mean loss, and c its factor over the plain one:
 
     .. code-block:: text
 
         m ← momentum · m + (1 - momentum) g           bias-corrected, with Nesterov's look-ahead
         u ← (C + damping I)⁻¹ m                       the direction: layer by layer, or as the backend will
-        ν ← min(1, sqrt(kl_clip / Σ lr² uᵀm))         the length: one number for all layers, lr before any schedule
+        ν ← min(1, sqrt(c kl_clip / Σ lr² uᵀm))       the length: one number for all layers, lr before any schedule
         θ ← (1 - lr · weight_decay) θ - lr · ν u
 
     Parameters without curvature (see `coverage`) are updated by AdamW with learning rate `adamw_lr`, which follows
@@ -48,12 +48,22 @@ class SecondOrderOptimizer(CapturingOptimizer):
       all, every layer takes AdamW's step; a warning says so once.
     - A parameter has no gradient: it is left alone; its layer's other parameters take AdamW's step.
     - A gradient is not finite: the step is skipped as a whole, statistics included, and counted (`health()`).
+    - The loss is multiplied by a constant, its data are weighted, micro-batches are added without dividing: what the
+      gradient at the prediction tells of that (`kfacopt.likelihoods.weights`), or the target where the loop calls the
+      very `loss_func`, is in the curvature too, so that with relative damping a constant does not change the step. A
+      constant of squared errors is told by the value of the loss. What none of these tell (weights of squared errors, a
+      factor of soft labels, in the functional form) is taken to be one; a warning says so once where the value of the
+      loss contradicts it or cannot verify it, and steps that follow a quadratic model (`lr="auto"`) are refused where
+      it contradicts. A user's own `Likelihood` is taken at its word.
+    - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is one of the
+      step alone.
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
 
     Args:
         model: The model whose parameters are trained; hooks watch every module of it until `close()`.
         loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`.
-            It is not called: the loop may use the functional form.
+            It is not called: the loop may use the functional form, multiply the loss and weight its data; the curvature
+            is that of the loss that is differentiated (see the notes).
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
         lr: Learning rate; a float or a tensor without axes. Or `"auto"`, short for `step_length=QuadraticModel()`:
@@ -65,8 +75,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         momentum: Of the gradient, before it is preconditioned.
         weight_decay: Decoupled.
         ema_decay: Decay of the statistics' running averages, for each update of them.
-        kl_clip: Bound on `lr² uᵀ m`, twice the step's Kullback-Leibler divergence, with the `lr` before any schedule
-            (so that a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
+        kl_clip: Bound on `lr² uᵀ m / c`, twice the step's Kullback-Leibler divergence, with the `lr` before any
+            schedule (so that a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
         relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
             schedule; `None`: no bound.
         adamw_lr: AdamW's learning rate where there is no curvature.
