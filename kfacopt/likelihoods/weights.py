@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
-from kfacopt.likelihoods.precision import Precision, largest_magnitude
+from kfacopt.likelihoods.precision import Precision
 
 
 def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossTerms:
@@ -38,22 +38,19 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     """
     if terms.weights is not None or terms.gradient is None or not terms.reads_target or terms.rows is None:
         return terms
-    own = terms.gradient
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
-    rows = terms.rows(gradient).to(own.dtype)
-    largest = largest_magnitude(*rows.aminmax())
-    rows = rows / largest  # so that squares neither over- nor underflow
-    squares, along = own.square().sum(-1), torch.linalg.vecdot(rows, own)
+    own, rows = terms.gradient, terms.rows(gradient).to(terms.gradient.dtype)
+    squares, along, length = (torch.linalg.vecdot(a, b) for a, b in ((own, own), (rows, own), (rows, rows)))
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
-    telling = squares.sqrt() > precision.telling * terms.scale * _largest(terms.output_scale)
-    telling &= common * own.abs().amax(-1) > 64.0 * precision.quantum / largest
+    size = squares.sqrt()
+    telling = size > precision.telling * terms.scale * _largest(terms.output_scale)
+    telling &= common * size > 64.0 * precision.quantum
     differ = (each / common - 1.0).abs() > precision.factor
     # A squared sine of 4%: half precision, and smoothed labels, stay within; other losses have rows that do not.
-    askew = torch.linalg.vector_norm(rows - each[:, None] * own, dim=-1) > 0.2 * torch.linalg.vector_norm(rows, dim=-1)
-    askew |= each / common < -precision.factor
-    several, other = ((telling & differ).any(), (telling & askew).any())
-    factor = common * largest / likelihood.term_share(float(terms.count))
+    askew = (along * each < (1.0 - 0.04) * length) | (each / common < -precision.factor)
+    factor = common / likelihood.term_share(float(terms.count))
+    several, other = (telling & differ).any(), (telling & askew).any()
     found, apart, wrong = torch.stack([factor.double(), several.double(), other.double()]).tolist()
     if wrong or found < 0.0:
         return terms
@@ -67,6 +64,8 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
 def times(terms: LossTerms, factor: Tensor | float) -> LossTerms:
     """The terms, each counted `factor` (`[m]`, or one number) times as much as it was."""
     if not isinstance(factor, Tensor):
+        if factor == 1.0:
+            return terms if terms.weights is not None else replace(terms, weights=torch.ones_like(terms.scale))
         factor = torch.full_like(terms.scale, factor)
     weights = factor if terms.weights is None else terms.weights * factor
     gradient = None if terms.gradient is None else terms.gradient * factor[:, None]
