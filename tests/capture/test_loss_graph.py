@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -131,3 +132,34 @@ def test_a_backward_within_a_backward_is_the_inner_one() -> None:
 
     Nested.apply(torch.ones((), requires_grad=True)).backward()  # type: ignore[no-untyped-call]
     assert seen == [10.0]
+
+
+def test_a_thread_of_the_engines_sees_the_backward_that_waits_for_it() -> None:
+    """As on an accelerator, whose nodes run on another thread; of two backwards at once it is not known which it is."""
+    seen: list[float | None] = []
+
+    def ask() -> None:
+        roots = roots_of_backward()
+        seen.append(None if roots is None else float(roots[0][0].detach()))
+
+    def from_another_thread(_: object) -> None:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    def doubled(hook: Callable[[object], None]) -> Tensor:
+        f = 2.0 * torch.ones((), requires_grad=True)
+        assert f.grad_fn is not None
+        f.grad_fn.register_prehook(hook)  # type: ignore[arg-type]
+        return 3.0 * f
+
+    doubled(from_another_thread).backward()
+    assert seen == [6.0]
+
+    def within_another(_: object) -> None:
+        other = threading.Thread(target=doubled(from_another_thread).backward)
+        other.start()
+        other.join()
+
+    doubled(within_another).backward()
+    assert seen == [6.0, None]
