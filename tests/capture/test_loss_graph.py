@@ -156,8 +156,10 @@ def test_a_thread_of_the_engines_sees_the_backward_that_waits_for_it() -> None:
     doubled(from_another_thread).backward()
     assert seen == [6.0]
 
+    inner = doubled(from_another_thread)
+
     def within_another(_: object) -> None:
-        other = threading.Thread(target=doubled(from_another_thread).backward)
+        other = threading.Thread(target=inner.backward)
         other.start()
         other.join()
 
