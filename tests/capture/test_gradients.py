@@ -120,7 +120,7 @@ def test_retained_gradients_of_several_roots() -> None:
 
 
 def test_gradient_penalties() -> None:
-    """A double backward (`create_graph`) through a watched model leaves the user's gradients; the step says what it means."""
+    """A double backward (`create_graph`) leaves the user's gradients alone; what it means for curvature is said."""
     results = []
     for watch in (False, True):
         model = fresh()
