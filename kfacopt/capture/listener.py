@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
 from kfacopt.capture.graph import Mark, Walk, leave_mark
+from kfacopt.capture.guard import Guard
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
+from kfacopt.capture.tensor_hooks import HooksSince, own
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
@@ -88,6 +91,7 @@ class Capture:
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
+        self._hooks_since = HooksSince()
 
     def close(self) -> None:
         """Remove every hook; a second call does nothing."""
@@ -106,6 +110,7 @@ class Capture:
         self._alive.clear()
         self._sites, self._call, self._depth, self._root = {}, None, 0, None
         self._backward = None
+        self._hooks_since = HooksSince()
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""
@@ -191,7 +196,7 @@ class Capture:
                 forward.output_nr = tensor.output_nr
             mark = leave_mark(node)
             self._alive[mark] = forward
-            node.register_prehook(partial(_arrive, weakref.ref(self), mark))
+            own(node.register_prehook(partial(_arrive, weakref.ref(self), mark)))
 
     def arrived(self, mark: Mark, gradients: Sequence[Tensor | None]) -> None:
         """The user's backward has reached the prediction that was marked: run the curvature pass."""
@@ -259,12 +264,14 @@ class Capture:
             if mark is not None and mark in walk.nodes
         }
         if edges:
-            reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges)
+            guard = Guard([node], self._hooks_since, forward.root, warnings.warn)
+            reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges, guard=guard)
             cotangents = split_cotangents(estimator.cotangents(terms), edges)
             approx = estimator.kfac_approx
             for _, rows in rows_in_chunks(cotangents, reach, terms.count, approx, self.all_places):
                 for layer, some in rows.items():
                     self._deliver(layer, some)
+            guard.watch()
         for one in forwards:
             one.sites.clear()
 
