@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -38,14 +38,19 @@ _HARMLESS = ("torch.", "kfacopt.replay.")
 _RUN_USERS = ("torch._library", "torch.utils.checkpoint")
 
 
+def _refuse(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
 class Guard:
     """A context around backward passes that start from some nodes; it may be entered any number of times.
 
     Args:
-        roots: Where the passes start.
+        roots: Where the passes start; None, of a tensor without a graph, is left out.
         since: Hooks that were registered since then may be in the graph.
         model: Its parameters' gradients are set aside wherever code of the user's runs.
-        refuse: Called with the reason where a backward inside the backward is found, once a pass; it may raise.
+        refuse: Called with the reason after a pass that held a backward inside the backward. By default it raises a
+            RuntimeError.
 
     Raises:
         RuntimeError: If no pass besides the user's can go through the graph.
@@ -61,7 +66,7 @@ class Guard:
     ...         return gradient, None
     >>> seen, x = [], torch.ones((), requires_grad=True)
     >>> y = Log.apply(x, seen)
-    >>> with Guard([y.grad_fn], HooksSince(), None, print)():
+    >>> with Guard([y.grad_fn], HooksSince())():
     ...     _ = torch.autograd.grad(y, x, retain_graph=True)
     >>> y.backward()
     >>> seen
@@ -69,11 +74,15 @@ class Guard:
     """
 
     def __init__(
-        self, roots: Iterable[Node], since: HooksSince, model: nn.Module | None, refuse: Callable[[str], Any]
+        self,
+        roots: Iterable[Node | None],
+        since: HooksSince,
+        model: nn.Module | None = None,
+        refuse: Callable[[str], Any] = _refuse,
     ) -> None:
         self._model, self._refuse = model, refuse
         self._hooks = since.found(() if model is None else model.modules())
-        found = _Code(roots)
+        found = _Code(node for node in roots if node is not None)
         self._functions, self._code = found.functions, [*found.functions, *found.unpacking]
         self._reach: Reach | None = None
         if self._code:
@@ -92,6 +101,11 @@ class Guard:
                 with self._undone(self._reach):
                     yield
 
+    @property
+    def functions(self) -> str:
+        """The custom functions in the graph, by name."""
+        return ", ".join(dict.fromkeys(map(_name, self._functions)))
+
     def watch(self) -> None:
         """After the last pass inside the user's backward: see what the silent hooks do in that."""
         watch(self._hooks)
@@ -106,9 +120,9 @@ class Guard:
             stack.callback(reach.restore, saved)
             stack.enter_context(buffers_copied(reach.modules))
             stack.callback(kept.restore)
-            for function in self._functions:
-                for method in ("apply", "apply_boxed"):  # the engine asks for one of them, of the object
-                    setattr(function, method, partial(_keeping, kept, getattr(function, method, None)))
+            for function, method in product(self._functions, ("apply", "apply_boxed")):
+                if (apply := getattr(function, method, None)) is not None:  # the engine asks the object for one of them
+                    setattr(function, method, partial(_keeping, kept, apply))
             with self._set_aside():
                 yield
 
@@ -163,7 +177,7 @@ class _Code:
 
     def _take_in(self, node: Node) -> None:
         if isinstance(node, BackwardCFunction):
-            kind = node._forward_cls  # type: ignore[attr-defined]
+            kind = node._forward_cls
             if kind is CheckpointFunction:
                 raise RuntimeError(
                     "the model uses torch.utils.checkpoint with use_reentrant=True, in whose backward no pass for "
@@ -171,7 +185,7 @@ class _Code:
                 )
             if _is_users(kind):
                 self.functions.append(node)
-        elif isinstance(node, torch._C._functions.AccumulateGrad):
+        elif isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
             self.leaves.append(node.variable)
         for name in _saved_by(type(node)):
             saved = getattr(node, name)
@@ -206,7 +220,7 @@ def _name(code: Any) -> str:
 
 def _hooks_of(leaf: Tensor) -> Iterator[Hooks]:
     """The hooks that run when a gradient is gathered in a leaf."""
-    for hooks in (leaf._backward_hooks, leaf._post_accumulate_grad_hooks):  # type: ignore[attr-defined]
+    for hooks in (leaf._backward_hooks, leaf._post_accumulate_grad_hooks):
         if hooks:
             yield hooks
 

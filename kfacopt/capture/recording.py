@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.capture.records import Site
+from kfacopt.capture.tensor_hooks import own
 from kfacopt.layers.layer import Layer
 
 # Set while a forward or backward is nobody's: a curvature pass must not trigger another, nor a second optimizer's.
@@ -52,7 +53,7 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
             edges[site] = get_gradient_edge(output)
 
     handles = [
-        module.register_forward_hook(partial(keep, layer), with_kwargs=True)
+        own(module.register_forward_hook(partial(keep, layer), with_kwargs=True))
         for layer in layers
         for module in layer.modules
     ]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class KeptTensors(TorchDispatchMode):
@@ -59,7 +59,7 @@ class KeptTensors(TorchDispatchMode):
             storage.copy_(before)
         if self._versions:
             tensors, versions = zip(*self._versions.values(), strict=True)
-            torch._C._autograd._unsafe_set_version_counter(tensors, versions)  # type: ignore[attr-defined]
+            torch._C._autograd._unsafe_set_version_counter(tensors, versions)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
