@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
-from torch.utils.checkpoint import CheckpointFunction
 
 from kfacopt.capture.buffers import buffers_copied
 from kfacopt.capture.reach import Reach
@@ -51,9 +50,6 @@ class Guard:
         model: Its parameters' gradients are set aside wherever code of the user's runs.
         refuse: Called with the reason after a pass that held a backward inside the backward. By default it raises a
             RuntimeError.
-
-    Raises:
-        RuntimeError: If no pass besides the user's can go through the graph.
 
     >>> class Log(torch.autograd.Function):
     ...     @staticmethod
@@ -154,11 +150,7 @@ class Guard:
 
 
 class _Code:
-    """The user's code that a backward from some nodes runs, and the leaves that it reaches.
-
-    Raises:
-        RuntimeError: If the graph has a reentrant checkpoint, which does not let passes like ours through.
-    """
+    """The user's code that a backward from some nodes runs, and the leaves that it reaches."""
 
     def __init__(self, roots: Iterable[Node]) -> None:
         self.functions: list[Any] = []
@@ -177,13 +169,7 @@ class _Code:
 
     def _take_in(self, node: Node) -> None:
         if isinstance(node, BackwardCFunction):
-            kind = node._forward_cls
-            if kind is CheckpointFunction:
-                raise RuntimeError(
-                    "the model uses torch.utils.checkpoint with use_reentrant=True, in whose backward no pass for "
-                    "curvature can run: pass use_reentrant=False"
-                )
-            if _is_users(kind):
+            if _is_users(node._forward_cls):
                 self.functions.append(node)
         elif isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
             self.leaves.append(node.variable)
