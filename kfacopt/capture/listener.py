@@ -3,8 +3,8 @@
 A forward hook on every module keeps, on steps where rows are wanted, each covered layer's input and its output's
 gradient edge. When the user's own backward reaches the prediction, the graph below is still whole: there the
 likelihood turns prediction and gradient into cotangents, and one nested `torch.autograd.grad` brings them to the
-layers' outputs. No parameter gradient is computed and none is touched; hooks that the user put on tensors in between do
-see the nested pass as well.
+layers' outputs. No parameter gradient is computed and none is touched, and what the user put into the backward sees the
+user's pass alone (`kfacopt.capture.guard`).
 
 Ownership: a forward leaves empty marks on nodes of the graph, and what it kept is kept for a mark, so that it lives
 exactly as long as the graph; a forward without a backward (a validation that forgot `no_grad`) leaves nothing behind.
@@ -36,7 +36,7 @@ from kfacopt.capture.hooks import drop_inert_hooks, hook_type
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
-from kfacopt.capture.tensor_hooks import HooksSince, own
+from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
@@ -81,7 +81,8 @@ class Capture:
         self._backward: _Backward | None = None
         self._sites: dict[Site, weakref.ref[Mark]] = {}
         self._layer_of: weakref.WeakKeyDictionary[Mark, Layer] = weakref.WeakKeyDictionary()
-        self._outputs = WeakTensorKeyDictionary()
+        self._passed = WeakTensorKeyDictionary()
+        self._retaining = Retaining()
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._handles: list[RemovableHandle] = []
@@ -150,8 +151,9 @@ class Capture:
             return
         self._depth -= 1
         if self.wants_rows and output is not None and not self._idle:
-            if isinstance(output, Tensor):
-                self._outputs[output] = None
+            for tensor in (*inputs, output):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    self._passed[tensor] = None
             for layer in self._layers.get(module, ()):
                 self._keep_site(layer, module, inputs, kwargs, output)
         if self._depth == 0:
@@ -232,7 +234,7 @@ class Capture:
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
-        """Outputs on which the user called `retain_grad` keep the gradient of the user's backward alone."""
+        """Tensors on which the user called `retain_grad` keep the gradient of the user's backward alone."""
         kept = [(tensor, tensor.grad) for tensor in self._this_backward().retained]
         try:
             for tensor, _ in kept:
@@ -279,8 +281,7 @@ class Capture:
         """The backward of the user's that runs now."""
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward.task != task:
-            retained = [tensor for tensor in self._outputs if tensor.retains_grad]
-            self._backward = _Backward(task, Walk(self._layer_of), retained)
+            self._backward = _Backward(task, Walk(self._layer_of), self._retaining.among(self._passed))
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward

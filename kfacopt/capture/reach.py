@@ -133,6 +133,8 @@ class Reach:
     def _instance(self, item: Any) -> Iterable[Any]:
         if isinstance(item, nn.Module):
             self.modules.append(item)
+        elif "numpy" in sys.modules and isinstance(item, sys.modules["numpy"].ndarray):
+            self._places.append((item.copy, functools.partial(_write, item)))
         yield type(item)
         attributes = getattr(item, "__dict__", None)
         if type(attributes) is dict:
@@ -210,6 +212,11 @@ def _redefine(kind: type, before: dict[str, Any]) -> None:
     for name, value in before.items():
         if now.get(name, _MISSING) is not value:
             setattr(kind, name, value)
+
+
+def _write(array: Any, before: Any) -> None:
+    if array.flags.writeable:
+        array[...] = before
 
 
 def _set(item: Any, name: str, value: Any) -> None:

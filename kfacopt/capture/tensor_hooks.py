@@ -83,6 +83,34 @@ def silent(hooks: Iterable[Hooks]) -> Iterator[None]:
             held.update(before)
 
 
+class Retaining:
+    """The tensors on which the user called `retain_grad`: every backward adds to what they hold.
+
+    The graph does not tell which they are. Those that some module took or returned are looked at every time; of others
+    the garbage collector is asked in the first backward, the second, the fourth, the eighth, and in each once it has
+    known of any, as asking takes 25 ms for 170,000 objects.
+
+    >>> square = torch.ones(2, requires_grad=True) ** 2
+    >>> square.retain_grad()
+    >>> [tensor is square for tensor in Retaining().among([])]
+    [True]
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._has_others = 0, False
+
+    def among(self, known: Iterable[Tensor]) -> list[Tensor]:
+        """Those among some tensors, and others; to be called once a backward."""
+        found = {id(tensor): tensor for tensor in known if tensor.retains_grad}
+        self._asked += 1
+        if self._has_others or self._asked.bit_count() == 1:
+            tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+            others = {id(tensor): tensor for tensor in tensors if tensor.retains_grad}
+            self._has_others = self._has_others or not others.keys() <= found.keys()
+            found |= others
+        return list(found.values())
+
+
 class Watched:
     """A hook of the user's whose result is looked at when it is next called, and warned of if it is another gradient.
 
