@@ -93,6 +93,7 @@ class Capture:
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
         self._hooks_since = HooksSince()
+        self._retaining.start()
 
     def close(self) -> None:
         """Remove every hook; a second call does nothing."""
@@ -112,6 +113,7 @@ class Capture:
         self._sites, self._call, self._depth, self._root = {}, None, 0, None
         self._backward = None
         self._hooks_since = HooksSince()
+        self._retaining.start()
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""

@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,27 +89,39 @@ class Retaining:
 
     The graph does not tell which they are. Those that some module took or returned are looked at every time; of others
     the garbage collector is asked in the first backward, the second, the fourth, the eighth, and in each once it has
-    known of any, as asking takes 25 ms for 170,000 objects.
+    known of any. Asking takes 1 ms, or 25 ms for 170,000 objects where those of the forward may have grown old.
 
+    >>> retaining = Retaining()
     >>> square = torch.ones(2, requires_grad=True) ** 2
     >>> square.retain_grad()
-    >>> [tensor is square for tensor in Retaining().among([])]
+    >>> [tensor is square for tensor in retaining.among([])]
     [True]
     """
 
     def __init__(self) -> None:
         self._asked, self._has_others = 0, False
+        self.start()
+
+    def start(self) -> None:
+        """Tensors that are made from now on are looked for."""
+        self._collections = _collections()
 
     def among(self, known: Iterable[Tensor]) -> list[Tensor]:
         """Those among some tensors, and others; to be called once a backward."""
         found = {id(tensor): tensor for tensor in known if tensor.retains_grad}
         self._asked += 1
         if self._has_others or self._asked.bit_count() == 1:
-            tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
-            others = {id(tensor): tensor for tensor in tensors if tensor.retains_grad}
+            young = _collections() == self._collections  # nothing has been moved to the oldest generation meanwhile
+            objects = chain.from_iterable(map(gc.get_objects, range(2 if young else 3)))
+            others = {id(item): item for item in objects if type(item) is Tensor and item.retains_grad}
             self._has_others = self._has_others or not others.keys() <= found.keys()
             found |= others
         return list(found.values())
+
+
+def _collections() -> int:
+    """How often the garbage collector has moved what is alive to its oldest generation."""
+    return sum(generation["collections"] for generation in gc.get_stats()[1:])
 
 
 class Watched:

@@ -1,9 +1,8 @@
-"""Code of the user's in the backward sees the user's pass alone: hooks, custom functions, unpacking, inner backwards."""
+"""Code of the user's in the backward sees the user's pass alone: hooks, functions, unpacking, inner backwards."""
 
 from __future__ import annotations
 
 import random
-import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from kfacopt.capture.guard import Guard
 from kfacopt.capture.reach import Reach
 from kfacopt.capture.tensor_hooks import HooksSince, own, silent
 from kfacopt.capture.writes import KeptTensors
+from kfacopt.operators import GGNLinearOperator
 from tests.reports.reports import assert_same_gradients, gradients_of
 
 CE = nn.CrossEntropyLoss()
@@ -374,3 +374,197 @@ OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_code(other: str, curvature: Any) -> None:
     assert_unnoticed(lambda: OTHERS[other], curvature)
+
+
+# -- activation checkpointing runs the forward again, in the backward ------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Something with buffers, random numbers and a count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Tanh())
+        self.head, self.calls = nn.Linear(5, 3), 0
+
+    def inner(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.part(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.inner, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("curvature", CURVATURE.values(), ids=CURVATURE)
+def test_what_is_checkpointed_runs_as_often_as_without(curvature: Any) -> None:
+    def found(watched: bool) -> Any:
+        torch.manual_seed(0)
+        model = Checkpointed().double()
+        optimizer = optimizer_of(model, curvature) if watched else None
+        torch.manual_seed(1)
+        for _ in range(2):
+            model.zero_grad()
+            F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+            if optimizer is not None:
+                optimizer.step()
+        return model.calls, {n: b.tolist() for n, b in model.named_buffers()}, gradients_of(model)
+
+    (calls, buffers, gradients), (alone, *expected) = found(True), found(False)
+    assert (calls, buffers) == (alone, expected[0])
+    assert_same_gradients(gradients, expected[1])
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def clipping(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-1e-3, 1e-3)
+
+
+def test_a_hook_that_changes_the_gradient_is_named_once() -> None:
+    model = made(hooked_since(lambda module, h: h.register_hook(clipping)))
+    optimizer = optimizer_of(model)
+    with pytest.warns(UserWarning, match="the hook clipping .*test_guard.py.* changes the gradient") as said:
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    assert len(said) == 1
+    assert optimizer.health() is not None
+
+
+def test_a_module_hook_that_changes_the_gradient_is_named() -> None:
+    model = made(lambda module, h: h)
+    model.second.register_full_backward_hook(lambda module, inputs, outputs: (2.0 * inputs[0],))
+    optimizer = optimizer_of(model)
+    with pytest.warns(UserWarning, match=r"the hook .*<lambda> .* of a Linear changes the gradient"):
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.close()
+
+
+@pytest.mark.parametrize("look", [lambda gradient: None, lambda gradient: gradient, lambda gradient: 1.0 * gradient])
+def test_a_hook_that_does_not_change_the_gradient_is_not_warned_of(look: Callable[[Tensor], Any]) -> None:
+    assert_unnoticed(lambda: hooked_since(lambda module, h: h.register_hook(look)), "ggn")
+
+
+def test_the_layers_of_an_inner_backward_are_named() -> None:
+    def inner(ctx: Any, gradient: Tensor) -> float:
+        with torch.enable_grad():
+            ctx.module.third(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+        return 2.0
+
+    model, calls = made(doubled(inner)), []
+    model.third = nn.Linear(2, 1).double()
+    model.third.weight.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.norm()))
+    optimizer = optimizer_of(model)
+    with pytest.warns(UserWarning, match=r"Doubled.backward: calls backward inside .* third.weight, third.bias"):
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    assert (model.third.weight.grad == 1.0).all()
+    assert len(calls) == 1
+    optimizer.close()
+
+
+def test_an_error_of_the_users_leaves_his_state_as_it_was() -> None:
+    def failing(ctx: Any, gradient: Tensor) -> float:
+        LOG.append(1.0)
+        ctx.module.buffer.add_(1.0)
+        raise KeyError("the user's")
+
+    reset()
+    model = made(doubled(failing))
+    optimizer_of(model)
+    with pytest.raises(KeyError, match="the user's"):
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    assert LOG == []
+    assert float(model.buffer) == 0.0
+
+
+class Detaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2.0 * gradient.detach()
+
+
+def test_a_custom_function_that_detaches_is_refused_where_it_is_differentiated() -> None:
+    model = made(lambda module, h: Detaching.apply(h))
+    ggn = GGNLinearOperator(model, CE, list(model.parameters()), [batch()], check_deterministic=False)
+    with pytest.raises(RuntimeError, match=r"Detaching.backward: cannot be differentiated through"):
+        ggn @ torch.ones(ggn.shape[1], dtype=torch.float64)
+
+
+def test_other_custom_functions_are_not_refused_there() -> None:
+    model, plain = made(doubled(lambda ctx, gradient: 2.0)), made(lambda module, h: 2.0 * h)
+    found = []
+    for one in (model, plain):
+        optimizer = kfacopt.NaturalGradient(one, CE, damping=0.1)
+        F.cross_entropy(one(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+        found.append(one.first.weight.detach())
+    torch.testing.assert_close(found[0], found[1])
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_guard_of_a_graph_without_code_does_nothing() -> None:
+    model = made(lambda module, h: h)
+    guard = Guard([model(batch()[0]).grad_fn], HooksSince(), model)
+    state = model.first.weight._version, model.first.weight.grad
+    with guard():
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert guard.functions == ""
+    assert state == (model.first.weight._version, model.first.weight.grad)
+
+
+def test_only_hooks_of_others_on_tensors_are_found() -> None:
+    model, since = made(lambda module, h: h), HooksSince()
+    x = model(batch()[0])
+    own(x.register_hook(lambda gradient: None))
+    model.first.register_forward_hook(lambda *_: None)
+    assert since.found(model.modules()) == []
+    x = 2.0 * x
+    handles = [x.register_hook(lambda gradient: None), x.grad_fn.register_prehook(lambda gradients: None)]
+    del x
+    assert [list(hooks) for hooks in since.found(model.modules())] == []  # the graph is gone, and they with it
+    x = 2.0 * model(batch()[0])
+    handles = [x.register_hook(lambda gradient: None), x.grad_fn.register_prehook(lambda gradients: None)]
+    assert sorted(number for hooks in since.found(model.modules()) for number in hooks) == [h.id for h in handles]
+
+
+def test_silent_hooks_are_back_afterwards_whatever_happens_to_them() -> None:
+    x = torch.ones(2, requires_grad=True) * 2.0
+    handle = x.register_hook(print)
+    hooks = x._backward_hooks
+    before = dict(hooks)
+    with silent([hooks]):
+        assert not hooks
+        x.register_hook(print)
+        handle.remove()
+    assert hooks == before
+
+
+def test_kept_tensors_are_those_that_were_there() -> None:
+    x, kept = torch.ones(4), KeptTensors()
+    view, clone = x[:2], x.clone()
+    with kept:
+        made_within = torch.zeros(2)
+        made_within.add_(1.0)
+        view.mul_(3.0)
+        torch.add(clone, 1.0, out=clone)
+    kept.restore()
+    assert [t.tolist() for t in (x, clone, made_within)] == [[1.0] * 4, [1.0] * 4, [1.0] * 2]
+    assert (x._version, clone._version) == (0, 0)
+    assert len(kept._kept) == 2
+
+
+def test_reach_ends() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    many = [[i] for i in range(100_000)]
+    state = Reach([loop, many, lambda: many])
+    before = state.saved()
+    loop.append(1)
+    many.clear()
+    state.restore(before)
+    assert (len(loop), len(many)) == (1, 100_000)
