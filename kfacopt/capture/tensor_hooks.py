@@ -139,9 +139,11 @@ class Watched:
     def __call__(self, *gradients: Any) -> Any:
         if isinstance(self._hooks.get(self._number), Watched):
             self._hooks[self._number] = self._hook
-        given = [t.detach().clone() for t in _tensors(gradients[0])]
+        given = _tensors(gradients[0])
+        versions = [t._version for t in given]
         result = self._hook(*gradients)
-        if result is not None and not _equal(_tensors(result), given):
+        written = [t._version for t in given] != versions
+        if written or (result is not None and not _equal(_tensors(result), given)):
             warnings.warn(
                 f"the hook {name_of(self._hook)} changes the gradient on its way down. The curvature of the layers "
                 f"below is taken without it, for the model as its forward is",
@@ -163,7 +165,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(torch.equal, some, others))
+    return len(some) == len(others) and all(a is b or torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def name_of(function: Any) -> str:

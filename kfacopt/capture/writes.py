@@ -40,8 +40,8 @@ class KeptTensors(TorchDispatchMode):
         for tensor in _written(func, args, kwargs):
             self._keep(tensor)
         result = func(*args, **kwargs)
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        self._made |= {storage._cdata for storage in _storages(result)} - given - self._kept.keys()
+        if not _returns_given(func):
+            self._made.update(storage._cdata for storage in _storages(result))
         return result
 
     def _keep(self, tensor: Tensor) -> None:
@@ -73,6 +73,12 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     """Place and name of the arguments that an operation writes to."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def _returns_given(func: Any) -> bool:
+    """Whether an operation returns views of its arguments, or them."""
+    return any(value.alias_info is not None for value in func._schema.returns)
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:

@@ -430,6 +430,18 @@ def test_a_hook_that_changes_the_gradient_is_named_once() -> None:
     assert optimizer.health() is not None
 
 
+def doubling(gradient: Tensor) -> None:
+    gradient.mul_(2.0)
+
+
+def test_a_hook_that_writes_to_the_gradient_is_named() -> None:
+    model = made(hooked_since(lambda module, h: h.register_hook(doubling)))
+    optimizer = optimizer_of(model)
+    with pytest.warns(UserWarning, match="the hook doubling .* changes the gradient"):
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.close()
+
+
 def test_a_module_hook_that_changes_the_gradient_is_named() -> None:
     model = made(lambda module, h: h)
     model.second.register_full_backward_hook(lambda module, inputs, outputs: (2.0 * inputs[0],))
