@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from itertools import chain, product
@@ -50,6 +50,7 @@ class Guard:
         model: Its parameters' gradients are set aside wherever code of the user's runs.
         refuse: Called with the reason after a pass that held a backward inside the backward. By default it raises a
             RuntimeError.
+        ends: Where the passes end; none: at the leaves.
 
     >>> class Log(torch.autograd.Function):
     ...     @staticmethod
@@ -75,10 +76,11 @@ class Guard:
         since: HooksSince,
         model: nn.Module | None = None,
         refuse: Callable[[str], Any] = _refuse,
+        ends: Iterable[Node] = (),
     ) -> None:
         self._model, self._refuse = model, refuse
         self._hooks = since.found(() if model is None else model.modules())
-        found = _Code(node for node in roots if node is not None)
+        found = _Code([node for node in roots if node is not None], ends)
         self._functions, self._code = found.functions, [*found.functions, *found.unpacking]
         self._reach: Reach | None = None
         if self._code:
@@ -150,9 +152,11 @@ class Guard:
 
 
 class _Code:
-    """The user's code that a backward from some nodes runs, and the leaves that it reaches."""
+    """The user's code that a backward from some nodes to others runs, and the leaves that it may reach."""
 
-    def __init__(self, roots: Iterable[Node]) -> None:
+    def __init__(self, roots: Sequence[Node], ends: Iterable[Node]) -> None:
+        # What was made before the first of the ends does not lead to one: a module stepped T times costs T, not T².
+        oldest = min((node._sequence_nr() for node in ends), default=0)
         self.functions: list[Any] = []
         self.unpacking: list[Any] = []
         self.leaves: list[Tensor] = []
@@ -162,7 +166,7 @@ class _Code:
             node = queue.pop()
             self._take_in(node)
             for following, _ in node.next_functions:
-                if following is not None and following not in visited:
+                if following is not None and following not in visited and following._sequence_nr() >= oldest:
                     visited.add(following)
                     queue.append(following)
         self.unpacking = list({id(hook): hook for hook in self.unpacking}.values())
@@ -174,7 +178,10 @@ class _Code:
         elif isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
             self.leaves.append(node.variable)
         for name in _saved_by(type(node)):
-            saved = getattr(node, name)
+            try:
+                saved = getattr(node, name)
+            except RuntimeError:  # an earlier backward has freed them: no pass goes here
+                continue
             for one in saved if isinstance(saved, (tuple, list)) else (saved,):
                 hook = getattr(one, "unpack_hook", None)
                 if hook is not None and _is_users(hook):

@@ -268,7 +268,8 @@ class Capture:
             if mark is not None and mark in walk.nodes
         }
         if edges:
-            guard = Guard([node], self._hooks_since, forward.root, warnings.warn)
+            ends = [edge.node for edge in edges.values()]
+            guard = Guard([node], self._hooks_since, forward.root, warnings.warn, ends)
             reach = partial(self._pass, GradientEdge(node, forward.output_nr), edges, guard=guard)
             cotangents = split_cotangents(estimator.cotangents(terms), edges)
             approx = estimator.kfac_approx

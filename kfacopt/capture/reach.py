@@ -56,6 +56,7 @@ class Reach:
         self.leaves: list[Tensor] = []
         self.modules: list[nn.Module] = []
         self._places: list[Place] = []
+        self._looks: dict[type, _Look] = {}
         self._bound: set[tuple[int, str]] = set()
         queue = deque(roots)
         held: dict[int, Any] = {}  # keeps what was looked at, so that no id is given twice
@@ -78,10 +79,11 @@ class Reach:
     def _look_at(self, item: Any) -> Iterable[Any]:
         """Take an object in, and return what can be got at from there."""
         kind = type(item)
-        for base, look in _KINDS.items():
-            if issubclass(kind, base):
-                return look(self, item)
-        return () if _home(kind) in _OPAQUE else self._instance(item)
+        if kind not in self._looks:
+            opaque = _home(kind) in _OPAQUE
+            otherwise: _Look = _parts_of_nothing if opaque else Reach._instance
+            self._looks[kind] = next((look for base, look in _KINDS.items() if issubclass(kind, base)), otherwise)
+        return self._looks[kind](self, item)
 
     def _tensor(self, item: Tensor) -> Iterable[Any]:
         if item.is_leaf and item.requires_grad:
@@ -223,6 +225,10 @@ def _set(item: Any, name: str, value: Any) -> None:
     delattr(item, name) if value is _MISSING else setattr(item, name, value)
 
 
+def _parts_of_nothing(*_: Any) -> Iterable[Any]:
+    return ()
+
+
 def _parts_of_method(_: Reach, item: Any) -> Iterable[Any]:
     return item.__self__, getattr(item, "__func__", None)
 
@@ -232,7 +238,8 @@ def _parts_of_partial(_: Reach, item: functools.partial[Any]) -> Iterable[Any]:
 
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, type(Ellipsis), torch.dtype, torch.device, torch.Size}
-_KINDS: dict[Any, Callable[[Reach, Any], Iterable[Any]]] = {
+_Look = Callable[[Reach, Any], Iterable[Any]]
+_KINDS: dict[Any, _Look] = {
     Tensor: Reach._tensor,
     dict: Reach._mapping,
     (list, set, deque): Reach._collection,
@@ -245,6 +252,6 @@ _KINDS: dict[Any, Callable[[Reach, Any], Iterable[Any]]] = {
     weakref.ref: lambda _, item: (item(),),
     types.CellType: Reach._cell,
     type: Reach._class,
-    types.ModuleType: lambda *_: (),
+    types.ModuleType: _parts_of_nothing,
     (torch.Generator, random.Random): Reach._random_state,
 }
