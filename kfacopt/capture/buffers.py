@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -27,8 +27,15 @@ def copied_buffers(root: nn.Module) -> Iterator[None]:
     >>> int(norm.num_batches_tracked)
     0
     """
+    with buffers_copied(root.modules()):
+        yield
+
+
+@contextmanager
+def buffers_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """`copied_buffers` of some modules, without those below them."""
     copies: dict[int, Tensor] = {}
-    places = [(module, name, buffer) for module in root.modules() for name, buffer in module._buffers.items()]
+    places = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
     try:
         for module, name, buffer in places:
             if buffer is not None:

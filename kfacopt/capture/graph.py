@@ -128,9 +128,30 @@ def nodes_below(start: Node, visited: set[Node], uses: Uses | None = None) -> It
                 queue.append(following)
 
 
+_REARRANGE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Alias",
+        "Expand",
+        "Permute",
+        "ReshapeAlias",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+)
+
+
 def _leaf_of(node: Node) -> torch.Tensor | None:
-    """The leaf whose gradient a node accumulates, or brings to its type: autocast casts a weight once for all uses."""
-    if node.name() == "ToCopyBackward0" and (below := node.next_functions[0][0]) is not None:
+    """The leaf whose gradient a node accumulates, or of which it is another arrangement or type.
+
+    Of such a node several operations may read: autocast casts a weight once for all uses, and a derivative reads the
+    transposed weight that the forward made.
+    """
+    while node.name() in _REARRANGE and (below := node.next_functions[0][0]) is not None:
         node = below
     is_leaf = isinstance(node, torch._C._functions.AccumulateGrad)  # type: ignore[attr-defined]
     return node.variable if is_leaf else None  # type: ignore[attr-defined]

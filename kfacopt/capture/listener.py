@@ -3,8 +3,8 @@
 A forward hook on every module keeps, on steps where rows are wanted, each covered layer's input and its output's
 gradient edge. When the user's own backward reaches the prediction, the graph below is still whole: there the
 likelihood turns prediction and gradient into cotangents, and one nested `torch.autograd.grad` brings them to the
-layers' outputs. No parameter gradient is computed and none is touched; hooks that the user put on tensors in between do
-see the nested pass as well.
+layers' outputs. No parameter gradient is computed and none is touched, and what the user put into the backward sees the
+user's pass alone (`kfacopt.capture.guard`).
 
 Ownership: a forward leaves empty marks on nodes of the graph, and what it kept is kept for a mark, so that it lives
 exactly as long as the graph; a forward without a backward (a validation that forgot `no_grad`) leaves nothing behind.
@@ -24,25 +24,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
+from kfacopt.capture.curvature_pass import CurvaturePass, Read
 from kfacopt.capture.derivatives import Derivatives
 from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
-from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
-from kfacopt.capture.records import Call, Forward, Replay, Site, Tally
-from kfacopt.capture.roots import OpenCall, refuse_reduced, returns_losses
-from kfacopt.capture.scaling import terms_of
+from kfacopt.capture.records import Call, Forward, Site, Tally
+from kfacopt.capture.roots import OpenCall, returns_losses
 from kfacopt.capture.targets import Targets
+from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
 
 
@@ -58,12 +56,11 @@ class Capture:
 
     Attributes:
         tally: What arrived since the last step.
+        passes: What happens at a prediction.
         derivatives: Notices a loss of derivatives of the model.
-        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
-            delivered any more.
 
     While `is_paused`, forwards and backwards are not ours.
-    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, `all_places` once.
+    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step.
     """
 
     def __init__(
@@ -76,7 +73,6 @@ class Capture:
     ) -> None:
         self.wants_rows = True
         self.wants_terms = False
-        self.all_places = False
         self.wants_replays = False
         self.tally = Tally()
         self._gradients = Gradients(list(model.parameters()))
@@ -84,8 +80,8 @@ class Capture:
         self._returned = Returned(self._gradients)
         self._task = -1
         self.derivatives = Derivatives(self._gradients)
-        self.used_elsewhere: set[Layer] = set()
         self._estimator = estimator
+        self.passes = CurvaturePass(layers, estimator, self._loss_graph)
         self._deliver, self._discard = deliver, discard
         self._layers: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
@@ -94,11 +90,11 @@ class Capture:
         self._open: list[OpenCall] = []
         self._root: nn.Module | None = None
         self.is_paused = False
-        self._pass = CotangentPass()
         self._backward: _Backward | None = None
         self._sites: dict[Site, weakref.ref[Mark]] = {}
         self._within: weakref.WeakKeyDictionary[Mark, Uses] = weakref.WeakKeyDictionary()
-        self._outputs = WeakTensorKeyDictionary()
+        self._passed = WeakTensorKeyDictionary()
+        self._retaining = Retaining()
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._targets = Targets(estimator.loss_modules, self._alive)
@@ -109,6 +105,7 @@ class Capture:
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
+        self._retaining.start()
 
     def close(self) -> None:
         """Remove every hook; a second call does nothing."""
@@ -128,6 +125,8 @@ class Capture:
         self._alive.clear()
         self._sites, self._call, self._open, self._root = {}, None, [], None
         self._backward = None
+        self.passes.hooks_since = HooksSince()
+        self._retaining.start()
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""
@@ -159,8 +158,9 @@ class Capture:
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None
         if self.wants_rows and listens:
-            if isinstance(output, Tensor):
-                self._outputs[output] = None
+            for tensor in (*inputs, output):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    self._passed[tensor] = None
             for layer in self._layers.get(module, ()):
                 self._keep_site(layer, module, inputs, kwargs, output)
         if self._open:
@@ -214,7 +214,7 @@ class Capture:
                 forward.output_nr = tensor.output_nr
             mark = leave_mark(node)
             self._alive[mark] = forward
-            node.register_prehook(partial(_arrive, weakref.ref(self), mark))
+            own(node.register_prehook(partial(_arrive, weakref.ref(self), mark)))
 
     def settle(self) -> None:
         """Before the step: what counts is what left its gradient."""
@@ -272,14 +272,15 @@ class Capture:
         started = time.perf_counter()
         upstream = self._upstream(forward, node)
         with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
-            read = _Read(node, prediction, gradient.detach(), [forward, *(self._alive[led] for led in upstream)])
-            self._curvature_pass(read, tally, deliver)
+            forwards = [forward, *(self._alive[led] for led in upstream)]
+            read = Read(node, prediction, gradient.detach(), forwards, self._this_backward().walk)
+            self.passes(read, tally, deliver)
         tally.seconds += time.perf_counter() - started
         return [mark, *upstream]
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
-        """Outputs on which the user called `retain_grad` keep the gradient of the user's backward alone."""
+        """Tensors on which the user called `retain_grad` keep the gradient of the user's backward alone."""
         kept = [(tensor, tensor.grad) for tensor in self._this_backward().retained]
         try:
             for tensor, _ in kept:
@@ -289,71 +290,16 @@ class Capture:
             for tensor, gradient in kept:
                 tensor.grad = gradient
 
-    def _curvature_pass(self, read: _Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
-        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
-        tally.passes += 1
-        if not bool(terms.count > 0):
-            return
-        name, likelihoods = forward.name, self._estimator.likelihoods
-        terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
-        tally.terms = tally.terms + terms.count
-        tally.verified &= terms.reads_target
-        if forward.call is not None:
-            tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
-            scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
-            tally.replayable &= sole and not scaled
-        relative, divisor = tally.scale.relative(name, likelihoods[name], terms)
-        if edges := self._edges(read.forwards):
-            reach = partial(self._pass, GradientEdge(read.node, forward.output_nr), edges)
-            cotangents = split_cotangents(self._estimator.cotangents(relative), edges)
-            approx = self._estimator.kfac_approx
-            for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places):
-                for layer, some in rows.items():
-                    deliver(layer, some)
-
     def _loss_graph(self) -> LossGraph | None:
         """What lies above the predictions, in the backward of the user's that runs now."""
         predictions = {mark for mark, forward in self._alive.items() if forward.prediction is not None}
         return self._loss.graph(lambda node: not predictions.isdisjoint(marks_on(node)))
 
-    def _edges(self, forwards: Sequence[Forward]) -> dict[Site, GradientEdge]:
-        """The calls that led to a prediction, of layers that act by their calls alone."""
-        walk = self._this_backward().walk
-        self.used_elsewhere |= {
-            layer
-            for layers in self._layers.values()
-            for layer in layers
-            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
-        }
-        # The tensors of an ambiguous output may each have kept the same call.
-        marks = {site: reference() for one in forwards for site, reference in one.sites.items()}
-        return {
-            site: GradientEdge(walk.nodes[mark], site.output_nr)
-            for site, mark in marks.items()
-            if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
-        }
-
-    def _terms(self, read: _Read) -> LossTerms:
-        """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
-        forward = read.forwards[0]
-        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
-        try:
-            terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
-                f"output of several, pass prediction=lambda output: ...)"
-            ) from error
-        if not terms.reads_target:
-            refuse_reduced(read.prediction, read.gradient, name)
-        return terms
-
     def _this_backward(self) -> _Backward:
         """The backward of the user's that runs now."""
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward.task != task:
-            retained = [tensor for tensor in self._outputs if tensor.retains_grad]
-            self._backward = _Backward(task, Walk(self._within), retained)
+            self._backward = _Backward(task, Walk(self._within), self._retaining.among(self._passed))
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward
@@ -382,19 +328,6 @@ class Capture:
         walk = Walk({})
         walk.onwards(node)
         return any(reference() in walk.nodes for reference in forward.sites.values())
-
-
-@dataclass(eq=False)
-class _Read:
-    """A prediction that the user's backward has reached: its node, the gradient there, the forwards that led to it.
-
-    The first of these is its own.
-    """
-
-    node: Node
-    prediction: Tensor
-    gradient: Tensor
-    forwards: Sequence[Forward]
 
 
 @dataclass(eq=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ class CotangentPass:
         self._batched = True
 
     def __call__(
-        self, root: GradientEdge, edges: Mapping[Site, GradientEdge], cotangents: Tensor
+        self,
+        root: GradientEdge,
+        edges: Mapping[Site, GradientEdge],
+        cotangents: Tensor,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> dict[Layer, list[tuple[Site, Tensor]]]:
         """Cotangents `[v, *output]` at every site, by layer.
 
@@ -30,14 +35,19 @@ class CotangentPass:
             root: The prediction.
             edges: Where the sites' outputs are in the graph.
             cotangents: `[v, *prediction.shape]`.
+            guard: A context for each backward (see `kfacopt.capture.guard`).
         """
         result: dict[Layer, list[tuple[Site, Tensor]]] = {}
-        for site, gradient in self._gradients(root, edges, cotangents).items():
+        for site, gradient in self._gradients(root, edges, cotangents, guard).items():
             result.setdefault(site.layer, []).append((site, gradient))
         return result
 
     def _gradients(
-        self, root: GradientEdge, edges: Mapping[Site, GradientEdge], cotangents: Tensor
+        self,
+        root: GradientEdge,
+        edges: Mapping[Site, GradientEdge],
+        cotangents: Tensor,
+        guard: Callable[[], AbstractContextManager[None]],
     ) -> dict[Site, Tensor]:
         same = {s: cotangents for s, e in edges.items() if e.node is root.node and e.output_nr == root.output_nr}
         rest = {site: edge for site, edge in edges.items() if site not in same}
@@ -47,23 +57,28 @@ class CotangentPass:
         found: list[Tensor | None] | None = None
         if len(cotangents) > 1 and self._batched:
             try:
-                found = list(_backward(root, inputs, cotangents, batched=True))
+                found = list(_backward(root, inputs, cotangents, guard, batched=True))
             except RuntimeError:  # an operation without a batching rule: one pass a cotangent from now on
                 self._batched = False
         if found is None:
-            passes = [_backward(root, inputs, v, batched=False) for v in cotangents]
+            passes = [_backward(root, inputs, v, guard, batched=False) for v in cotangents]
             found = [None if p[0] is None else torch.stack(p) for p in zip(*passes, strict=True)]
         return same | {site: g for site, g in zip(rest, found, strict=True) if g is not None}
 
 
 def _backward(
-    root: GradientEdge, inputs: tuple[GradientEdge, ...], cotangents: Tensor, batched: bool
+    root: GradientEdge,
+    inputs: tuple[GradientEdge, ...],
+    cotangents: Tensor,
+    guard: Callable[[], AbstractContextManager[None]],
+    batched: bool,
 ) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        (root,),
-        inputs,
-        (cotangents,),
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
+    with guard():
+        return torch.autograd.grad(
+            (root,),
+            inputs,
+            (cotangents,),
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )

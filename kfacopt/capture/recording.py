@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfacopt.capture.graph import uses_within
 from kfacopt.capture.records import Site
+from kfacopt.capture.tensor_hooks import own
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import tensors_of
 
@@ -55,7 +56,7 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
             edges[site] = get_gradient_edge(output)
 
     handles = [
-        module.register_forward_hook(partial(keep, layer), with_kwargs=True)
+        own(module.register_forward_hook(partial(keep, layer), with_kwargs=True))
         for layer in layers
         for module in layer.modules
     ]

@@ -107,7 +107,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             is_paused = self._capture.is_paused
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
-        self._capture.all_places, self._capture.is_paused = all_places, is_paused
+        self._capture.passes.all_places, self._capture.is_paused = all_places, is_paused
         self._arm()
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
@@ -154,7 +154,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _note_unseen_uses(self) -> None:
         """Layers that act on the loss in a way that their calls do not show have no curvature from now on."""
         capture = self._open_capture()
-        found = dict.fromkeys(capture.used_elsewhere, USED_ELSEWHERE)
+        found = dict.fromkeys(capture.passes.used_elsewhere, USED_ELSEWHERE)
         if capture.derivatives.in_the_loss and not capture.tally.verified:
             found |= dict.fromkeys((layer for layer in self._layers if layer.name in self._reached), DERIVATIVE)
         new = {layer: why for layer, why in found.items() if not self._unseen_uses.keys() & layer.parameters.values()}

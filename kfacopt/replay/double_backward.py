@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kfacopt.capture.guard import Guard
+from kfacopt.capture.tensor_hooks import HooksSince
 
 _aten = torch.ops.aten
 
@@ -31,20 +35,28 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def guard_of(outputs: Sequence[Tensor], since: HooksSince) -> Guard:
+    """A guard for passes through the graph of some outputs, whose forward began when `since` was made."""
+    return Guard([output.grad_fn for output in outputs], since)
+
+
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], guard: Guard | None = None
+) -> list[Tensor]:
     """`Jᵀ w`, shaped as the inputs: tensors of their own, that may be written to. The graph stays.
 
     Args:
         outputs: With or without graphs.
         inputs: What to differentiate with respect to; zeros come back for those that no output depends on.
         cotangents: w, shaped as the outputs.
+        guard: Of the outputs.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> gradients([x**2], [x], [torch.ones(2)])
     [tensor([2., 4.])]
     """
     pairs = [(output, w) for output, w in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    return _own(_grad(pairs, inputs), inputs, [*cotangents, *inputs])
+    return _own(_grad(pairs, inputs, guard), inputs, [*cotangents, *inputs])
 
 
 class DoubleBackward:
@@ -54,6 +66,10 @@ class DoubleBackward:
         outputs: With or without graphs; those are kept.
         inputs: What to differentiate with respect to.
         cotangents: w, shaped as the outputs; None: zero, for `jacobian` alone.
+        guard: Of the outputs.
+
+    Raises:
+        RuntimeError: If a custom function in the graph has a backward that cannot be differentiated.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> twice = DoubleBackward([x**3], [x], [torch.ones(2)])
@@ -62,17 +78,38 @@ class DoubleBackward:
     """
 
     def __init__(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
+        self,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self._inputs, self._curved = list(inputs), cotangents is not None
+        self._inputs, self._curved, self._guard = list(inputs), cotangents is not None, guard
         given = [torch.zeros_like(output) for output in outputs] if cotangents is None else cotangents
         self._cotangents = [w.detach().requires_grad_() for w in given]
         pairs = [(output, w) for output, w in zip(outputs, self._cotangents, strict=True) if output.requires_grad]
         # Only the graph is wanted. On an accelerator, asking whether numbers are zero takes longer than multiplying.
         skips = cotangents is None and all(w.device.type == "cpu" for w in given)
         with torch.enable_grad(), SkippedZeroProducts() if skips else nullcontext():  # type: ignore[no-untyped-call]
-            found = _grad(pairs, self._inputs, create_graph=True)
+            found = _grad(pairs, self._inputs, guard, create_graph=True)
         self._gradients = {i: g for i, g in enumerate(found) if g is not None and g.requires_grad}
+        if guard is not None and guard.functions:
+            self._check_linear(outputs, guard)
+
+    def _check_linear(self, outputs: Sequence[Tensor], guard: Guard) -> None:
+        """A custom function may detach what it computes: `(J v) · w` must be `v · (Jᵀ w)`."""
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        v, w = ([draw(t.shape).to(t) for t in tensors] for tensors in (self._inputs, outputs))
+        pairs = [zip(v, gradients(outputs, self._inputs, w, guard), strict=True), zip(w, self.jacobian(v), strict=True)]
+        products = [torch.cat([(a * b).double().flatten() for a, b in some]) for some in pairs]
+        tolerance = 10 * max(torch.finfo(t.dtype).eps for t in (*v, *w)) ** 0.5
+        if abs(products[0].sum() - products[1].sum()) > tolerance * max(p.abs().sum() for p in products):
+            raise RuntimeError(
+                f"{guard.functions}: cannot be differentiated through, as it detaches what its gradient is computed "
+                f"of, and products with the Jacobian need that. Compute the gradient with differentiable operations of "
+                f"torch, or write @once_differentiable above a backward that cannot"
+            )
 
     def jacobian(self, tangents: Sequence[Tensor | None]) -> list[Tensor]:
         """`J v`, shaped as the outputs, for v shaped as the inputs; None stands for zeros."""
@@ -92,17 +129,20 @@ class DoubleBackward:
     def _second(self, tangents: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> list[Tensor]:
         """The derivative of `Σ vᵀ gradient` with respect to what is wanted."""
         pairs = [(g, v) for i, g in self._gradients.items() if (v := tangents[i]) is not None]
-        return _own(_grad(pairs, wanted), wanted, [*(v for _, v in pairs), *self._inputs])
+        return _own(_grad(pairs, wanted, self._guard), wanted, [*(v for _, v in pairs), *self._inputs])
 
 
 def _grad(
-    pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], create_graph: bool = False
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    guard: Guard | None,
+    create_graph: bool = False,
 ) -> Sequence[Tensor | None]:
     """autograd's gradients of outputs with their cotangents; the graph stays."""
     if not pairs:
         return [None for _ in inputs]
     outputs, cotangents = zip(*pairs, strict=True)
-    with twice_differentiable():
+    with twice_differentiable(), nullcontext() if guard is None else guard():
         return torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
         )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.capture.records import Call, Replay
+from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import inner_product
-from kfacopt.replay.double_backward import DoubleBackward, gradients, twice_differentiable
+from kfacopt.replay.double_backward import DoubleBackward, gradients, guard_of, twice_differentiable
 from kfacopt.replay.loss_change import Part, as_rows, loss_change, parts_of, run_again, terms_now
 from kfacopt.replay.recorder import ProductRecorder
 
@@ -64,7 +65,9 @@ class BatchLinearization:
             )
         self.parameters = list(parameters)
         self.estimator, self.recorder = estimator, recorder
+        since = HooksSince()
         self.pieces = self._run_again(parts_of(replays, estimator, gradient_scale))
+        self.guard = guard_of(self._predictions, since)
         self._straight: DoubleBackward | None = None
         self._curved: DoubleBackward | None = None
         self.loss_gradient = self.transposed([piece.gradient for piece in self.pieces])
@@ -107,13 +110,13 @@ class BatchLinearization:
         half = any(p.prediction.dtype in (torch.float16, torch.bfloat16) for p in self.pieces)
         scale = largest if half and largest > 0.0 else 1.0
         cotangents = [p.terms.restore(w[None] / scale)[0] for p, w in zip(self.pieces, rows, strict=True)]
-        found = gradients(self._predictions, self.parameters, cotangents)
+        found = gradients(self._predictions, self.parameters, cotangents, self.guard)
         return list(torch._foreach_mul(found, scale)) if scale != 1.0 else found
 
     def jacobian(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """`J v` as rows `[m c]` of each piece, for `v` shaped as the parameters; None stands for zeros."""
         if self._straight is None:
-            self._straight = DoubleBackward(self._predictions, self.parameters)
+            self._straight = DoubleBackward(self._predictions, self.parameters, None, self.guard)
         return self._rows(self._straight.jacobian(vectors))
 
     def both(self, vectors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
@@ -121,7 +124,7 @@ class BatchLinearization:
         if self._curved is None:
             weights = [p.terms.restore(p.loss_gradient[None])[0] for p in self.pieces]
             # Its graph serves `jacobian` as well.
-            self._straight = self._curved = DoubleBackward(self._predictions, self.parameters, weights)
+            self._straight = self._curved = DoubleBackward(self._predictions, self.parameters, weights, self.guard)
         along, bent = self._curved.both(vectors)
         return self._rows(along), bent
 

@@ -155,6 +155,10 @@ class SampleSpace:
         assert recorder is not None
         return recorder
 
+    def _recorded_backward(self, piece: Piece, weights: Sequence[Tensor], cotangent: Tensor) -> None:
+        with self.linearization.guard():
+            self._recorder().backward([piece.prediction], weights, [cotangent])
+
     def _check(self) -> tuple[set[int], list[float]]:
         """Which parameters' recorded rows are right, and the bytes of all rows of each.
 
@@ -171,8 +175,11 @@ class SampleSpace:
             alive = (torch.randperm(data, generator=generator) >= data // 2).to(v.device)
             weights = torch.randn(v.shape[:-1], generator=generator, dtype=torch.float64).to(v) * alive
             cotangent = piece.terms.restore(torch.einsum("ktnc,ktn->ntc", v, weights).flatten(0, 1)[None])[0]
-            wanted = torch.autograd.grad(piece.prediction, parameters, cotangent, retain_graph=True, allow_unused=True)
-            self._recorder().backward([piece.prediction], parameters, [cotangent])
+            with self.linearization.guard():
+                wanted = torch.autograd.grad(
+                    piece.prediction, parameters, cotangent, retain_graph=True, allow_unused=True
+                )
+            self._recorded_backward(piece, parameters, cotangent)
             for i, (parameter, gradient) in enumerate(zip(parameters, wanted, strict=True)):
                 sides = self._recorder().take(parameter)
                 if gradient is None:
@@ -196,9 +203,7 @@ class SampleSpace:
             for t in range(v.shape[1]):
                 cotangent = torch.zeros_like(piece.gradient).unflatten(0, (-1, v.shape[1]))
                 cotangent[:, t] = v[k, t]
-                self._recorder().backward(
-                    [piece.prediction], chosen, [piece.terms.restore(cotangent.flatten(0, 1)[None])[0]]
-                )
+                self._recorded_backward(piece, chosen, piece.terms.restore(cotangent.flatten(0, 1)[None])[0])
                 for sides, parameter in zip(seen, chosen, strict=True):
                     found = self._recorder().take(parameter)
                     if found:
@@ -230,7 +235,11 @@ class SampleSpace:
                 cotangent = torch.zeros_like(piece.gradient).unflatten(0, (-1, v.shape[1]))
                 cotangent[n, t] = v[k, t, n]
                 at_prediction = piece.terms.restore(cotangent.flatten(0, 1)[None])[0]
-                rows.append(flat(gradients([piece.prediction], chosen, [at_prediction])).to(self.dtype))
+                rows.append(
+                    flat(gradients([piece.prediction], chosen, [at_prediction], self.linearization.guard)).to(
+                        self.dtype
+                    )
+                )
         return torch.stack(rows)
 
 

@@ -135,7 +135,7 @@ def wanted(how: str, backwards: int = 1) -> dict[str, Tensor | None]:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "kfac-mc": lambda m: kfacopt.KFAC(m, CE, **MC),
-    "kfac-mc-samples": lambda m: kfacopt.KFAC(m, CE, **MC, mc_samples=3),
+    "kfac-mc-samples": lambda m: kfacopt.KFAC(m, CE, curvature=kfacopt.Fisher("mc", samples=3)),
     "kfac-type-2": lambda m: kfacopt.KFAC(m, CE, **TYPE2),
     "ekfac-empirical": lambda m: kfacopt.EKFAC(m, CE, **EMPIRICAL),
     "ekfac-auto": lambda m: kfacopt.EKFAC(m, CE, lr="auto"),

@@ -15,9 +15,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.capture.chunks import Reached, rows_in_chunks, split_cotangents
 from kfacopt.capture.graph import Uses, nodes_below
+from kfacopt.capture.guard import Guard
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.recording import recorded, without_autocast
 from kfacopt.capture.records import Site
+from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, LossTerms
@@ -73,6 +75,7 @@ class Sweep:
     @torch.no_grad()
     def chunks(self, X: Any, y: Tensor) -> Iterator[Chunk]:
         """The rows of one mini-batch, in chunks of cotangents; none if every target is ignored."""
+        since = HooksSince()
         with recorded(self._layers) as edges, torch.enable_grad(), copied_buffers(self._model):
             output = self._model(X)
         prediction = find_prediction(output, self._estimator.prediction)
@@ -80,7 +83,7 @@ class Sweep:
         terms = self._estimator.likelihood.terms(prediction.detach(), target=y)
         if not bool(terms.count > 0):
             return
-        reach = partial(self._reach, prediction, edges)
+        reach = partial(self._reach, prediction, edges, Guard([prediction.grad_fn], since, self._model))
         approx = self._estimator.kfac_approx
         with without_autocast(prediction.device):
             chunks = rows_in_chunks(
@@ -96,14 +99,16 @@ class Sweep:
             return iter((terms.restore(empirical_gradients(self._loss_func, terms)),))
         return split_cotangents(self._estimator.cotangents(terms), sites, self._byte_budget)
 
-    def _reach(self, prediction: Tensor, edges: Mapping[Site, GradientEdge], cotangents: Tensor) -> Reached:
+    def _reach(
+        self, prediction: Tensor, edges: Mapping[Site, GradientEdge], guard: Guard, cotangents: Tensor
+    ) -> Reached:
         if self._forward_only:
             result: dict[Layer, list[tuple[Site, Tensor]]] = {}
             for site in edges:
                 nothing = prediction.new_zeros(()).expand(1, *site.shape)
                 result.setdefault(site.layer, []).append((site, nothing))
             return result
-        return self._backward(get_gradient_edge(prediction), edges, cotangents) if edges else {}
+        return self._backward(get_gradient_edge(prediction), edges, cotangents, guard) if edges else {}
 
 
 def _refuse_other_uses(layers: Sequence[Layer], prediction: Tensor, edges: Mapping[Site, GradientEdge]) -> None:

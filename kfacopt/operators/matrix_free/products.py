@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.capture.recording import unnoticed
+from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.likelihoods.estimator import find_prediction
-from kfacopt.replay.double_backward import DoubleBackward, gradients, twice_differentiable
+from kfacopt.replay.double_backward import DoubleBackward, gradients, guard_of, twice_differentiable
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 """Parameter values to a tensor."""
@@ -33,9 +34,10 @@ class Linearization:
     """
 
     def __init__(self, function: Function, params: Sequence[Tensor]) -> None:
-        self._at = [p.detach().requires_grad_() for p in params]
+        self._at, since = [p.detach().requires_grad_() for p in params], HooksSince()
         with torch.enable_grad(), twice_differentiable():
             self._output = function(self._at)
+        self._guard = guard_of([self._output], since)
 
     @property
     def value(self) -> Tensor:
@@ -44,11 +46,11 @@ class Linearization:
 
     @cached_property
     def _twice(self) -> DoubleBackward:
-        return DoubleBackward([self._output], self._at)
+        return DoubleBackward([self._output], self._at, None, self._guard)
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """`Jᵀ cotangent`: a list shaped as the parameters from a tensor shaped as the value."""
-        return gradients([self._output], self._at, [cotangent])
+        return gradients([self._output], self._at, [cotangent], self._guard)
 
     def jvp(self, tangent: Sequence[Tensor]) -> Tensor:
         """`J tangent`: a tensor shaped as the value from a list shaped as the parameters."""
@@ -69,10 +71,10 @@ def hessian_products(function: Function, params: Sequence[Tensor]) -> Callable[[
     >>> multiply([torch.ones(2)])
     [tensor([ 6., 12.])]
     """
-    at = [p.detach().requires_grad_() for p in params]
+    at, since = [p.detach().requires_grad_() for p in params], HooksSince()
     with torch.enable_grad(), twice_differentiable():
         value = function(at)
-    return DoubleBackward([value], at, [torch.ones_like(value)]).hessian
+    return DoubleBackward([value], at, [torch.ones_like(value)], guard_of([value], since)).hessian
 
 
 def loss_hessian_product(loss: Callable[[Tensor], Tensor], prediction: Tensor) -> Callable[[Tensor], Tensor]:

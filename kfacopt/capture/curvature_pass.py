@@ -1,0 +1,131 @@
+"""What happens where the user's backward has reached a prediction: loss terms, cotangents, rows for the layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
+from kfacopt.capture.graph import Walk
+from kfacopt.capture.guard import Guard
+from kfacopt.capture.loss_graph import LossGraph
+from kfacopt.capture.passes import CotangentPass
+from kfacopt.capture.records import Forward, Replay, Site, Tally
+from kfacopt.capture.roots import refuse_reduced
+from kfacopt.capture.scaling import terms_of
+from kfacopt.capture.tensor_hooks import HooksSince
+from kfacopt.layers.base import Rows
+from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import LossTerms
+from kfacopt.likelihoods.estimator import FisherEstimator
+
+
+@dataclass(eq=False)
+class Read:
+    """A prediction that the user's backward has reached: its node, the gradient there, the forwards that led to it.
+
+    The first of these is its own. `walk` is that of the backward.
+    """
+
+    node: Node
+    prediction: Tensor
+    gradient: Tensor
+    forwards: Sequence[Forward]
+    walk: Walk
+
+
+class CurvaturePass:
+    """From a prediction's gradient to the rows of the layers below.
+
+    Args:
+        layers: Whose rows are delivered.
+        estimator: Turns prediction and gradient into cotangents.
+        loss_graph: What lies above the predictions in the running backward, where that can be found out.
+
+    Attributes:
+        all_places: Leave reducing over places to `Rows.for_factors`.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
+            delivered any more.
+        hooks_since: Hooks of the user's that a graph may hold.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], estimator: FisherEstimator, loss_graph: Callable[[], LossGraph | None]
+    ) -> None:
+        self._layers, self._estimator, self._loss_graph = layers, estimator, loss_graph
+        self._bring_down = CotangentPass()
+        self.all_places = False
+        self.used_elsewhere: set[Layer] = set()
+        self.hooks_since = HooksSince()
+
+    def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
+        """Count the loss terms in `tally` and deliver the rows."""
+        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
+        tally.passes += 1
+        if not bool(terms.count > 0):
+            return
+        name, likelihoods = forward.name, self._estimator.likelihoods
+        terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
+        tally.terms = tally.terms + terms.count
+        tally.verified &= terms.reads_target
+        if forward.call is not None:
+            tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
+            scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
+            tally.replayable &= sole and not scaled
+        relative, divisor = tally.scale.relative(name, likelihoods[name], terms)
+        if edges := self._edges(read):
+            self._deliver_rows(read, edges, self._estimator.cotangents(relative), divisor, deliver)
+
+    def _deliver_rows(
+        self,
+        read: Read,
+        edges: dict[Site, GradientEdge],
+        cotangents: Tensor,
+        divisor: Tensor,
+        deliver: Callable[[Layer, Rows], None],
+    ) -> None:
+        forward, ends = read.forwards[0], [edge.node for edge in edges.values()]
+        guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
+        reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
+        approx = self._estimator.kfac_approx
+        for _, rows in rows_in_chunks(split_cotangents(cotangents, edges), reach, divisor, approx, self.all_places):
+            for layer, some in rows.items():
+                deliver(layer, some)
+        guard.watch()
+
+    def _edges(self, read: Read) -> dict[Site, GradientEdge]:
+        """The calls that led to a prediction, of layers that act by their calls alone."""
+        walk = read.walk
+        self.used_elsewhere |= {
+            layer
+            for layer in self._layers
+            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
+        }
+        # The tensors of an ambiguous output may each have kept the same call.
+        marks = {site: reference() for one in read.forwards for site, reference in one.sites.items()}
+        return {
+            site: GradientEdge(walk.nodes[mark], site.output_nr)
+            for site, mark in marks.items()
+            if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
+        }
+
+    def _terms(self, read: Read) -> LossTerms:
+        """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
+        forward = read.forwards[0]
+        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
+        try:
+            terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
+                f"output of several, pass prediction=lambda output: ...)"
+            ) from error
+        if not terms.reads_target:
+            refuse_reduced(read.prediction, read.gradient, name)
+        return terms
