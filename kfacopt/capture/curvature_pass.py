@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,13 +80,14 @@ class CurvaturePass:
             tally.replayable &= sole and not scaled
         relative, divisor = tally.scale.relative(name, likelihoods[name], terms)
         if edges := self._edges(read):
-            self._deliver_rows(read, edges, self._estimator.cotangents(relative), divisor, deliver)
+            cotangents = split_cotangents(self._estimator.cotangents(relative), edges)
+            self._deliver_rows(read, edges, cotangents, divisor, deliver)
 
     def _deliver_rows(
         self,
         read: Read,
         edges: dict[Site, GradientEdge],
-        cotangents: Tensor,
+        cotangents: Iterator[Tensor],
         divisor: Tensor,
         deliver: Callable[[Layer, Rows], None],
     ) -> None:
@@ -94,7 +95,7 @@ class CurvaturePass:
         guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
         reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
         approx = self._estimator.kfac_approx
-        for _, rows in rows_in_chunks(split_cotangents(cotangents, edges), reach, divisor, approx, self.all_places):
+        for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places):
             for layer, some in rows.items():
                 deliver(layer, some)
         guard.watch()
