@@ -75,6 +75,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _wants_replays(self) -> bool:
         """Whether the coming step runs its forwards again."""
 
+    def _refusal(self, layer: Layer) -> str | None:
+        """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not."""
+        return None
+
     def _wants_terms(self) -> bool:
         """Whether the coming step has to know the number of loss terms."""
         return self._estimator.likelihood.reduction == "sum"
@@ -86,7 +90,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if (backend := self._fed) is not None:
             wanted, excluded = self._parameters(curvature=True), self._parameters(curvature=False)
             separate = self._estimator.separate_weight_and_bias
-            self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
+            self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
             backend.attach(self._layers)
             deliver, discard, all_places = self._deliver, backend.discard, backend.all_places
         if self._capture is not None:
