@@ -20,8 +20,8 @@ Quintic = tuple[float, float, float]
 PolarFactor = Callable[[Tensor], Tensor]
 """`[*b m n]` to its polar factor, of the same shape and dtype; zero stays zero."""
 
-# From this ratio of the sides on, powers of the Gram matrix take fewer flops than products with the matrix itself: 8 m³ an
-# iteration against 4 m² n + 2 m³, less at the ends. It changes the speed, and the result by rounding.
+# From this ratio of the sides on, powers of the Gram matrix take fewer flops than products with the matrix itself: an
+# iteration takes 8 m³ against 4 m² n + 2 m³, less at the ends. It changes the speed, and the result by rounding.
 _GRAM_RATIO = 2.0
 
 
@@ -69,8 +69,8 @@ class NewtonSchulz:
         tall = matrix.shape[-2] > matrix.shape[-1]
         wide = matrix.mT if tall else matrix
         # Brought to size one first: the Gram matrix of a tiny or huge one would leave the range of its dtype.
-        norm = torch.linalg.matrix_norm(wide, keepdim=True)
-        wide = wide / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        largest = torch.linalg.vector_norm(wide, math.inf, dim=(-2, -1), keepdim=True)
+        wide = wide / largest.clamp_min(torch.finfo(largest.dtype).tiny)
         wide = wide.to(self.dtype or torch.promote_types(matrix.dtype, torch.float32))
         polynomials = minimax_quintics(self.smallest, self.iterations)
         result = _by_gram(wide, polynomials) if _is_long(wide) else _directly(wide, polynomials)

@@ -22,7 +22,8 @@ class Grafted(Direction):
     no layer can.
 
     **How the learning rate reads.** With the default, `layer_length`, white inputs of size one move each output of a
-    layer by `lr`, on average, at every width: as in `Spectral`. With another direction's lengths it reads as that one's.
+    layer by `lr` (root of the mean square), at every width, as in `Spectral`. With another direction's lengths it reads
+    as that one's.
 
     Args:
         direction: Where to go.
