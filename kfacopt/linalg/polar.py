@@ -36,15 +36,13 @@ class NewtonSchulz:
 
     Matrices at least twice as long on one side are treated in Gram form: with `B = X Xᵀ` of the short side each
     iteration is `P = a I + b B + c B²`, `Q ← P Q`, `B ← P B P`, and the long side is met twice, however many
-    iterations. As B squares the condition it stays in float32 at least.
+    iterations. As B squares the condition that is for float32 and float64 only.
 
     Args:
         iterations: How many.
         smallest: Down to which part of the largest possible one singular values are brought to one. The defaults end
             within 1.3% of one; below `smallest` 4 iterations lift as much as 5 of Jordan et al. (2024), which divide by
             the Frobenius norm.
-        dtype: In which the products are taken, such as `torch.bfloat16` where that is fast; None: the matrix's own,
-            at least float32.
 
     Raises:
         ValueError: If a number is out of range.
@@ -56,7 +54,6 @@ class NewtonSchulz:
 
     iterations: int = 4
     smallest: float = 1e-2
-    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -65,13 +62,13 @@ class NewtonSchulz:
             raise ValueError(f"smallest must lie between 0 and 1, got {self.smallest}: it is a part of the largest")
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """The polar factor of `[*b m n]`."""
+        """The polar factor of `[*b m n]`, computed in the matrix's dtype; float16, whose range is short, in float32."""
         tall = matrix.shape[-2] > matrix.shape[-1]
         wide = matrix.mT if tall else matrix
         # Brought to size one first: the Gram matrix of a tiny or huge one would leave the range of its dtype.
         largest = torch.linalg.vector_norm(wide, math.inf, dim=(-2, -1), keepdim=True)
         wide = wide / largest.clamp_min(torch.finfo(largest.dtype).tiny)
-        wide = wide.to(self.dtype or torch.promote_types(matrix.dtype, torch.float32))
+        wide = wide.float() if wide.dtype == torch.float16 else wide
         polynomials = minimax_quintics(self.smallest, self.iterations)
         result = _by_gram(wide, polynomials) if _is_long(wide) else _directly(wide, polynomials)
         return (result.mT if tall else result).to(matrix.dtype)
@@ -84,10 +81,11 @@ def exact_polar(matrix: Tensor) -> Tensor:
     tensor([[ 1.,  0.],
             [ 0., -1.]])
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    left, values, right = torch.linalg.svd(precise, full_matrices=False)
     floor = torch.finfo(values.dtype).eps * max(matrix.shape[-2:]) * values[..., :1]
     factor: Tensor = (left * (values > floor).to(values.dtype).unsqueeze(-2)) @ right
-    return factor
+    return factor.to(matrix.dtype)
 
 
 def polar_factors(matrices: Sequence[Tensor], polar: PolarFactor) -> list[Tensor]:

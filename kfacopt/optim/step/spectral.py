@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.fast_dtype import fast_dtype
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, polar_factors
 from kfacopt.optim.checks import check_number
-from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.base import ByParameter, Direction, Step, Updates
 from kfacopt.optim.step.lengths import layer_length, with_length
+
+# From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
+_LONG = 128
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -59,6 +67,9 @@ class Spectral(Direction):
     Args:
         momentum: Decay of the running average, a param group's `momentum` from then on.
         polar: The polar factor of a batch of matrices: `kfacopt.linalg.polar.NewtonSchulz(...)`, `exact_polar`.
+        dtype: In which the products of layers with sides of at least 128 are taken: `"fastest"`, bfloat16 where the
+            machine is quicker at it (measured once, in a process or in the one that a checkpoint is from), else
+            float32; or a dtype. The statistics, their roots and the parameters keep theirs, and float64 stays.
         layers: Which layers it steps: `dense_layers`, `matrix_layers` (embeddings too), or a function of the layer of
             one's own.
 
@@ -73,11 +84,14 @@ class Spectral(Direction):
         self,
         momentum: float = 0.95,
         polar: PolarFactor | None = None,
+        dtype: torch.dtype | Literal["fastest"] = "fastest",
         layers: Callable[[Layer], bool] = dense_layers,
     ) -> None:
         check_number("momentum", momentum)
         self._momentum, self._layers = momentum, layers
         self._polar = NewtonSchulz() if polar is None else polar
+        self._dtype = dtype
+        self._measured: dict[str, torch.dtype] = {}
 
     def __repr__(self) -> str:
         return f"Spectral(momentum={self._momentum}, polar={self._polar}, layers={self._layers.__name__})"
@@ -91,11 +105,39 @@ class Spectral(Direction):
         return None if self._layers(layer) else f"left out of the spectral step by {self._layers.__name__}"
 
     def updates(self, step: Step) -> Updates:
-        whitened = step.whiten(step.averaged())
-        matrices = [layer.pack(parts) for layer, parts in whitened.items()]
-        factors = polar_factors(matrices, self._polar)
-        directions = step.unwhiten(
-            {layer: layer.unpack(factor) for layer, factor in zip(whitened, factors, strict=True)}
-        )
-        lengths = {layer: layer_length(layer) for layer in directions}
-        return Updates(with_length(directions, lengths))
+        averaged = step.averaged()
+        short: dict[nn.Parameter, Tensor] = {}
+        long: dict[nn.Parameter, Tensor] = {}
+        for layer, parts in step.by_layer(averaged).items():
+            sides = layer.pack(parts).shape[-2:]
+            chosen = long if min(sides) >= _LONG else short
+            chosen.update({p: averaged[p] for p in layer.parameters.values()})
+        updates = self._orthogonalized(step, short)
+        if long:
+            device = next(iter(long)).device.type
+            dtype = self._products(device)
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                updates |= self._orthogonalized(step, long)
+        return Updates(updates)
+
+    def _orthogonalized(self, step: Step, momentum: ByParameter) -> dict[nn.Parameter, Tensor]:
+        whitened = step.whiten(momentum)
+        factors = polar_factors([layer.pack(parts) for layer, parts in whitened.items()], self._polar)
+        unpacked = {layer: layer.unpack(factor) for layer, factor in zip(whitened, factors, strict=True)}
+        steps = {
+            layer: {role: tensor.to(momentum[layer.parameters[role]].dtype) for role, tensor in parts.items()}
+            for layer, parts in step.unwhiten(unpacked).items()
+        }
+        return with_length(steps, {layer: layer_length(layer) for layer in steps})
+
+    def _products(self, device: str) -> torch.dtype:
+        """The dtype of long products; once measured it stays, for a resumed run, too."""
+        if self._dtype != "fastest":
+            return self._dtype
+        return self._measured.setdefault(device, fast_dtype(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": {device: str(dtype).removeprefix("torch.") for device, dtype in self._measured.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._measured = {device: getattr(torch, name) for device, name in state.get("measured", {}).items()}
