@@ -39,7 +39,7 @@ class SOAP(Optimizer):
     ...     optimizer.zero_grad()
     ...     weight.square().sum().backward()
     ...     optimizer.step()
-    >>> [round(float(x), 3) for x in weight.diagonal()]
+    >>> [round(float(x), 3) for x in weight.detach().diagonal()]
     [0.9, 0.9]
     """
 

@@ -13,6 +13,7 @@ from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
 from kfacopt.optim.step import Direction, Spectral, UnitGradients
+from kfacopt.schedules import EKFAC_REFRESH_EVERY
 
 SPECTRAL_DAMPING = RelativeDamping(0.01)
 """A tenth of each Kronecker factor's mean eigenvalue, as the π-split takes the root: directions that matter are to be
@@ -67,7 +68,8 @@ class SpectralDescent(SecondOrderOptimizer):
     ) -> None:
         if backend is None:
             intervals = {name: options.pop(name) for name in ("factor_every", "refresh_every") if options.get(name)}
-            backend = KFACBackend(**intervals, exponent=0.5)
+            # A half power takes eigendecompositions, as EKFAC does, and no trust region goes stale with them.
+            backend = KFACBackend(**{"refresh_every": EKFAC_REFRESH_EVERY} | intervals, exponent=0.5)
         super().__init__(
             model,
             loss_func,

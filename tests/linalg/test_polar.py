@@ -81,10 +81,20 @@ def test_rank_one_of_a_deficient_matrix() -> None:
 def test_bfloat16_products_and_half_inputs() -> None:
     matrix = conditioned((6, 9), 0.1).float()
     truth = exact_polar(matrix)
-    coarse = NewtonSchulz(dtype=torch.bfloat16)(matrix)
-    assert coarse.dtype == torch.float32
-    torch.testing.assert_close(coarse, truth, rtol=0, atol=0.1)
-    assert NewtonSchulz()(matrix.half()).dtype == torch.float16
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.03)):
+        for function in (NewtonSchulz(), exact_polar):
+            coarse = function((1e-3 * matrix).to(dtype))
+            assert coarse.dtype == dtype
+            torch.testing.assert_close(coarse.float(), truth, rtol=0, atol=tolerance)
+
+
+def test_no_singular_value_runs_away_in_bfloat16() -> None:
+    """Rounding lifts the largest beyond the interval of the next polynomial."""
+    for seed in range(100):
+        torch.manual_seed(seed)
+        matrix = conditioned((6, 9), 0.1) + (seed % 2) * torch.outer(torch.randn(6), torch.randn(9))
+        found = NewtonSchulz()(matrix.bfloat16()).float()
+        assert torch.linalg.matrix_norm(found, ord=2) < 1.05
 
 
 def test_equal_shapes_share_a_batch() -> None:

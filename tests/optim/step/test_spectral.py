@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import kfacopt
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg import kronecker
+from kfacopt.optim.step import spectral
 from kfacopt.optim.step.lengths import layer_length
 from kfacopt.optim.step.spectral import dense_layers, matrix_layers
 from tests.cases import BY_NAME, Case, backward, exact_ekfac, exact_kfac, mlp, parameters_of, train_step
@@ -264,6 +266,57 @@ def test_roots_are_renewed_when_the_backend_refreshes(monkeypatch: pytest.Monkey
     for _ in range(5):
         train_step(made, model, loss, x, y)
     assert len(counted) == 4  # two layers, two factors
+
+
+def wide(dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with a layer whose sides are long, and one whose are short."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 4)).to(dtype)
+    return model, torch.randn(64, 200, dtype=dtype), torch.randn(64, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_products_in_bfloat16(kind: Any, dtype: torch.dtype) -> None:
+    """Nearly the same step; short ones the very same; double precision stays."""
+    moved = []
+    for products in (torch.float32, torch.bfloat16):
+        model, x, y = wide(dtype)
+        direction = kfacopt.Spectral(dtype=products)
+        options: dict[str, Any] = {"factor_every": 1, "refresh_every": 1, "curvature": "ggn"}
+        made = kind(model, nn.MSELoss(), lr=1.0, kl_clip=None, damping=0.1, direction=direction, **options)
+        before = parameters_of(model)
+        train_step(made, model, nn.MSELoss(), x, y)
+        moved.append([old - new.detach() for old, new in zip(before, model.parameters(), strict=True)])
+        assert made.health()["skipped_steps"] == 0.0
+    (long, *_), (coarse, *_) = moved
+    assert coarse.dtype == dtype
+    assert torch.equal(moved[0][2], moved[1][2])
+    if dtype == torch.float64:
+        assert torch.equal(long, coarse)
+    else:
+        assert not torch.equal(long, coarse)
+        assert (long - coarse).norm() < 0.2 * long.norm()
+
+
+def test_what_was_measured_goes_with_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh() -> tuple[kfacopt.KFAC, tuple[nn.Module, Tensor, Tensor]]:
+        made = wide(torch.float32)
+        return kfacopt.KFAC(made[0], nn.MSELoss(), lr=0.05, direction=kfacopt.Spectral()), made
+
+    monkeypatch.setattr(spectral, "fast_dtype", lambda device: torch.bfloat16)
+    first, (model, x, y) = fresh()
+    train_step(first, model, nn.MSELoss(), x, y)
+    state, weights = copy.deepcopy((first.state_dict(), model.state_dict()))
+    assert state["curvature"]["direction"] == {"measured": {"cpu": "bfloat16"}}
+    monkeypatch.setattr(spectral, "fast_dtype", lambda device: torch.float32)
+    second, (other, *_) = fresh()
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    for _ in range(3):
+        train_step(first, model, nn.MSELoss(), x, y)
+        train_step(second, other, nn.MSELoss(), x, y)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_grafted_lengths_and_image() -> None:
