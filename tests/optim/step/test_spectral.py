@@ -394,6 +394,22 @@ def test_unit_gradients_bound_what_one_batch_can_do() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_step_without_covered_gradients_is_adamws() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    made = kfacopt.SpectralDescent(model, nn.MSELoss())
+    before = parameters_of(model)
+    model[1].bias.grad = torch.ones_like(model[1].bias)
+    made.step()
+    moved = [not torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, False, False, True]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
+def test_directions_say_what_they_are(direction: Callable[[], kfacopt.Direction]) -> None:
+    assert "Spectral(momentum=" in repr(direction()) or "Preconditioned(momentum=" in repr(direction())
+    assert repr(direction()) == repr(copy.deepcopy(direction()))
+
+
 def test_two_averages_in_one_step_are_refused() -> None:
     model, loss, x, y = BY_NAME["mlp-ce"].make()
     mixed = kfacopt.Grafted(kfacopt.UnitGradients(kfacopt.Spectral()), length_of=kfacopt.Preconditioned())
