@@ -153,6 +153,8 @@ def main(overrides: Sequence[str], quick: bool = False) -> list[Scores]:
     """Compose the config, train what is left, and report; a table for each of ours."""
     config = compose("suite", [*(QUICK if quick else ()), *overrides])
     folder, console = Path(config.folder), Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file has no width, and a wrapped table is hard to read
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     finished = Finished(folder / "runs.jsonl")
