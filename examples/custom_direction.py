@@ -14,7 +14,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import kfacopt
-from kfacopt.optim import memory
 
 
 class Sign(kfacopt.Direction):
@@ -22,7 +21,7 @@ class Sign(kfacopt.Direction):
 
     def updates(self, step: kfacopt.Step) -> kfacopt.Updates:
         """What is subtracted at learning rate and length one."""
-        averaged = memory.averaged(step.groups, step.state, step.gradients, step.layers)
+        averaged = step.averaged()
         ready = [layer for layer in step.by_layer(averaged) if step.backend is None or step.backend.ready(layer)]
         return kfacopt.Updates({p: averaged[p].sign() for layer in ready for p in layer.parameters.values()})
 

@@ -5,6 +5,7 @@
     scripts/compare task=language_model optimizers=[ekfac,muon] budget=120s
     scripts/compare learning_rates.adamw=3e-3 second_order.kl_clip=0.03
     scripts/compare experiment=tune         the grid that gave the rivals' learning rates
+    scripts/compare suite=untuned           ten tasks, rivals at the best of a grid: see scripts/suite.py
 
 Each optimizer has its own copy of the model, its own random numbers and its own clock. They take turns of a second or
 two, so that whatever else the machine is doing slows them all alike. The clock runs while they train (fetching batches
@@ -17,7 +18,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ class Lane:
     batches: Iterator[Batch]
     randomness: Tensor
     device: torch.device
+    clock: Callable[[], float] = time.perf_counter
     seconds: float = 0.0
     first_rates: list[dict[str, float]] = field(init=False)
 
@@ -62,7 +64,7 @@ class Lane:
         torch.set_rng_state(self.randomness)
         self.task.train()
         while self.seconds < until:
-            begin = time.perf_counter()
+            begin = self.clock()
             factor = learning_rate_factor(self.seconds / budget, decay)
             for group, rates in zip(self.optimizer.param_groups, self.first_rates, strict=True):
                 group.update({name: rate * factor for name, rate in rates.items()})
@@ -72,7 +74,8 @@ class Lane:
             loss.backward()
             self.optimizer.step()
             synchronize(self.device)
-            self.record.step_seconds.append(time.perf_counter() - begin)
+            self.record.step_seconds.append(self.clock() - begin)
+            self.record.losses.append(loss.detach())
             self.seconds += self.record.step_seconds[-1]
         self.randomness = torch.get_rng_state()
 
@@ -227,7 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short comparison, under a minute")
     parser.add_argument("overrides", nargs="*", help="what differs from configs/compare.yaml, as key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if any(override.startswith("suite=") for override in arguments.overrides):
+        import suite  # it builds on this file
+
+        suite.main(arguments.overrides, arguments.quick)
+        return
     overrides = [*(["experiment=quick"] if arguments.quick else []), *arguments.overrides]
     config, configs = compose("compare", overrides), entries(overrides)
     folder = Path(config.folder or f"runs/compare/{config.name}-{datetime.now():%Y-%m-%d_%H-%M-%S}")

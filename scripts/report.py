@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator
 from rich.table import Table
+from torch import Tensor
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#555555", "#cc79a7", "#56b4e9")
@@ -41,11 +42,13 @@ class Record:
         name: What the table calls it.
         curve: The loss at rising times, the first before any step.
         step_seconds: How long each step took.
+        losses: What each step's batch had lost before it.
     """
 
     name: str
     curve: list[Point] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:

@@ -41,7 +41,7 @@ def own_data(tmp_path: Path) -> dict[str, list[str]]:
 
 def test_every_group_is_tested_here() -> None:
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    tested = {"data", "experiment", "logger", "model", "optimizer", "schedule", "task", "trainer"}
+    tested = {"data", "experiment", "logger", "model", "optimizer", "schedule", "suite", "task", "trainer"}
     assert groups == tested
 
 

@@ -39,7 +39,8 @@ def test_commands_name_scripts_and_settings_that_exist(command: list[str]) -> No
     assert all((ROOT / file).is_file() for file in files)
     overrides = [word for word in command if "=" in word and not word.startswith("resume=")]
     if files and "-m" not in command:
-        compose("compare" if files[0] == "scripts/compare" else "train", overrides)
+        name = "compare" if files[0] == "scripts/compare" else "train"
+        compose("suite" if any(word.startswith("suite=") for word in overrides) else name, overrides)
 
 
 @pytest.mark.parametrize("file", re.findall(r"\]\(([\w./-]+)\)", re.sub(r"<!--.*?-->", "", README, flags=re.DOTALL)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kfacopt.backends.base import Settings
-from kfacopt.backends.layerwise import LayerwiseBackend
+from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
@@ -90,9 +90,7 @@ class EKFACBackend(LayerwiseBackend):
         super().__init__(factor_every, refresh_every, stagger)
         if not 0.0 < tail < 1.0:
             raise ValueError(f"tail must lie between 0 and 1, got {tail}; ExactEKFACBackend cuts nothing")
-        if not 0.0 < exponent <= 1.0:
-            raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
-        self._tail, self._exponent = tail, exponent
+        self._tail, self._exponent = tail, check_exponent(exponent)
         self.newton = exponent == 1.0
 
     def make_block(self, layer: Layer) -> Block:

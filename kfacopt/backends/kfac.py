@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfacopt.backends.layerwise import LayerwiseBackend
+from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
 from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
@@ -14,24 +14,43 @@ class KFACBackend(LayerwiseBackend):
     Args:
         factor_every: Steps between two updates of the Kronecker factors.
         refresh_every: Steps between two inversions.
+        exponent: Power of the damped factors to divide by: 1 is the natural gradient, 1/2 scales as Shampoo does
+            (Gupta et al. 2018). Normalisation layers keep 1.
         stagger: Spread the layers' inversions over the interval.
+    """
+
+    def __init__(
+        self,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = KFAC_REFRESH_EVERY,
+        exponent: float = 1.0,
+        stagger: bool = True,
+    ) -> None:
+        super().__init__(factor_every, refresh_every, stagger)
+        self._exponent = check_exponent(exponent)
+        self.newton = exponent == 1.0
+
+    def make_block(self, layer: Layer) -> Block:
+        elementwise = layer.handler.structure == "elementwise"
+        return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent)
+
+
+class ExactKFACBackend(LayerwiseBackend):
+    """KFAC whose damping is added to the eigenvalues of the Kronecker product instead of to its factors.
+
+    An eigendecomposition for each factor instead of an inverse, and four products a layer and step instead of two;
+    in return a change of the damping takes effect at once.
+
+    Args:
+        factor_every: Steps between two updates of the Kronecker factors.
+        refresh_every: Steps between two eigendecompositions.
+        stagger: Spread the layers' eigendecompositions over the interval.
     """
 
     def __init__(
         self, factor_every: Interval = FACTOR_EVERY, refresh_every: Interval = KFAC_REFRESH_EVERY, stagger: bool = True
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
-
-    def make_block(self, layer: Layer) -> Block:
-        return DiagonalBlock() if layer.handler.structure == "elementwise" else KroneckerBlock()
-
-
-class ExactKFACBackend(KFACBackend):
-    """KFAC whose damping is added to the eigenvalues of the Kronecker product instead of to its factors.
-
-    An eigendecomposition for each factor instead of an inverse, and four products a layer and step instead of two;
-    in return a change of the damping takes effect at once.
-    """
 
     def make_block(self, layer: Layer) -> Block:
         return DiagonalBlock() if layer.handler.structure == "elementwise" else EigenBlock()

@@ -264,6 +264,17 @@ class _OwnShare:
         return self._schedule.interval(self._kind)
 
 
+def check_exponent(exponent: float) -> float:
+    """A power of the curvature to divide by, if it is one.
+
+    Raises:
+        ValueError: If it is not above 0 and at most 1.
+    """
+    if not 0.0 < exponent <= 1.0:
+        raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
+    return exponent
+
+
 def _device(layer: Layer) -> torch.device:
     return next(iter(layer.parameters.values())).device
 

@@ -17,14 +17,16 @@ class KroneckerBlock(FactoredBlock):
     the π-split of the damping (`kfacopt.linalg.kronecker.pi_split`). The damping of the last `refresh` counts.
 
     Args:
+        exponent: Power of the damped factors to divide by; other powers than 1 take an eigendecomposition.
         input_factor: Running average of A, `[*k i i]` or the diagonal `[i]`.
         gradient_factor: Running average of G, `[*k o o]`.
     """
 
     title = "KFAC"
 
-    def __init__(self) -> None:
+    def __init__(self, exponent: float = 1.0) -> None:
         super().__init__()
+        self._exponent = exponent
         self._inverses: tuple[Tensor, Tensor] | None = None
         self._roots: tuple[Tensor, Tensor] | None = None
 
@@ -32,8 +34,8 @@ class KroneckerBlock(FactoredBlock):
         left, right = self.factors()
         damping_left, damping_right = kronecker.pi_split(left, right, damping)
         try:
-            inverse_left = kronecker.inverse(left, damping_left)
-            inverse_right = kronecker.inverse(right, damping_right)
+            inverse_left = kronecker.inverse(left, damping_left, self._exponent)
+            inverse_right = kronecker.inverse(right, damping_right, self._exponent)
         except LinAlgError:
             self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
@@ -90,7 +92,8 @@ class KroneckerBlock(FactoredBlock):
         (left, right), (inverse_left, inverse_right) = self.factors(), self._inverses
         dampings = kronecker.pi_split(left, right, damping)
         largest = [_row_norm(f) + d.max() for f, d in zip((left, right), dampings, strict=True)]
-        return largest[0] * _row_norm(inverse_left) * largest[1] * _row_norm(inverse_right)
+        reciprocals = [_row_norm(inverse).pow(1.0 / self._exponent) for inverse in (inverse_left, inverse_right)]
+        return largest[0] * reciprocals[0] * largest[1] * reciprocals[1]
 
     def cache(self) -> dict[str, Tensor | None]:
         left, right = self._inverses if self._inverses is not None else (None, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -224,3 +224,78 @@ class TabularMLP(nn.Sequential):
             nn.init.zeros_(linear.bias)
             modules.extend([linear, nn.Tanh()])
         super().__init__(*modules[:-1])
+
+
+class SmallConvNet(nn.Sequential):
+    """Two convolutions of 5 x 5 with ReLU and pooling, a hidden layer and a classifier; torch's initialization.
+
+    >>> SmallConvNet()(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, channels: tuple[int, int] = (8, 16), hidden: int = 64, classes: int = 10) -> None:
+        first, second = channels
+        super().__init__(
+            *(nn.Conv2d(1, first, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(first, second, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(second * 49, hidden), nn.ReLU(), nn.Linear(hidden, classes)),
+        )
+
+
+class Perceptron(nn.Sequential):
+    """Linear layers with an activation between them; torch's initialization.
+
+    >>> Perceptron([8, 16, 1], nn.GELU)(torch.zeros(2, 8)).shape
+    torch.Size([2, 1])
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: Callable[[], nn.Module]) -> None:
+        modules: list[nn.Module] = []
+        for inputs, outputs in pairwise(sizes):
+            modules += [nn.Linear(inputs, outputs), activation()]
+        super().__init__(*modules[:-1])
+
+
+class DeepChain(Perceptron):
+    """A deep narrow perceptron of tanh layers, Glorot's initialization: hard for first-order methods.
+
+    >>> DeepChain(784, width=24, depth=16)(torch.zeros(2, 784)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, inputs: int, width: int, depth: int, outputs: int = 10) -> None:
+        super().__init__([inputs, *[width] * depth, outputs], nn.Tanh)
+        for module in self:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+class HeatResiduals(nn.Module):
+    """A physics-informed network: what it leaves of the heat equation, of its initial values and at its ends.
+
+    `∂u/∂t = ¼ ∂²u/∂x²` for 0 ≤ x, t ≤ 1, `u = sin(πx)` at t = 0 and u = 0 at both ends. Points `[n 6]` are three pairs
+    (x, t): in the interior, of which x serves for t = 0 too, and t for the ends; the residuals are `[n 3]`, those of
+    the conditions times √10.
+
+    >>> HeatResiduals(width=16)(torch.rand(5, 2)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.network = Perceptron([2, width, width, width, 1], nn.Tanh)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Points `[n 2]` to residuals `[n 3]`."""
+        with torch.enable_grad():  # its own derivatives are part of the forward, also when a loss is only measured
+            inside = points.detach().clone().requires_grad_()
+            x, t = points.unbind(1)
+            start = torch.stack([x, torch.zeros_like(t)], dim=1)
+            ends = torch.stack([x.round(), t], dim=1)
+            u = self.network(inside)
+            (first,) = torch.autograd.grad(u.sum(), inside, create_graph=True)
+            (second,) = torch.autograd.grad(first[:, 0].sum(), inside, create_graph=True)
+            equation = first[:, 1] - 0.25 * second[:, 0]
+            initial = self.network(start).squeeze(1) - torch.sin(math.pi * x)
+            return torch.stack([equation, math.sqrt(10) * initial, math.sqrt(10) * self.network(ends).squeeze(1)], 1)

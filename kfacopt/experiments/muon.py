@@ -43,7 +43,24 @@ class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with its iteration in float32 on a CPU, see `orthogonalize`.
 
     Arguments, param groups and state are those of torch's class; so is every update, up to the rounding of bfloat16.
+    Kernels of convolutions, which torch's class refuses, are matrices with a row for each output channel here.
+
+    Args:
+        params: Parameters of at least two dimensions, or param groups of them.
+        options: Those of `torch.optim.Muon`.
+
+    Raises:
+        ValueError: A parameter is a vector.
     """
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        # torch's class checks the options, of one matrix that passes its other check, and completes them.
+        defaults = torch.optim.Muon([torch.zeros(1, 1, requires_grad=True)], **options).defaults
+        Optimizer.__init__(self, params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 2:
+                    raise ValueError(f"Muon is for matrices and kernels, got a parameter {tuple(parameter.shape)}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -75,15 +92,15 @@ class Muon(torch.optim.Muon):
         buffer = state["momentum_buffer"]
         buffer.lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        update = orthogonalize(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = orthogonalize(direction.flatten(1), group["ns_coefficients"], group["ns_steps"], group["eps"])
         lr = float(group["lr"])
-        rows, columns = parameter.shape
+        rows, columns = update.shape
         if group["adjust_lr_fn"] == "match_rms_adamw":
             ratio = 0.2 * math.sqrt(max(rows, columns))
         else:
             ratio = math.sqrt(max(1.0, rows / columns))
         parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.add_(update.to(parameter.dtype), alpha=-lr * ratio)
+        parameter.add_(update.to(parameter.dtype).reshape(parameter.shape), alpha=-lr * ratio)
 
 
 _ALGORITHMS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {"muon": Muon, "adamw": AdamW}
@@ -100,7 +117,7 @@ class MuonAdamW(Optimizer):
         params: Param groups, each with an `algorithm`.
 
     Raises:
-        ValueError: A group has no known `algorithm`, or Muon is given what is not a matrix.
+        ValueError: A group has no known `algorithm`, or Muon is given a vector.
 
     >>> from torch import nn
     >>> weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from kfacopt.experiments.muon import MuonAdamW
+from kfacopt.experiments.soap import SOAP
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -76,11 +77,14 @@ def sgd(
     return SGD(_trainable(model), lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[nn.Parameter]:
     """The parameters that Muon is for: matrices, without embeddings and the last layer's.
 
-    The last layer is the last module that has a matrix, in the order of registration. Kernels of convolutions have more
-    than two dimensions, which torch's Muon does not take.
+    The last layer is the last module that has a matrix, in the order of registration.
+
+    Args:
+        model: The network.
+        kernels: Whether kernels of convolutions count as matrices; torch's own Muon does not take them.
 
     >>> network = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 4), nn.Linear(4, 5))
     >>> [tuple(matrix.shape) for matrix in hidden_matrices(network)]
@@ -90,7 +94,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     excluded: set[nn.Parameter] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.ndim == 2 and parameter.requires_grad:
+            if (parameter.ndim == 2 or (kernels and parameter.ndim > 2)) and parameter.requires_grad:
                 owners.setdefault(parameter, module)
                 if isinstance(module, nn.Embedding):
                     excluded.add(parameter)
@@ -112,6 +116,7 @@ def muon(
     adamw_betas: tuple[float, float] = (0.9, 0.999),
     adamw_weight_decay: float = 0.0,
     fused: bool = True,
+    kernels: bool = False,
 ) -> MuonAdamW:
     """Muon for a network's hidden matrices and AdamW for the rest, see `MuonAdamW`.
 
@@ -127,12 +132,13 @@ def muon(
         adamw_betas: AdamW's decays.
         adamw_weight_decay: AdamW's, decoupled.
         fused: AdamW's, see `adamw`.
+        kernels: Whether Muon trains kernels of convolutions, too, as matrices with a row for each output channel.
 
     >>> optimizer = muon(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
     >>> [(group["algorithm"], len(group["params"])) for group in optimizer.param_groups]
     [('muon', 1), ('adamw', 3)]
     """
-    hidden = hidden_matrices(model)
+    hidden = hidden_matrices(model, kernels)
     chosen = set(hidden)
     rest = [parameter for parameter in _trainable(model) if parameter not in chosen]
     beta1, beta2 = adamw_betas
@@ -155,3 +161,29 @@ def muon(
         },
     ]
     return MuonAdamW(group for group in groups if group["params"])
+
+
+def soap(
+    model: nn.Module,
+    loss_func: Any = None,
+    *,
+    lr: float = 3e-3,
+    betas: tuple[float, float] = (0.95, 0.95),
+    weight_decay: float = 0.0,
+    frequency: int = 10,
+) -> SOAP:
+    """`SOAP` over all trainable parameters of a network, with its authors' settings.
+
+    Args:
+        model: The network.
+        loss_func: ignored.
+        lr: Learning rate.
+        betas: Decay of the running averages of the gradient and of its square, the latter of Shampoo's statistics too.
+        weight_decay: decoupled.
+        frequency: Steps from one turn of the basis to the next.
+
+    >>> type(soap(nn.Linear(2, 2))).__name__
+    'SOAP'
+    """
+    beta1, beta2 = betas
+    return SOAP(_trainable(model), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, frequency=frequency)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,6 +49,7 @@ def find_layers(
     wanted: Collection[nn.Parameter],
     excluded: Mapping[nn.Parameter, str],
     separate: bool,
+    refusal: Callable[[Layer], str | None] = lambda layer: None,
 ) -> tuple[list[Layer], list[CoverageRow]]:
     """Group a model's parameters into layers, and say of the rest why they are in none.
 
@@ -57,6 +58,7 @@ def find_layers(
         wanted: The parameters that are to get curvature if they can.
         excluded: Those that get none whatever they are, and why.
         separate: Give weight and bias a layer each.
+        refusal: Why a layer is to train by AdamW all the same; None: it is not.
 
     Returns:
         The layers, and a row for every group of parameters that is in none of them.
@@ -76,9 +78,15 @@ def find_layers(
         owners = tuple(id(module) for _, module, _ in held)
         groups.setdefault((owners, held[0][2] if separate else ""), []).append(held[0])
     modules = {id(module): module for module in model.modules()}
+    refused: list[CoverageRow] = []
     for (owners, _), members in groups.items():
-        layers.append(_layer([modules[o] for o in owners], members))
-    rows = [CoverageRow(m, tuple(names), treatment, why) for (m, treatment, why), names in rest.items()]
+        layer = _layer([modules[o] for o in owners], members)
+        against = refusal(layer)
+        if against is None:
+            layers.append(layer)
+        else:
+            refused.append(CoverageRow(layer.name, layer.roles, "AdamW", against))
+    rows = refused + [CoverageRow(m, tuple(names), treatment, why) for (m, treatment, why), names in rest.items()]
     return layers, rows
 
 

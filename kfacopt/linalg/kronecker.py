@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.symmetric import Inverse, damped_inverse, eigh
+from kfacopt.linalg.symmetric import Inverse, damped_inverse, damped_inverse_power, eigh
 from kfacopt.linalg.symmetric import root as symmetric_root
 
 
@@ -62,11 +62,17 @@ def spectrum(factor: Tensor) -> tuple[Tensor, Tensor | None, int]:
     return eigh(factor)
 
 
-def inverse(factor: Tensor, damping: Tensor | float) -> Inverse:
-    """Damped inverse of a factor, diagonal where the factor is; `damping` is a number or `[*k]`."""
+def inverse(factor: Tensor, damping: Tensor | float, exponent: float = 1.0) -> Inverse:
+    """`(factor + damping I)^-exponent`, diagonal where the factor is; `damping` is a number or `[*k]`.
+
+    >>> inverse(torch.tensor([3.0, 8.0]), 1.0, exponent=0.5).value
+    tensor([0.5000, 0.3333])
+    """
     if factor.ndim == 1:
-        return Inverse(1.0 / (factor + damping), 0)
-    return damped_inverse(factor, damping)
+        return Inverse((factor + damping).pow(-exponent), 0)
+    if exponent == 1.0:
+        return damped_inverse(factor, damping)
+    return damped_inverse_power(factor, damping, exponent)
 
 
 def root(factor: Tensor) -> Tensor:

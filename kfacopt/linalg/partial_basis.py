@@ -72,9 +72,9 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
     columns = matrix @ right_basis
     inner = rows @ right_basis
     inner.mul_(at.both - at.left.unsqueeze(-1) - at.right + at.neither)
-    rows.mul_((at.left - at.neither).unsqueeze(-1)).addmm_(inner, right_basis.mT)
-    result = (matrix * at.neither).addmm_(left_basis, rows)
-    return result.addmm_(columns.mul_(at.right - at.neither), right_basis.mT)
+    rows = torch.addmm(rows.mul_((at.left - at.neither).unsqueeze(-1)), inner, right_basis.mT)
+    result = torch.addmm(matrix * at.neither, left_basis, rows)
+    return torch.addmm(result, columns.mul_(at.right - at.neither), right_basis.mT)
 
 
 def _whole(basis: Tensor) -> bool:

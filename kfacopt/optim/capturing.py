@@ -86,6 +86,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """Whether the coming step goes where the forwards that are run again say."""
         return self._wants_replays()
 
+    def _refusal(self, layer: Layer) -> str | None:
+        """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not."""
+        return None
+
     def _wants_terms(self) -> bool:
         """Whether the coming step has to know the number of loss terms."""
         return self._estimator.likelihood.reduction == "sum"
@@ -99,7 +103,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
             excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
-            self._layers, self._rest = find_layers(self.model, wanted, excluded, separate)
+            self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
             backend.attach(self._layers)
             deliver, discard, all_places = self._deliver, self._discard, backend.all_places
         is_paused = False

@@ -186,6 +186,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _solves_on_replays(self) -> bool:
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
+    def _refusal(self, layer: Layer) -> str | None:
+        return self.direction.refusal(layer)
+
     def _attach(self) -> None:
         if any(group["relative_damping"] for group in self.param_groups):
             self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step

@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 
 from kfacopt.experiments.models import CharacterTransformer, DeepAutoencoder, SmallResNet
 from kfacopt.experiments.muon import Muon, MuonAdamW, orthogonalize
-from kfacopt.experiments.rivals import adamw, hidden_matrices, muon, sgd
+from kfacopt.experiments.rivals import adamw, hidden_matrices, muon, sgd, soap
+from kfacopt.experiments.soap import SOAP
 
 factories = pytest.mark.parametrize(
     "factory",
-    [adamw, sgd, muon, partial(muon, weight_decay=0.1, adamw_weight_decay=0.1)],
-    ids=["adamw", "sgd", "muon", "muon-decay"],
+    [adamw, sgd, muon, partial(muon, weight_decay=0.1, adamw_weight_decay=0.1), soap, partial(soap, frequency=2)],
+    ids=["adamw", "sgd", "muon", "muon-decay", "soap", "soap-often"],
 )
 Factory = Callable[[nn.Module], Optimizer]
 
@@ -149,6 +150,62 @@ def test_muon_without_matrices_is_adamw() -> None:
     assert len(group["params"]) == len(list(model.parameters()))
 
 
+def test_muon_takes_kernels_as_matrices_where_asked() -> None:
+    model = SmallResNet(widths=(4, 4))
+    first, second = muon(model, kernels=True).param_groups
+    assert first["algorithm"] == "muon"
+    assert {p.ndim for p in first["params"]} == {4}
+    assert any(p is model.classifier.weight for p in second["params"])
+    kernel, matrix = nn.Parameter(torch.randn(4, 3, 2, 2)), nn.Parameter(torch.zeros(4, 12))
+    matrix.data.copy_(kernel.detach().flatten(1))
+    for parameter in (kernel, matrix):
+        parameter.grad = torch.randn(4, 12, generator=torch.Generator().manual_seed(0)).reshape(parameter.shape)
+        Muon([parameter], lr=0.1).step()
+    assert torch.equal(kernel.detach().flatten(1), matrix.detach())
+
+
+def test_soap_is_adam_in_its_eigenbasis() -> None:
+    """In the basis of the first gradient, and before that turns; the first gradient moves no matrix."""
+    weight, gradients = nn.Parameter(torch.zeros(4, 4)), torch.randn(4, 4, 4)
+    left = torch.linalg.eigh(gradients[0] @ gradients[0].mT)[1].flip(-1)
+    right = torch.linalg.eigh(gradients[0].mT @ gradients[0])[1].flip(-1)
+    turned = nn.Parameter(torch.zeros(4, 4))
+    ours = SOAP([weight], lr=0.1, betas=(0.9, 0.99), frequency=10)
+    adam = torch.optim.Adam([turned], lr=0.1, betas=(0.9, 0.99))
+    weight.grad = gradients[0]
+    ours.step()
+    assert not weight.any()
+    for gradient in gradients[1:]:
+        weight.grad, turned.grad = gradient, left.mT @ gradient @ right
+        ours.step()
+        adam.step()
+    torch.testing.assert_close(weight.detach(), (left @ turned @ right.mT).detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_soap_turns_its_basis_towards_the_statistics() -> None:
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = SOAP([weight], lr=0.0, shampoo_beta=0.9, frequency=2)
+    spread = torch.tensor([8.0, 4.0, 2.0, 1.0])[:, None]
+    for _ in range(200):
+        weight.grad = spread * torch.randn(4, 6)
+        optimizer.step()
+    state = optimizer.state[weight]
+    for statistic, basis in zip(state["statistics"], state["bases"], strict=True):
+        inside = basis.mT @ statistic @ basis
+        assert (inside - inside.diagonal().diag()).norm() < 0.2 * inside.norm()
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(len(basis)), rtol=0, atol=1e-5)
+
+
+def test_soap_keeps_the_basis_of_a_long_side() -> None:
+    weight = nn.Parameter(torch.zeros(3, 5))
+    optimizer = SOAP([weight], largest=4)
+    for _ in range(3):
+        weight.grad = torch.randn(3, 5)
+        optimizer.step()
+    assert optimizer.state[weight]["bases"][1] is None
+    assert weight.any()
+
+
 @factories
 def test_frozen_parameters_are_left_alone(factory: Factory) -> None:
     model = network()
@@ -162,7 +219,7 @@ def test_groups_are_checked_and_completed() -> None:
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="algorithm='muon' or 'adamw', got None"):
         MuonAdamW([{"params": [weight]}])
-    with pytest.raises(ValueError, match="2D"):
+    with pytest.raises(ValueError, match=r"matrices and kernels.*\(2,\)"):
         MuonAdamW([{"params": [bias], "algorithm": "muon"}])
     optimizer = MuonAdamW([{"params": [weight], "algorithm": "muon"}])
     optimizer.add_param_group({"params": [bias], "algorithm": "adamw", "lr": 0.5})

@@ -24,6 +24,7 @@ from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
+from kfacopt.optim import memory
 from kfacopt.optim.groups import Groups
 from kfacopt.replay import path
 from kfacopt.replay.linearization import BatchLinearization
@@ -68,6 +69,25 @@ class Step:
     loss_factor: float = 1.0
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
+    _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
+
+    def averaged(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of the layers with curvature.
+
+        The running averages move on once a step, however many ask; their decay is each group's `momentum`.
+
+        Raises:
+            RuntimeError: If somebody in the same step averaged other gradients (`UnitGradients` around a part).
+        """
+        key = id(self.gradients)
+        if self._averages and key not in self._averages:
+            raise RuntimeError(
+                "two parts of a direction average different gradients in the same step, but there is one momentum: put "
+                "UnitGradients around the whole direction, not around a part"
+            )
+        if not self._averages:
+            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.layers)
+        return self._averages[key]
 
     # -- the curvature ---------------------------------------------------------------------------------------------
 
@@ -86,6 +106,16 @@ class Step:
             for layer, parts in products.items()
         }
         return _by_parameter(damped)
+
+    def whiten(self, tensors: ByParameter) -> LayerTensors:
+        """`Sᵀ tensors` by layer, with some S of which `S Sᵀ = (C + damping I)⁻¹`; of the layers that have curvature."""
+        with torch.enable_grad():
+            return self._backend.whiten(self.by_layer(tensors), self.settings)
+
+    def unwhiten(self, tensors: LayerTensors) -> LayerTensors:
+        """`S tensors` by layer, with the S of `whiten`."""
+        with torch.enable_grad():
+            return self._backend.unwhiten(tensors, self.settings)
 
     def by_layer(self, tensors: ByParameter) -> dict[Layer, dict[str, Tensor]]:
         """Tensors by layer and role; layers of which a parameter is missing are left out."""
@@ -182,6 +212,13 @@ class _Part:
 
 class Direction(_Part, ABC):
     """Where a step goes."""
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not.
+
+        No statistics are taken of such a layer. A layer may also be left out of a step's updates as it comes.
+        """
+        return None
 
     @abstractmethod
     def updates(self, step: Step) -> Updates:

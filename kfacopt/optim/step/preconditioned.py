@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
 
@@ -33,9 +32,7 @@ class Preconditioned(Direction):
         return {} if self._momentum is None else {"momentum": self._momentum}
 
     def updates(self, step: Step) -> Updates:
-        averaged = step.gradients
-        if self._momentum is not None:
-            averaged = memory.averaged(step.groups, step.state, step.gradients, step.layers)
+        averaged = step.gradients if self._momentum is None else step.averaged()
         solved = step.solve(averaged)
         # A backend whose solve is another power of the curvature (`EKFACBackend(exponent=0.5)`) is no Newton step.
         newton = step.backend is not None and step.backend.newton

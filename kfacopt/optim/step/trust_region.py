@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import inner_product
+from kfacopt.linalg.tensors import all_finite, inner_product
 from kfacopt.optim.groups import peak_rate
 from kfacopt.optim.step.base import Step, StepLength, Updates
 
@@ -47,15 +47,20 @@ class TrustRegion(StepLength):
         return dict(self._defaults)
 
     def health(self) -> dict[str, float]:
-        """`kl_scale`, what the step was shortened by, and `kl`, its divergence after that."""
+        """`kl_scale`, what the step was shortened by, and `kl`, its divergence after that, where it had to be known."""
         return dict(self._report)
 
     def scaled(self, step: Step, updates: Updates) -> Updates | None:
         for group in step.groups:
             if math.isfinite(group["relative_clip"]):
                 updates = updates.scaled_apart(_relative_factors(step, group, updates))
+        clip = float(step.groups[0]["kl_clip"])
+        if math.isinf(clip) and updates.image is None:
+            # No bound, and no divergence that costs nothing: what is left to see to is that the step is a number.
+            self._report = {"kl_scale": 1.0}
+            return updates if all_finite(list(updates.tensors.values())) else None
         length = squared_length(step, updates) / step.loss_factor
-        scale = kl_scale(length, float(step.groups[0]["kl_clip"]))
+        scale = kl_scale(length, clip)
         self._report = {"kl_scale": scale, "kl": 0.5 * scale * scale * length}
         return updates.scaled(scale) if math.isfinite(scale) else None
 

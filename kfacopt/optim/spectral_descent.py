@@ -1,0 +1,85 @@
+"""Steepest descent under a spectral norm in the curvature's metric, as a torch optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kfacopt.backends.base import CurvatureBackend
+from kfacopt.backends.kfac import KFACBackend
+from kfacopt.damping import RelativeDamping
+from kfacopt.likelihoods import Likelihood
+from kfacopt.optim.capturing import Params
+from kfacopt.optim.second_order import SecondOrderOptimizer
+from kfacopt.optim.step import Direction, Spectral, UnitGradients
+from kfacopt.schedules import EKFAC_REFRESH_EVERY
+
+SPECTRAL_DAMPING = RelativeDamping(0.01)
+"""A tenth of each Kronecker factor's mean eigenvalue, as the π-split takes the root: directions that matter are to be
+divided by their own curvature, and the length is not the damping's to bound."""
+
+
+class SpectralDescent(SecondOrderOptimizer):
+    """Muon in the metric of Kronecker factors: `lr · L polar(Lᵀ M R) Rᵀ` of fixed length a layer (see `Spectral`).
+
+    Preconditioned spectral descent (Carlson et al. 2015) with the roots L and R of K-FAC's damped inverse factors.
+    Where K-FAC's step is as long as the curvature says, and its noise with it, all directions of a layer's step are of
+    one size here, and so are the layers' steps: there is nothing to clip, and `lr` means the same for every task. Let
+    it go to zero over the run (any of torch's schedulers).
+
+    The arguments are those of `SecondOrderOptimizer`; these have other defaults than there.
+
+    Args:
+        model: The model whose parameters are trained.
+        loss_func: The loss, as torch's module or a `Likelihood`.
+        params: torch's params or param groups; default: all of the model's.
+        lr: By how much a step moves each output of a layer, for inputs of size one.
+        momentum: Of the gradients, each at length one (`UnitGradients`).
+        damping: See `SPECTRAL_DAMPING`.
+        kl_clip: See there; a bound costs the curvature's product with the step.
+        adamw_lr: AdamW's learning rate, of embeddings, normalisations and all else without a matrix.
+        backend: The curvature; default: `KFACBackend(exponent=0.5)`, Shampoo's power of it. `KFACBackend()` for K-FAC's
+            own metric.
+        direction: Default: `UnitGradients(Spectral(momentum))`.
+        options: More of `SecondOrderOptimizer`'s arguments.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = SpectralDescent(model, torch.nn.MSELoss())
+    >>> torch.nn.functional.mse_loss(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: nn.Module | Likelihood,
+        params: Params | None = None,
+        *,
+        lr: float = 0.05,
+        momentum: float = 0.95,
+        damping: float | RelativeDamping = SPECTRAL_DAMPING,
+        kl_clip: float | None = None,
+        adamw_lr: float = 3e-3,
+        backend: CurvatureBackend | None = None,
+        direction: Direction | None = None,
+        **options: Any,
+    ) -> None:
+        if backend is None:
+            intervals = {name: options.pop(name) for name in ("factor_every", "refresh_every") if options.get(name)}
+            # A half power takes eigendecompositions, as EKFAC does, and no trust region goes stale with them.
+            backend = KFACBackend(**{"refresh_every": EKFAC_REFRESH_EVERY} | intervals, exponent=0.5)
+        super().__init__(
+            model,
+            loss_func,
+            params,
+            lr=lr,
+            momentum=momentum,
+            damping=damping,
+            kl_clip=kl_clip,
+            adamw_lr=adamw_lr,
+            backend=backend,
+            direction=UnitGradients(Spectral(momentum)) if direction is None else direction,
+            **options,
+        )

@@ -1,0 +1,55 @@
+"""How long a layer's step is to be, and steps of such a length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.backends.base import LayerTensors
+from kfacopt.layers.layer import Layer
+
+
+def layer_length(layer: Layer) -> float:
+    """The Frobenius norm of a step that moves each output by one, on average over a layer's inputs.
+
+    `E ‖U x‖² = ‖U‖_F²` for white inputs with entries of size one, which is one for each output where `‖U‖_F² =
+    outputs`: the norm of Muon's step, an orthogonal matrix times `sqrt(max(1, o / i))`. Of an embedding's inputs only
+    one entry is not zero, so that `‖U‖_F² = outputs · words`. Elementwise layers have an output for each channel.
+
+    >>> from kfacopt.layers import handler_for
+    >>> def layer(module): return Layer("", (module,), handler_for(module), dict(module.named_parameters()))
+    >>> layer_length(layer(nn.Linear(3, 16))), layer_length(layer(nn.Conv2d(8, 4, 3, groups=2)))
+    (4.0, 2.0)
+    >>> layer_length(layer(nn.Embedding(9, 4))), layer_length(layer(nn.LayerNorm(9)))
+    (6.0, 3.0)
+    """
+    shape = layer.pack(dict(layer.parameters)).shape
+    return math.sqrt(shape.numel() if layer.handler.structure == "one-hot" else shape[:-1].numel())
+
+
+def with_length(steps: LayerTensors, lengths: Mapping[Layer, float | Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Each layer's step times what gives it a Frobenius norm, by parameter; zero stays zero."""
+    return times({layer: lengths[layer] / norm for layer, norm in norms(steps).items()}, steps)
+
+
+def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
+    """The Frobenius norm of each layer's step, over its parameters together; of a zero step a tiny number."""
+    found = torch._foreach_norm([t for parts in steps.values() for t in parts.values()]) if steps else []
+    result, start = {}, 0
+    for layer, parts in steps.items():
+        held = torch.stack(list(found[start : start + len(parts)]))
+        result[layer] = torch.linalg.vector_norm(held).clamp_min(torch.finfo(held.dtype).tiny)
+        start += len(parts)
+    return result
+
+
+def times(factors: Mapping[Layer, Tensor], tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
+    """Each layer's tensors times its factor, by parameter."""
+    return {
+        layer.parameters[role]: tensor * factors[layer]
+        for layer, parts in tensors.items()
+        for role, tensor in parts.items()
+    }

@@ -1,0 +1,447 @@
+"""Spectral, grafted and unit-gradient directions against dense truth: eigendecompositions and an SVD in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kfacopt
+from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.layers.layer import Layer
+from kfacopt.linalg import kronecker
+from kfacopt.optim.step import spectral
+from kfacopt.optim.step.lengths import layer_length
+from kfacopt.optim.step.spectral import dense_layers, matrix_layers
+from tests.cases import BY_NAME, Case, backward, exact_ekfac, exact_kfac, mlp, parameters_of, train_step
+from tests.optim.test_state import WAYS, Pair, batches
+
+FAMILIES = ["mlp-ce", "conv-groups", "conv-1d", "words", "norms", "sequence-ce", "transformer", "tied"]
+families = pytest.mark.parametrize("case", [BY_NAME[name] for name in FAMILIES], ids=FAMILIES)
+DAMPING = 1e-3
+
+
+def svd_polar(matrix: Tensor) -> Tensor:
+    """By SVD, without what is only rounding: cross-entropy's gradients have no part that adds to all logits."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left * (values > 1e-9 * values[..., :1]).to(values).unsqueeze(-2)) @ right
+
+
+EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers}
+
+
+class Identity(kfacopt.LayerwiseBackend):
+    """No curvature at all."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def make_block(self, layer: Layer) -> Any:
+        return kfacopt.KFACBackend().make_block(layer)
+
+    def whiten(self, tensors: Any, settings: Any) -> Any:
+        return tensors
+
+    unwhiten = whiten
+
+
+def of(backend: kfacopt.LayerwiseBackend, direction: kfacopt.Direction, case: Case, **options: Any) -> Pair:
+    """An optimizer of plain steps after one backward, its model, and the updates it is about to write, by layer."""
+    model, loss, x, y = case.make()
+    fixed: dict[str, Any] = {"lr": 1.0, "damping": DAMPING, "kl_clip": None, "curvature": "ggn", "ema_decay": 0.0}
+    made = kfacopt.SecondOrderOptimizer(model, loss, backend=backend, direction=direction, **fixed | options)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    train_step(made, model, loss, x, y)
+    steps = {
+        layer: layer.pack({role: before[p] - p.detach() for role, p in layer.parameters.items()})
+        for layer in made._layers
+    }
+    return made, steps
+
+
+def momentum_of(layer: Layer) -> Tensor:
+    """The gradient as a matrix: without memory it is the momentum."""
+    gradients = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
+    return layer.pack(gradients)
+
+
+def power(factor: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    """`(factor + damping I)^-exponent` as a dense matrix."""
+    dense = torch.diag(factor) if factor.ndim == 1 else factor
+    values, vectors = torch.linalg.eigh(dense)
+    return (vectors * (values + damping[..., None]).pow(-exponent).unsqueeze(-2)) @ vectors.mT
+
+
+def lengthened(layer: Layer, step: Tensor) -> Tensor:
+    return step * (layer_length(layer) / step.norm())
+
+
+@families
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_kfac_against_symmetric_roots_and_svd(case: Case, exponent: float) -> None:
+    backend = kfacopt.KFACBackend(1, 1, exponent=exponent)
+    made, steps = of(backend, kfacopt.Spectral(**EXACT), case)
+    assert steps
+    for layer, step in steps.items():
+        block = backend.blocks[layer.name]
+        assert isinstance(block, FactoredBlock)
+        left, right = block.factors()
+        dampings = kronecker.pi_split(left, right, DAMPING)
+        roots = [power(f, d, exponent / 2) for f, d in zip((left, right), dampings, strict=True)]
+        inner = svd_polar(roots[0] @ momentum_of(layer) @ roots[1])
+        torch.testing.assert_close(step, lengthened(layer, roots[0] @ inner @ roots[1]), rtol=1e-7, atol=1e-9)
+    assert made.health()["skipped_steps"] == 0.0
+
+
+@families
+@pytest.mark.parametrize("backend_type", [kfacopt.ExactKFACBackend, kfacopt.ExactEKFACBackend, kfacopt.EKFACBackend])
+def test_eigenbases_against_the_dense_root(backend_type: Callable[..., Any], case: Case) -> None:
+    """S as the symmetric root of the inverse, from the block's solve of each unit matrix."""
+    backend = backend_type(1, 1)
+    _, steps = of(backend, kfacopt.Spectral(**EXACT), case)
+    for layer, step in steps.items():
+        block, shape = backend.blocks[layer.name], step.shape
+        if step.ndim > 2:
+            continue  # groups are blocks beside each other: the next test
+        units = torch.eye(step.numel(), dtype=step.dtype).reshape(-1, *shape)
+        inverse = torch.stack([block.solve(unit.clone(), DAMPING).flatten() for unit in units])
+        values, vectors = torch.linalg.eigh(0.5 * (inverse + inverse.mT))
+        root = (vectors * values.sqrt()) @ vectors.mT
+        inner = svd_polar((root @ momentum_of(layer).flatten()).reshape(shape))
+        expected = lengthened(layer, (root @ inner.flatten()).reshape(shape))
+        torch.testing.assert_close(step, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_each_group_of_a_convolution_has_singular_values_of_its_own() -> None:
+    backend = Identity()
+    _, steps = of(backend, kfacopt.Spectral(**EXACT), BY_NAME["conv-groups"])
+    grouped = [(layer, step) for layer, step in steps.items() if step.ndim == 3]
+    assert len(grouped) == 2
+    for layer, step in grouped:
+        apart = torch.stack([svd_polar(group) for group in momentum_of(layer)])
+        torch.testing.assert_close(step, lengthened(layer, apart))
+
+
+@families
+def test_without_curvature_it_is_muon(case: Case) -> None:
+    """Of Muon's length: an orthogonal matrix times `sqrt(max(1, o / i))`."""
+    _, steps = of(Identity(), kfacopt.Spectral(**EXACT), case)
+    for layer, step in steps.items():
+        momentum = momentum_of(layer)
+        orthogonal = svd_polar(momentum)
+        if layer.handler.structure == "outer" and torch.linalg.matrix_rank(momentum).min() == min(step.shape[-2:]):
+            outputs, inputs = step.shape[-2:]
+            torch.testing.assert_close(step, orthogonal * max(1.0, outputs / inputs) ** 0.5)
+        torch.testing.assert_close(step, lengthened(layer, orthogonal))
+
+
+@families
+@pytest.mark.parametrize("optimizer", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactKFACBackend])
+def test_the_frobenius_norm_gives_the_natural_gradient(optimizer: Callable[..., Any], case: Case) -> None:
+    def frobenius(matrix: Tensor) -> Tensor:
+        assert matrix.ndim == 3
+        return matrix
+
+    direction = kfacopt.Spectral(momentum=0.0, polar=frobenius, layers=matrix_layers)
+    _, ours = of(optimizer(1, 1), direction, case)
+    natural = kfacopt.Grafted(kfacopt.Preconditioned(momentum=0.0))
+    _, theirs = of(optimizer(1, 1), natural, case)
+    by_name = {layer.name: step for layer, step in theirs.items()}
+    for layer, step in ours.items():
+        torch.testing.assert_close(step, by_name[layer.name], rtol=1e-7, atol=1e-9)
+
+
+def test_nothing_in_the_unit_ball_descends_steeper() -> None:
+    """`⟨M, D⟩` over D = S Z, `‖Z‖₂ ≤ 1`: the nuclear norm of `Sᵀ M`, against random others and the gradient's own."""
+    backend = kfacopt.KFACBackend(1, 1)
+    _, steps = of(backend, kfacopt.Spectral(**EXACT), BY_NAME["mlp-ce"])
+    settings = {layer: kfacopt.Settings(DAMPING, 0.0) for layer in steps}
+    for layer, step in steps.items():
+        block, momentum = backend.blocks[layer.name], momentum_of(layer)
+        whitened = block.whiten(momentum, settings[layer].damping)
+        best = torch.linalg.svdvals(whitened).sum()
+        unit = block.unwhiten(svd_polar(whitened), DAMPING)
+        torch.testing.assert_close((momentum * unit).sum(), best)
+        torch.testing.assert_close(step / step.norm(), unit / unit.norm())
+        for _ in range(50):
+            other = torch.randn_like(momentum)
+            other = block.unwhiten(other / torch.linalg.matrix_norm(other, ord=2), DAMPING)
+            assert (momentum * other).sum() <= best
+
+
+def test_the_default_leaves_embeddings_and_normalisations_to_adamw_and_says_so() -> None:
+    model, loss, x, y = BY_NAME["transformer"].make()
+    made = kfacopt.SpectralDescent(model, loss)
+    table = {row.module: row for row in made.coverage().rows}
+    assert (table["embedding"].treatment, table["layer.norm1"].treatment) == ("AdamW", "AdamW")
+    assert "dense_layers" in table["embedding"].why
+    assert "elementwise" in table["layer.norm1"].why
+    train_step(made, model, loss, x, y)
+    assert "exp_avg" in made.state[model.embedding.weight]
+    assert "momentum_buffer" in made.state[model.head.weight]
+    assert set(made.backend.state_dict()["blocks"]) == {layer.name for layer in made._layers}
+    assert all(dense_layers(layer) for layer in made._layers)
+
+
+def test_every_layer_moves_its_outputs_by_one() -> None:
+    """Root of the mean square over white inputs, at every width: `‖U‖_F² = outputs`."""
+    for width in (4, 64):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
+        made = kfacopt.SpectralDescent(model, nn.MSELoss(), lr=1.0, factor_every=1)
+        before = parameters_of(model)
+        train_step(made, model, nn.MSELoss(), torch.randn(64, 3), torch.randn(64, 2))
+        moved = [(old - new.detach()).square().sum() for old, new in zip(before, model.parameters(), strict=True)]
+        assert [float(moved[0] + moved[1]), float(moved[2] + moved[3])] == pytest.approx([width, 2.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_loss_has_no_unit(scale: float) -> None:
+    """With relative damping a multiple of the loss takes the same steps."""
+
+    def run(factor: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = mlp().double()
+        made = kfacopt.SpectralDescent(model, nn.MSELoss(), curvature="empirical")
+        for _ in range(3):
+            x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
+            made.zero_grad()
+            (factor * nn.functional.mse_loss(model(x), y)).backward()
+            made.step()
+        return parameters_of(model)
+
+    for ours, theirs in zip(run(1.0), run(scale), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_a_layer_without_gradient_stays() -> None:
+    model = mlp().double()
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(reduction="sum"))
+    before = parameters_of(model)
+    made.zero_grad()
+    (0.0 * model(torch.randn(4, 4).double())).sum().backward()
+    made.step()
+    assert all(torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True))
+
+
+DIRECTIONS: dict[str, Callable[[], kfacopt.Direction]] = {
+    "spectral": kfacopt.Spectral,
+    "unit": lambda: kfacopt.UnitGradients(kfacopt.Spectral(layers=matrix_layers)),
+    "grafted": lambda: kfacopt.Grafted(kfacopt.Preconditioned()),
+    "twice": lambda: kfacopt.Grafted(kfacopt.Preconditioned(), length_of=kfacopt.Spectral(0.9, layers=matrix_layers)),
+}
+KINDS = {"kfac": kfacopt.KFAC, "ekfac": kfacopt.EKFAC, "exact-kfac": exact_kfac, "exact-ekfac": exact_ekfac}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_resuming_bit_for_bit(way: Callable[..., Pair], kind: Any, direction: Callable[[], Any]) -> None:
+    def made_by(model: nn.Module, loss: Any, **options: Any) -> Any:
+        intervals = {"factor_every": 2, "refresh_every": 3}
+        return kind(model, loss, lr=0.05, kl_clip=None, direction=direction(), **intervals, **options)
+
+    case = BY_NAME["transformer"]
+    model, loss, _, _ = case.make()
+    made = made_by(model, loss)
+    data = batches(case, 9)
+    for x, y in data[:4]:
+        train_step(made, model, loss, x, y)
+    other, restored = way(case, made_by, model, made)
+    for x, y in data[4:]:
+        assert torch.equal(train_step(made, model, loss, x, y), train_step(restored, other, loss, x, y))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_roots_are_renewed_when_the_backend_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    original = kronecker.root
+    monkeypatch.setattr(kronecker, "root", lambda factor: counted.append(1) or original(factor))
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    made = kfacopt.KFAC(model, loss, factor_every=1, refresh_every=100, direction=kfacopt.Spectral())
+    for _ in range(5):
+        train_step(made, model, loss, x, y)
+    assert len(counted) == 4  # two layers, two factors
+
+
+def wide(dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with a layer whose sides are long, and one whose are short."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 4)).to(dtype)
+    return model, torch.randn(64, 200, dtype=dtype), torch.randn(64, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_products_in_bfloat16(kind: Any, dtype: torch.dtype) -> None:
+    """Nearly the same step; short ones the very same; double precision stays."""
+    moved = []
+    for products in (torch.float32, torch.bfloat16):
+        model, x, y = wide(dtype)
+        direction = kfacopt.Spectral(dtype=products)
+        options: dict[str, Any] = {"factor_every": 1, "refresh_every": 1, "curvature": "ggn"}
+        made = kind(model, nn.MSELoss(), lr=1.0, kl_clip=None, damping=0.1, direction=direction, **options)
+        before = parameters_of(model)
+        train_step(made, model, nn.MSELoss(), x, y)
+        moved.append([old - new.detach() for old, new in zip(before, model.parameters(), strict=True)])
+        assert made.health()["skipped_steps"] == 0.0
+    (long, *_), (coarse, *_) = moved
+    assert coarse.dtype == dtype
+    assert torch.equal(moved[0][2], moved[1][2])
+    if dtype == torch.float64:
+        assert torch.equal(long, coarse)
+    else:
+        assert not torch.equal(long, coarse)
+        assert (long - coarse).norm() < 0.2 * long.norm()
+
+
+def test_what_was_measured_goes_with_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fresh() -> tuple[kfacopt.KFAC, tuple[nn.Module, Tensor, Tensor]]:
+        made = wide(torch.float32)
+        return kfacopt.KFAC(made[0], nn.MSELoss(), lr=0.05, direction=kfacopt.Spectral()), made
+
+    monkeypatch.setattr(spectral, "fast_dtype", lambda device: torch.bfloat16)
+    first, (model, x, y) = fresh()
+    train_step(first, model, nn.MSELoss(), x, y)
+    state, weights = copy.deepcopy((first.state_dict(), model.state_dict()))
+    assert state["curvature"]["direction"] == {"measured": {"cpu": "bfloat16"}}
+    monkeypatch.setattr(spectral, "fast_dtype", lambda device: torch.float32)
+    second, (other, *_) = fresh()
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    for _ in range(3):
+        train_step(first, model, nn.MSELoss(), x, y)
+        train_step(second, other, nn.MSELoss(), x, y)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_grafted_lengths_and_image() -> None:
+    """Each layer has the other's length, and the trust region is told of the image what became of the step."""
+    model, loss, x, y = BY_NAME["norms"].make()
+    made = kfacopt.KFAC(model, loss, factor_every=1, refresh_every=1, curvature="ggn")
+    backward(model, loss, x, y)
+    taken: list[kfacopt.Step] = []
+
+    class Spying(kfacopt.Grafted):
+        def updates(self, step: kfacopt.Step) -> kfacopt.Updates:
+            taken.append(step)
+            return super().updates(step)
+
+    made.direction = Spying(kfacopt.Preconditioned(), length_of=kfacopt.Preconditioned(momentum=None))
+    made.step()
+    (step,) = taken
+    natural, plain = (d.updates(step) for d in (kfacopt.Preconditioned(), kfacopt.Preconditioned(momentum=None)))
+    grafted = made.direction.updates(step)
+    assert grafted.image is not None
+    assert natural.image is not None
+    for layer in step.layers:
+        held = list(layer.parameters.values())
+        lengths = [torch.cat([u.tensors[p].flatten() for p in held]).norm() for u in (natural, plain, grafted)]
+        torch.testing.assert_close(lengths[2], lengths[1])
+        for p in held:
+            torch.testing.assert_close(grafted.tensors[p], natural.tensors[p] * lengths[1] / lengths[0])
+            torch.testing.assert_close(grafted.image[p], natural.image[p] * lengths[1] / lengths[0])
+
+
+def test_a_bent_path_is_run_as_fast_as_the_step() -> None:
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+
+    class Bent(kfacopt.Preconditioned):
+        def updates(self, step: kfacopt.Step) -> kfacopt.Updates:
+            found = super().updates(step)
+            found.bend = [torch.ones_like(t) for t in found.tensors.values()]
+            return found
+
+    seen: list[kfacopt.Updates] = []
+
+    class Seeing(kfacopt.TrustRegion):
+        def scaled(self, step: kfacopt.Step, updates: kfacopt.Updates) -> kfacopt.Updates | None:
+            seen.append(updates)
+            return super().scaled(step, updates)
+
+    made = kfacopt.KFAC(model, loss, direction=kfacopt.Grafted(Bent(), lambda layer: 2.0), step_length=Seeing(None))
+    train_step(made, model, loss, x, y)
+    (updates,) = seen
+    assert updates.bend is not None
+    for layer in made._layers:
+        held = list(layer.parameters.values())
+        assert torch.cat([updates.tensors[p].flatten() for p in held]).norm() == pytest.approx(2.0)
+    places = {p: place for place, p in enumerate(updates.tensors)}
+    for layer in made._layers:
+        bends = [updates.bend[places[p]] for p in layer.parameters.values()]
+        assert all(torch.equal(b, torch.full_like(b, float(bends[0].flatten()[0]))) for b in bends)
+
+
+def test_unit_gradients_bound_what_one_batch_can_do() -> None:
+    """After a batch a million times as steep the momentum is no further turned than by any other."""
+
+    def run(scale: float) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, loss = mlp().double(), nn.MSELoss()
+        made = kfacopt.SpectralDescent(model, loss, backend=Identity(), factor_every=None)
+        for factor in (1.0, scale, 1.0):
+            x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
+            made.zero_grad()
+            (factor * loss(model(x), y)).backward()
+            made.step()
+        return parameters_of(model)
+
+    for ours, theirs in zip(run(1.0), run(1e6), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_without_covered_gradients_is_adamws() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    made = kfacopt.SpectralDescent(model, nn.MSELoss())
+    before = parameters_of(model)
+    model[1].bias.grad = torch.ones_like(model[1].bias)
+    made.step()
+    moved = [not torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, False, False, True]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS)
+def test_directions_say_what_they_are(direction: Callable[[], kfacopt.Direction]) -> None:
+    assert "Spectral(momentum=" in repr(direction()) or "Preconditioned(momentum=" in repr(direction())
+    assert repr(direction()) == repr(copy.deepcopy(direction()))
+
+
+def test_two_averages_in_one_step_are_refused() -> None:
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    mixed = kfacopt.Grafted(kfacopt.UnitGradients(kfacopt.Spectral()), length_of=kfacopt.Preconditioned())
+    made = kfacopt.KFAC(model, loss, direction=mixed)
+    with pytest.raises(RuntimeError, match="UnitGradients around the whole"):
+        train_step(made, model, loss, x, y)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "names"),
+    [
+        (lambda: kfacopt.Spectral(momentum=1.5), ValueError, "momentum"),
+        (lambda: kfacopt.Grafted(torch.sign), TypeError, "direction"),  # type: ignore[arg-type]
+        (lambda: kfacopt.Grafted(kfacopt.Spectral(), length_of=2.0), TypeError, "length_of"),  # type: ignore[arg-type]
+        (lambda: kfacopt.UnitGradients(torch.sign), TypeError, "direction"),  # type: ignore[arg-type]
+        (lambda: kfacopt.KFACBackend(exponent=0.0), ValueError, "exponent"),
+    ],
+)
+def test_refusals(made: Callable[[], Any], error: type[Exception], names: str) -> None:
+    with pytest.raises(error, match=names):
+        made()
+
+
+def test_a_backend_without_roots_is_told() -> None:
+    class Plain(kfacopt.CurvatureBackend):
+        def solve(self, gradients: Any, settings: Any) -> Any:
+            return {}
+
+        def mean_eigenvalues(self) -> dict[Layer, float]:
+            return {}
+
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    made = kfacopt.SecondOrderOptimizer(model, loss, backend=Plain(), direction=kfacopt.Spectral())
+    with pytest.raises(NotImplementedError, match="whiten"):
+        train_step(made, model, loss, x, y)
