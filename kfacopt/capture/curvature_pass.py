@@ -72,6 +72,7 @@ class CurvaturePass:
             return
         name, likelihoods = forward.name, self._estimator.likelihoods
         terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
+        refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
         tally.terms = tally.terms + terms.count
         tally.verified &= terms.reads_target
         if forward.call is not None:
@@ -127,6 +128,4 @@ class CurvaturePass:
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
                 f"output of several, pass prediction=lambda output: ...)"
             ) from error
-        if not terms.reads_target:
-            refuse_reduced(read.prediction, read.gradient, name)
         return terms

@@ -1,10 +1,12 @@
-"""Module hooks that do nothing in a copy of the model."""
+"""Module hooks that do nothing in a copy of the model, nor in what torch.jit makes of it."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ class Hook:
     """A hook that is inert in copies and pickles of the model: they are not what the optimizer watches."""
 
     def __init__(self, method: Callable[..., None] | None = None) -> None:
+        _leave_out_of_scripts()
         self._method = None if method is None else weakref.WeakMethod(method)
 
     @property
@@ -53,3 +56,44 @@ def drop_inert_hooks(module: nn.Module) -> None:
             del hooks[key]
             for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                 getattr(module, flags, {}).pop(key, None)
+
+
+def may_hook(module: nn.Module) -> bool:
+    """Whether a module takes hooks in Python: what torch.jit made does not."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit.trace writes down what runs: a forward of nobody's, in which we must leave no operation."""
+    return torch._C._get_tracing_state() is not None
+
+
+def _leave_out_of_scripts() -> None:
+    """Let torch.jit.script pass over our hooks: it compiles every hook, and asks none whether it can be."""
+    recursive = torch.jit._recursive
+    stubs_of = recursive.get_hook_stubs
+    if getattr(stubs_of, "passes_over", None) is Hook:
+        return
+
+    @functools.wraps(stubs_of)
+    def stubs_of_others(module: nn.Module) -> Any:
+        with _set_aside(module):
+            return stubs_of(module)  # type: ignore[no-untyped-call]
+
+    stubs_of_others.passes_over = Hook  # type: ignore[attr-defined]
+    recursive.get_hook_stubs = stubs_of_others
+
+
+@contextmanager
+def _set_aside(module: nn.Module) -> Iterator[None]:
+    kept = [(hooks, dict(hooks)) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    for hooks, before in kept:
+        for key, hook in before.items():
+            if isinstance(hook, Hook):
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)

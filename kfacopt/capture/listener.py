@@ -32,7 +32,7 @@ from kfacopt.capture.curvature_pass import CurvaturePass, Read
 from kfacopt.capture.derivatives import Derivatives
 from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
-from kfacopt.capture.hooks import drop_inert_hooks, hook_type
+from kfacopt.capture.hooks import drop_inert_hooks, hook_type, is_recorded, may_hook
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Site, Tally
@@ -100,7 +100,7 @@ class Capture:
         self._targets = Targets(estimator.loss_modules, self._alive)
         self._handles: list[RemovableHandle] = []
         hook = hook_type()
-        for module in model.modules():
+        for module in filter(may_hook, model.modules()):
             drop_inert_hooks(module)
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
@@ -141,7 +141,7 @@ class Capture:
         return self.is_paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.is_paused or torch._C._current_graph_task_id() != -1:
+        if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
             return
         if module is self._root and not _calls_itself(module):
             self._open.clear()  # a forward that was interrupted (KeyboardInterrupt) never left
@@ -153,7 +153,7 @@ class Capture:
         self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.is_paused or torch._C._current_graph_task_id() != -1 or not self._open:
+        if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded() or not self._open:
             return
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfacopt.likelihoods import LossTerms
 from kfacopt.likelihoods.estimator import may_be_prediction, tensors_of
 
 Found = tuple[nn.Module, Any]
@@ -59,15 +60,16 @@ def returns_losses(output: Any) -> bool:
     return any(t.requires_grad for t in tensors) and not any(map(may_be_prediction, tensors))
 
 
-def refuse_reduced(prediction: Tensor, gradient: Tensor, name: str) -> None:
+def refuse_reduced(terms: LossTerms, prediction: Tensor, gradient: Tensor, name: str) -> None:
     """Refuse a gradient that is the same along an axis on which the prediction varies: a sum or a mean was taken of it.
 
-    A squared error has such a gradient if the targets vary exactly as the prediction does, which no data do.
+    A squared error has such a gradient if the targets vary exactly as the prediction does, which no data do. Of other
+    losses the gradients are equal where each is wrong and certain, but then one weight explains them all.
 
     Raises:
         ValueError: If so.
     """
-    if prediction.ndim == 0:
+    if prediction.ndim == 0 or (terms.reads_target and _explained(terms)):
         return
     lone = tuple(prediction.shape) == (1,) and bool(gradient == 1.0)
     for axis in range(prediction.ndim):
@@ -85,3 +87,11 @@ def refuse_reduced(prediction: Tensor, gradient: Tensor, name: str) -> None:
 
 _PAIRS = 4
 """So many numbers that vary with equal gradients: fewer may be rounding in half precision."""
+
+
+def _explained(terms: LossTerms) -> bool:
+    """Whether the terms are the announced loss's, times one number; of a sole term any number could be."""
+    if terms.weights is None:
+        return False
+    counted = terms.weights[terms.scale > 0]
+    return bool((counted == (1.0 if len(counted) == 1 else counted[:1])).all())

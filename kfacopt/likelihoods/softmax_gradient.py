@@ -110,7 +110,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     axes.sort(key=lambda axis: (residual[axis], gradient.shape[axis] == 1))
     # float16 rounds gradients below its smallest number to zero: that much of the sum is lost.
     allowed = precision.sum * total + precision.quantum * gradient.numel()
-    if residual[axes[0]] > allowed and prediction is not None:
+    if residual[axes[0]] > allowed and prediction is not None and prediction.shape[axes[0]] > 1:
         allowed += _rounding(prediction, axes[0], total)
     if residual[axes[0]] > allowed:  # false for numbers that are not finite
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
@@ -98,12 +98,16 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def check_params(params: Any) -> None:
-    """Refuse a number or a string where parameters belong: a learning rate that was passed by position.
+    """Refuse what is no collection of parameters: a learning rate that was passed by position, or a module.
 
     Raises:
         TypeError: If it is one.
     """
-    if isinstance(params, (int, float, str)):
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params must be parameters or param groups, got a {type(params).__name__}: pass its .parameters()"
+        )
+    if isinstance(params, (int, float, str)) or (isinstance(params, Tensor) and not isinstance(params, nn.Parameter)):
         raise TypeError(
             f"params must be parameters or param groups (default: all of the model's), got {params!r}: "
             f"hyper-parameters are keywords, so say lr={params!r}"
