@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 
 from kfacopt.capture.destination import Destination, Gradients
 from kfacopt.capture.graph import nodes_below
+from kfacopt.capture.tensor_hooks import own
 
 
 class Derivatives:
@@ -34,7 +35,7 @@ class Derivatives:
     def follow(self, node: Node) -> None:
         """The running backward, which takes a derivative, has reached a forward's node: watch what it makes."""
         for below in nodes_below(node, set()):
-            below.register_hook(partial(_follow, weakref.ref(self)))
+            own(below.register_hook(partial(_follow, weakref.ref(self))))
 
     def reached(self) -> None:
         """A backward goes through what was made."""
@@ -45,7 +46,7 @@ def _follow(watch: weakref.ref[Derivatives], cotangents: Sequence[Tensor | None]
     """After a node's backward: whoever differentiates what it made goes through the derivative."""
     for cotangent in cotangents:
         if cotangent is not None and (made := cotangent.grad_fn) is not None:
-            made.register_prehook(partial(_reached, watch))
+            own(made.register_prehook(partial(_reached, watch)))
 
 
 def _reached(watch: weakref.ref[Derivatives], _: Any) -> None:

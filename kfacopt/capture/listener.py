@@ -105,6 +105,7 @@ class Capture:
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
+        self.passes.hooks_since = HooksSince()
         self._retaining.start()
 
     def close(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,12 +17,22 @@ from torch.utils.hooks import BackwardHook, RemovableHandle
 Hooks = dict[int, Callable[..., Any]]
 """What torch keeps the hooks of one tensor or node in: by the `id` of their handles."""
 
-_own: deque[int] = deque(maxlen=4096)
+
+class _Own:
+    """The numbers of this package's latest hooks, and how many there ever were."""
+
+    def __init__(self) -> None:
+        self.latest: deque[int] = deque(maxlen=4096)
+        self.total = 0
+
+
+_own = _Own()
 
 
 def own(handle: RemovableHandle) -> RemovableHandle:
     """Remember that a hook is this package's; returns the handle."""
-    _own.append(handle.id)
+    _own.latest.append(handle.id)
+    _own.total += 1
     return handle
 
 
@@ -43,11 +53,11 @@ class HooksSince:
     """
 
     def __init__(self) -> None:
-        self._first = RemovableHandle.next_id
+        self._first, self._owned = RemovableHandle.next_id, _own.total
 
     def found(self, modules: Iterable[nn.Module] = ()) -> list[Hooks]:
         """The dictionaries that hold such hooks: those of tensors and nodes, not those of modules."""
-        awaited = RemovableHandle.next_id - self._first - sum(1 for number in _own if number >= self._first)
+        awaited = RemovableHandle.next_id - self._first - (_own.total - self._owned)
         found: list[Hooks] = []
         for generation in range(3):  # the youngest first, which mostly has them all
             if awaited <= 0:
@@ -67,7 +77,7 @@ class HooksSince:
         last = next(reversed(item))
         if type(last) is not int or last < self._first or not callable(item[last]):
             return 0
-        return sum(1 for number in item if type(number) is int and number >= self._first and number not in _own)
+        return sum(1 for number in item if type(number) is int and number >= self._first and number not in _own.latest)
 
 
 @contextmanager
@@ -112,7 +122,7 @@ class Retaining:
         self._asked += 1
         if self._has_others or self._asked.bit_count() == 1:
             young = _collections() == self._collections  # nothing has been moved to the oldest generation meanwhile
-            objects = chain.from_iterable(map(gc.get_objects, range(2 if young else 3)))
+            objects = itertools.chain.from_iterable(map(gc.get_objects, range(2 if young else 3)))
             others = {id(item): item for item in objects if type(item) is Tensor and item.retains_grad}
             self._has_others = self._has_others or not others.keys() <= found.keys()
             found |= others

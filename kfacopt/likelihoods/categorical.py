@@ -14,7 +14,7 @@ from kfacopt.likelihoods.precision import (
     check_reduction,
     widest,
 )
-from kfacopt.likelihoods.softmax_gradient import Smoothing, class_axes, read_labels, unused_outputs
+from kfacopt.likelihoods.softmax_gradient import ReadLabels, Smoothing, class_axes, read_labels, unused_outputs
 
 
 class Categorical(Likelihood):
@@ -26,7 +26,8 @@ class Categorical(Likelihood):
 
     Predictions are `[c]`, `[n c]`, torch's `[n c d1 ...]` or `[n ... c]` as language models return them. Without a
     target, the class axis is the one along which the gradient sums to zero, labels are those whose gradient points
-    along the user's, and rows without any gradient that are not saturated were ignored.
+    along the user's, rows without any gradient that are not saturated were ignored, and outputs without any that have
+    a probability are no classes of the loss (of the first 3 of 10 outputs, say).
 
     Args:
         class_weights: Weight of every class `[c]`, not negative.
@@ -180,21 +181,17 @@ class Categorical(Likelihood):
         doubtful = None
         for axis in class_axes(gradient, precision, prediction):
             layout = RowLayout.of(prediction, axis)
-            logits = layout.rows(prediction)
-            probabilities = logits.softmax(-1)
-            smoothing = Smoothing(self._weights(logits), self.label_smoothing)
-            rows = layout.rows(gradient).to(logits.dtype)
-            found = read_labels(rows, probabilities, smoothing, precision)
+            found, logits = self._read(layout, prediction, gradient, precision)
+            if not found.recognised and (
+                unused := unused_outputs(layout.rows(gradient), logits.softmax(-1), found.live)
+            ):
+                layout = layout.without(unused)
+                found, logits = self._read(layout, prediction, gradient, precision)
+                if not found.recognised:
+                    raise ValueError(self._of_others(unused, prediction))
             if found.recognised:
                 return self._from_labels(layout, logits, found.gradient, found.labels, found.live)
             doubtful = doubtful or (layout, logits, found.live)
-            unused = unused_outputs(rows, probabilities, found.live)
-            if unused:
-                raise ValueError(
-                    f"the loss does not depend on the outputs {unused} of the prediction {list(prediction.shape)}, to "
-                    f"which the softmax of CrossEntropyLoss gives a probability: let the model return the outputs "
-                    f"that are classes of the loss (or say where they are with prediction=lambda output: ...)"
-                )
         if doubtful is not None and self.class_weights is None:
             return self._without_gradient(*doubtful)
         raise ValueError(
@@ -203,6 +200,14 @@ class Categorical(Likelihood):
             "loss_func that the training loop uses; probability targets together with class "
             "weights need the target itself"
         )
+
+    def _read(
+        self, layout: RowLayout, prediction: Tensor, gradient: Tensor, precision: Precision
+    ) -> tuple[ReadLabels, Tensor]:
+        """Labels, and logits `[m c]`, where the loss is of the outputs that the layout has."""
+        logits = layout.rows(prediction)
+        smoothing = Smoothing(self._weights(logits), self.label_smoothing)
+        return read_labels(layout.rows(gradient).to(logits.dtype), logits.softmax(-1), smoothing, precision), logits
 
     def _from_labels(
         self, layout: RowLayout, logits: Tensor, gradient: Tensor, labels: Tensor, live: Tensor
@@ -235,6 +240,14 @@ class Categorical(Likelihood):
     def _without_gradient(self, layout: RowLayout, logits: Tensor, live: Tensor | None) -> LossTerms:
         scale = logits.new_ones(logits.shape[0]) if live is None else live.to(logits.dtype)
         return LossTerms.of(layout, logits, scale=scale, count=scale.sum(), gradient=None)
+
+    def _of_others(self, unused: list[int], prediction: Tensor) -> str:
+        return (
+            f"the loss does not depend on the outputs {unused} of the prediction {list(prediction.shape)}, to which "
+            f"the softmax of CrossEntropyLoss gives a probability, and is not that of the other outputs with "
+            f"{self!r} either: let the model return the outputs that are classes of the loss (or say where they are "
+            f"with prediction=lambda output: ...)"
+        )
 
     def _wrong_shape(self, prediction: Tensor, target: Tensor) -> str:
         return (

@@ -179,10 +179,28 @@ def test_a_single_binary_output_does_not_either() -> None:
     torch.testing.assert_close(found.weights, weights())
 
 
-def test_outputs_that_are_no_classes_of_the_loss_are_named() -> None:
-    f = logits()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(f[:, :2], labels(2)), f)
-    with pytest.raises(ValueError, match=r"does not depend on the outputs \[2\].*CrossEntropyLoss"):
+@pytest.mark.parametrize("of", [Categorical(), Categorical(label_smoothing=0.1)], ids=["hard", "smoothed"])
+def test_outputs_that_are_no_classes_of_the_loss_have_no_curvature(of: Categorical) -> None:
+    f = torch.cat([logits(), logits(2)], 1).detach().requires_grad_()
+    y = labels()
+    value = 3.0 * F.cross_entropy(f[:, :3], y, label_smoothing=of.label_smoothing)
+    (gradient,) = torch.autograd.grad(value, f)
+    terms = weighed(of, of.terms(f, gradient=gradient), gradient)
+    alone = of.terms(f[:, :3].detach(), target=y)
+    assert terms.weights is not None
+    torch.testing.assert_close(terms.weights, torch.full_like(terms.weights, 3.0))
+    torch.testing.assert_close(terms.gradient, 3.0 * alone.gradient)
+    wanted = torch.nn.functional.pad(of.hessian_sqrt(alone), (0, 2)) * 3.0**0.5
+    torch.testing.assert_close(terms.restore(of.hessian_sqrt(terms)), wanted)
+    assert terms.rows is not None
+    torch.testing.assert_close(of.loss_value(terms, terms.rows(gradient), 1.0 / DATA), value.detach())
+    torch.testing.assert_close(terms.at(f.detach() + 1.0).parameters, f[:, :3].detach() + 1.0)
+
+
+def test_outputs_without_gradient_of_another_loss_are_named() -> None:
+    f = torch.cat([logits(), logits(2)], 1).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(2.0 * f[:, :3], labels()), f)
+    with pytest.raises(ValueError, match=r"does not depend on the outputs \[3, 4\].*CrossEntropyLoss"):
         Categorical().terms(f, gradient=gradient)
 
 

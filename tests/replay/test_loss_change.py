@@ -93,8 +93,10 @@ class Slope(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:no backward shows the curvature of")
+@pytest.mark.filterwarnings("ignore:.*used outside its module too")
 def test_a_model_that_differentiates_itself_is_judged() -> None:
-    model, loss = Slope(), nn.MSELoss()
+    """Its layers train by AdamW, and one after the slope by its curvature."""
+    model, loss = nn.Sequential(Slope(), nn.Linear(2, 2)).double(), nn.MSELoss()
     x, y = torch.rand(6, 2, dtype=torch.float64), torch.rand(6, 2, dtype=torch.float64)
     made = kfacopt.KFAC(model, loss, lr=1e-3, damping=1.0, damping_rule=kfacopt.LevenbergMarquardt(every=1))
     train_step(made, model, loss, x, y)
