@@ -129,8 +129,10 @@ def unused_outputs(gradient: Tensor, probabilities: Tensor, live: Tensor) -> lis
     >>> unused_outputs(torch.tensor([[0.2, -0.2, 0.0]]), p, torch.tensor([True]))
     [2]
     """
-    # A gradient of probability and target that is exactly zero is one of rounding, or none at all.
-    unused = live.any() & (gradient == 0).all(0) & (probabilities * live[:, None] > 1e-2).any(0)
+    # A gradient of probability and target that is exactly zero is one of rounding, or none at all; rounding it is where
+    # no entry of the row is negative, as the label's would be.
+    telling = live & (gradient < 0).any(-1)
+    unused = (gradient == 0).all(0) & (probabilities * telling[:, None] > 1e-2).any(0)
     found: list[int] = unused.nonzero().flatten().tolist()
     return found
 
@@ -146,6 +148,8 @@ def _rounding(prediction: Tensor, axis: int, total: float) -> float:
 def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision) -> ReadLabels:
     """The labels whose gradients are, up to one factor, the rows `[m c]` of `gradient`."""
     lowest, labels = gradient.min(-1)
+    # Without a negative entry, p - 1 was rounded to zero at the label; other entries may have underflowed.
+    labels = torch.where(lowest < 0, labels, probabilities.argmax(-1))
     size = torch.maximum(-lowest, gradient.amax(-1))
     inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
     gradient = gradient * inverse  # so that loss scaling does not over- or underflow squares

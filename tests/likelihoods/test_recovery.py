@@ -311,3 +311,25 @@ def test_signs_that_rounding_decides_are_not_taken_for_labels() -> None:
     likelihood = Bernoulli(positive, reduction="mean")
     found = likelihood.terms(logits, gradient=gradient)
     assert_same(found, likelihood.terms(logits, target=target))
+
+
+@quick
+@given(
+    margins=st.lists(st.sampled_from([8.0, 16.5, 25.0, 60.0]), min_size=1, max_size=6),
+    classes=st.integers(2, 6),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 1000),
+)
+def test_labels_are_read_where_rounding_leaves_no_gradient_at_them(
+    margins: list[float], classes: int, smoothing: float, seed: int
+) -> None:
+    """All but certain rows: p - 1 is zero at the label, and far-off classes have underflowed to zero as well."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (len(margins),), generator=generator)
+    logits = -120.0 * torch.rand(len(margins), classes, generator=generator)
+    logits[torch.arange(len(margins)), labels] = torch.tensor(margins)
+    logits.requires_grad_()
+    gradient = gradient_of(F.cross_entropy(logits, labels, label_smoothing=smoothing), logits)
+    likelihood = Categorical(label_smoothing=smoothing)
+    found = likelihood.terms(logits, gradient=gradient)
+    assert_same(found, likelihood.terms(logits, target=labels))
