@@ -9,6 +9,7 @@ from kfacopt.backends import FullEKFACBackend as FullEKFACBackend
 from kfacopt.backends import KFACBackend as KFACBackend
 from kfacopt.backends import LayerTensors as LayerTensors
 from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
+from kfacopt.backends import OneSidedKFACBackend as OneSidedKFACBackend
 from kfacopt.backends import Settings as Settings
 from kfacopt.blocks import Block as Block
 from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
@@ -30,6 +31,7 @@ from kfacopt.linalg.cg import RelativeProgress as RelativeProgress
 from kfacopt.optim import EKFAC as EKFAC
 from kfacopt.optim import KFAC as KFAC
 from kfacopt.optim import CapturingOptimizer as CapturingOptimizer
+from kfacopt.optim import ClippedGradients as ClippedGradients
 from kfacopt.optim import Direction as Direction
 from kfacopt.optim import ExactTrustRegion as ExactTrustRegion
 from kfacopt.optim import GaussNewton as GaussNewton

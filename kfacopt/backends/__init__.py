@@ -7,4 +7,5 @@ from kfacopt.backends.ekfac import EKFACBackend as EKFACBackend
 from kfacopt.backends.ekfac import FullEKFACBackend as FullEKFACBackend
 from kfacopt.backends.kfac import EigenKFACBackend as EigenKFACBackend
 from kfacopt.backends.kfac import KFACBackend as KFACBackend
+from kfacopt.backends.kfac import OneSidedKFACBackend as OneSidedKFACBackend
 from kfacopt.backends.layerwise import LayerwiseBackend as LayerwiseBackend

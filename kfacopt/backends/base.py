@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.polar import PolarFactor
 
 LayerTensors = Mapping[Layer, Mapping[str, Tensor]]
 """For each layer, tensors shaped as its parameters, by role (`"weight"`, `"bias"`)."""
@@ -45,6 +47,9 @@ class CurvatureBackend(ABC):
 
     all_places: ClassVar[bool] = False
     """Whether rows of every place are wanted under KFAC-reduce too (`Rows.reduce` is set then)."""
+
+    needs_inputs: ClassVar[bool] = True
+    """Whether rows' inputs are read; where not, `inputs` of layers with outer products have no columns, at no cost."""
 
     newton: bool = True
     """Whether `solve` is `(C + damping I)⁻¹`: a trust region then takes `uᵀm` for `uᵀ (C + damping I) u`."""
@@ -100,6 +105,23 @@ class CurvatureBackend(ABC):
         raise NotImplementedError(
             f"{type(self).__name__} has no unwhiten(): a direction in the curvature's metric needs it"
         )
+
+    def steepest(
+        self, layers: Sequence[Layer], matrices: Tensor, settings: Mapping[Layer, Settings], polar: PolarFactor
+    ) -> Tensor:
+        """`S polar(Sᵀ M)` with the S of `whiten`, of layers that are ready and whose matrices have one shape.
+
+        Args:
+            layers: One for each matrix.
+            matrices: `[b *k o i]`.
+            settings: Of the layers.
+            polar: The polar factor of a batch of matrices.
+        """
+        held = {layer: layer.unpack(matrix) for layer, matrix in zip(layers, matrices, strict=True)}
+        whitened = self.whiten(held, settings)
+        factors = polar(torch.stack([layer.pack(whitened[layer]) for layer in layers]))
+        found = self.unwhiten({la: la.unpack(f) for la, f in zip(layers, factors, strict=True)}, settings)
+        return torch.stack([layer.pack(found[layer]) for layer in layers])
 
     def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
         """`C tensors`, undamped, of the layers that are `ready`; the Levenberg-Marquardt rule needs it."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
-from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock
+from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock, OutputBlock
+from kfacopt.blocks.outputs import WIDEST
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
 
@@ -33,6 +34,39 @@ class KFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         elementwise = layer.handler.structure == "elementwise"
         return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent)
+
+
+class OneSidedKFACBackend(LayerwiseBackend):
+    """`G ⊗ I`: K-FAC's factor of the gradients alone, the inputs taken for white (see `OutputBlock`).
+
+    The backend of `SpectralDescent`. Inputs' rows are not formed, which spares a convolution its patches.
+
+    Args:
+        factor_every: Steps between two updates of G.
+        refresh_every: Steps between two decompositions.
+        exponent: Power of the damped factor to divide by, as in `KFACBackend`.
+        stagger: Spread the layers' decompositions over the interval.
+        widest: Outputs up to which G is kept whole; of layers with more its diagonal is.
+    """
+
+    needs_inputs = False
+
+    def __init__(
+        self,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = KFAC_REFRESH_EVERY,
+        exponent: float = 1.0,
+        stagger: bool = True,
+        widest: int = WIDEST,
+    ) -> None:
+        super().__init__(factor_every, refresh_every, stagger)
+        self._exponent, self._widest = check_exponent(exponent), widest
+        self.newton = exponent == 1.0
+
+    def make_block(self, layer: Layer) -> Block:
+        if layer.handler.structure == "elementwise":
+            return DiagonalBlock()
+        return OutputBlock(layer.pack(dict(layer.parameters)).shape[-1], self._exponent, self._widest)
 
 
 class EigenKFACBackend(LayerwiseBackend):

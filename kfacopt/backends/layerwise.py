@@ -16,6 +16,7 @@ from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
 from kfacopt.blocks.base import Block
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
 
@@ -145,6 +146,17 @@ class LayerwiseBackend(CurvatureBackend):
 
     def unwhiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         return self._applied(lambda block, matrix, damping: block.unwhiten(matrix, damping), tensors, settings)
+
+    def steepest(
+        self, layers: Sequence[Layer], matrices: Tensor, settings: Mapping[Layer, Settings], polar: PolarFactor
+    ) -> Tensor:
+        own = type(self)
+        if own.whiten is not LayerwiseBackend.whiten or own.unwhiten is not LayerwiseBackend.unwhiten:
+            return super().steepest(layers, matrices, settings, polar)
+        blocks = [self.blocks[layer.name] for layer in layers]
+        kinds = {type(block) for block in blocks}
+        kind = kinds.pop() if len(kinds) == 1 else Block
+        return kind.steepest(blocks, matrices, [settings[layer].damping for layer in layers], polar)
 
     def multiply(self, tensors: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
         undamped = dict.fromkeys(tensors, Settings(0.0, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.linalg.polar import PolarFactor
 
 ELEMENTS_AT_ONCE = 2**24
 """How many elements a temporary may have where memory would grow with data times parameters.
@@ -61,6 +62,13 @@ class Block(ABC):
     @abstractmethod
     def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
         """`S matrix` with the S of `whiten`, `[*k o i]`: `unwhiten(whiten(M)) = solve(M)`."""
+
+    @staticmethod
+    def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
+        """`S polar(Sᵀ M)` with the S of `whiten`, of blocks of one class and their matrices `[b *k o i]`."""
+        damped = list(zip(blocks, dampings, strict=True))
+        factors = polar(torch.stack([b.whiten(m, d) for (b, d), m in zip(damped, matrices, strict=True)]))
+        return torch.stack([b.unwhiten(f, d) for (b, d), f in zip(damped, factors, strict=True)])
 
     @abstractmethod
     def matvec(self, matrix: Tensor) -> Tensor:

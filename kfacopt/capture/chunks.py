@@ -42,6 +42,7 @@ def rows_in_chunks(
     terms: Tensor,
     kfac_approx: KFACType,
     all_places: bool = False,
+    needs_inputs: bool = True,
 ) -> Iterator[tuple[Tensor, dict[Layer, Rows]]]:
     """The rows of every layer that cotangents reach, chunk by chunk; a layer's inputs are built once.
 
@@ -49,7 +50,7 @@ def rows_in_chunks(
         cotangents: Chunks `[v, *prediction]` of the cotangents of one prediction.
         reach: Brings a chunk to the calls of the layers.
         terms: What to divide sums over the rows by for the mean loss.
-        kfac_approx, all_places: See `rows_of_layer`.
+        kfac_approx, all_places, needs_inputs: See `rows_of_layer`.
 
     Yields:
         The chunk, and each reached layer's rows; all but a layer's first have `first=False`.
@@ -63,7 +64,7 @@ def rows_in_chunks(
         rows: dict[Layer, Rows] = {}
         for layer, reached in reach(some).items():
             sites = tuple(site for site, _ in reached)
-            made = rows_of_layer(layer, reached, terms, kfac_approx, all_places, inputs.get(sites))
+            made = rows_of_layer(layer, reached, terms, kfac_approx, all_places, needs_inputs, inputs.get(sites))
             inputs[sites] = made.inputs
             rows[layer] = replace(made, first=False) if layer in counted else made
             counted.add(layer)

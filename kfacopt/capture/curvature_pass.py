@@ -50,6 +50,7 @@ class CurvaturePass:
 
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
+        needs_inputs: See `CurvatureBackend.needs_inputs`.
         used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
             delivered any more.
         hooks_since: Hooks of the user's that a graph may hold.
@@ -60,7 +61,7 @@ class CurvaturePass:
     ) -> None:
         self._layers, self._estimator, self._loss_graph = layers, estimator, loss_graph
         self._bring_down = CotangentPass()
-        self.all_places = False
+        self.all_places, self.needs_inputs = False, True
         self.used_elsewhere: set[Layer] = set()
         self.hooks_since = HooksSince()
 
@@ -96,7 +97,7 @@ class CurvaturePass:
         guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
         reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
         approx = self._estimator.kfac_approx
-        for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places):
+        for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places, self.needs_inputs):
             for layer, some in rows.items():
                 deliver(layer, some)
         guard.watch()

@@ -21,6 +21,7 @@ def rows_of_layer(
     terms: Tensor,
     kfac_approx: KFACType,
     all_places: bool = False,
+    needs_inputs: bool = True,
     inputs: Tensor | OneHot | None = None,
 ) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
@@ -33,6 +34,7 @@ def rows_of_layer(
         terms: What to divide sums over the rows by for the mean loss.
         kfac_approx: Expand, or reduce.
         all_places: Leave reducing to `Rows.for_factors`.
+        needs_inputs: Whether rows of layers with outer products are to have inputs; where not, these have no columns.
         inputs: The rows' inputs where they are known: those of the rows that other cotangents gave for the same calls.
 
     Raises:
@@ -41,13 +43,16 @@ def rows_of_layer(
     if layer.handler.structure == "elementwise":
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
-        return replace(rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs), reduce=True)
+        every = rows_of_layer(layer, reached, terms, KFACType.EXPAND, False, needs_inputs, inputs)
+        return replace(every, reduce=True)
     gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
     if len(reached) > 1:
         _require_same_data(layer, gradients)
-    if inputs is None:
-        inputs = _inputs_of_layer(layer, [site for site, _ in reached], kfac_approx)
     joint = gradients[0] if len(reached) == 1 else torch.cat(gradients, dim=-2)
+    if not needs_inputs and layer.handler.structure == "outer":
+        inputs = joint.new_empty(*joint.shape[1:-1], 0)
+    elif inputs is None:
+        inputs = _inputs_of_layer(layer, [site for site, _ in reached], kfac_approx)
     if len(reached) > 1 and kfac_approx == KFACType.REDUCE and isinstance(inputs, Tensor):
         joint = joint.sum(-2, keepdim=True)
     return _same_dtype(inputs, joint, terms)

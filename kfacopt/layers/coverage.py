@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -99,6 +99,22 @@ def covered_rows(layers: Iterable[Layer], treatments: Iterable[str]) -> list[Cov
             why += f", shared by {len(layer.modules)} modules"
         rows.append(CoverageRow(layer.name, layer.roles, treatment, why))
     return rows
+
+
+def retreated(rows: Iterable[CoverageRow], places: Collection[tuple[str, str]], treatment: str) -> list[CoverageRow]:
+    """The rows with another treatment of the parameters at some places, `(module, parameter)`; split where they differ.
+
+    >>> rows = [CoverageRow("rnn", ("weight_ih_l0", "bias_ih_l0"), "AdamW", "no handler for RNN")]
+    >>> [(row.parameters, row.treatment) for row in retreated(rows, {("rnn", "weight_ih_l0")}, "spectral")]
+    [(('weight_ih_l0',), 'spectral'), (('bias_ih_l0',), 'AdamW')]
+    """
+    result = []
+    for row in rows:
+        chosen = tuple(name for name in row.parameters if (row.module, name) in places)
+        left = tuple(name for name in row.parameters if name not in chosen)
+        result += [replace(row, parameters=chosen, treatment=treatment)] if chosen else []
+        result += [replace(row, parameters=left)] if left else []
+    return result
 
 
 def _places(model: nn.Module) -> dict[int, list[Place]]:

@@ -80,6 +80,22 @@ class NewtonSchulz:
         result = _by_gram(wide, polynomials) if _is_long(wide) else _directly(wide, polynomials)
         return (result.mT if tall else result).to(matrix.dtype)
 
+    def squares(self, matrix: Tensor) -> bool:
+        """Whether matrices may be treated by their Gram matrices, which square their condition."""
+        return matrix.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(matrix.device.type)
+
+    def inverse_root(self, gram: Tensor) -> Tensor:
+        """`B^(-1/2)` of Gram matrices `B = X Xᵀ`, `[*b m m]`: what takes X to its polar factor.
+
+        >>> NewtonSchulz().inverse_root(4.0 * torch.eye(2)).round(decimals=1)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+        """
+        # Brought to size one first: its norm's squares would leave the range of its dtype.
+        largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None].clamp_min(torch.finfo(gram.dtype).tiny)
+        scaled, divisor = _normalised(gram / largest)
+        return _inverse_root(scaled, minimax_quintics(self.smallest, self.iterations)) / (divisor * largest.sqrt())
+
 
 def exact_polar(matrix: Tensor) -> Tensor:
     """The polar factor of `[*b m n]` by singular value decomposition; directions without singular value stay out.
@@ -93,29 +109,6 @@ def exact_polar(matrix: Tensor) -> Tensor:
     floor = torch.finfo(values.dtype).eps * max(matrix.shape[-2:]) * values[..., :1]
     factor: Tensor = (left * (values > floor).to(values.dtype).unsqueeze(-2)) @ right
     return factor.to(matrix.dtype)
-
-
-def polar_factors(matrices: Sequence[Tensor], polar: PolarFactor) -> list[Tensor]:
-    """The polar factor of each matrix `[*k m n]`; those of equal shape, up to transposition, in one batched call.
-
-    Args:
-        matrices: Of any shapes; groups k are matrices of their own.
-        polar: Of a batch `[b m n]` with `m ≤ n`.
-
-    >>> [factor.shape for factor in polar_factors([torch.ones(2, 3), torch.ones(4, 3, 2)], exact_polar)]
-    [torch.Size([2, 3]), torch.Size([4, 3, 2])]
-    """
-    wide = [m.mT if m.shape[-2] > m.shape[-1] else m for m in matrices]
-    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-    for place, matrix in enumerate(wide):
-        alike.setdefault((matrix.shape[-2:], matrix.dtype, matrix.device), []).append(place)
-    found: dict[int, Tensor] = {}
-    for (shape, _, _), places in alike.items():
-        stacked = [wide[place].reshape(-1, *shape) for place in places]
-        factors = polar(torch.cat(stacked) if len(stacked) > 1 else stacked[0])
-        parts = factors.split([part.shape[0] for part in stacked])
-        found |= {place: part.reshape(wide[place].shape) for place, part in zip(places, parts, strict=True)}
-    return [found[place].mT if m.shape[-2] > m.shape[-1] else found[place] for place, m in enumerate(matrices)]
 
 
 @cache
@@ -169,15 +162,14 @@ def _is_long(wide: Tensor) -> bool:
     return wide.shape[-1] >= _GRAM_RATIO * wide.shape[-2] and wide.dtype in (torch.float32, torch.float64)
 
 
-def _gram(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """`X Xᵀ` of the matrix divided by `‖X Xᵀ‖_F^½`, and that divisor."""
-    gram = wide @ wide.mT
+def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A Gram matrix over its Frobenius norm, and the root of that: what X is to be divided by."""
     norm = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
     return gram / norm, norm.sqrt()
 
 
 def _directly(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    gram, divisor = _gram(wide)
+    gram, divisor = _normalised(wide @ wide.mT)
     wide = wide / divisor
     for step, (a, b, c) in enumerate(polynomials):
         gram = wide @ wide.mT if step else gram
@@ -186,7 +178,12 @@ def _directly(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
 
 
 def _by_gram(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    gram, divisor = _gram(wide)
+    gram, divisor = _normalised(wide @ wide.mT)
+    return (_inverse_root(gram, polynomials) / divisor) @ wide
+
+
+def _inverse_root(gram: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
+    """`B^(-1/2)` of a Gram matrix with eigenvalues up to one, by the polynomials that take X to its polar factor."""
     product: Tensor | None = None
     for step, (a, b, c) in enumerate(polynomials):
         polynomial = _combined(gram, gram, gram, b, c)
@@ -195,7 +192,7 @@ def _by_gram(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
         if step + 1 < len(polynomials):
             gram = polynomial @ gram @ polynomial
     assert product is not None
-    return (product / divisor) @ wide
+    return product
 
 
 def _combined(added: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:

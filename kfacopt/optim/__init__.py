@@ -7,6 +7,7 @@ from kfacopt.optim.natural_gradient import NaturalGradient as NaturalGradient
 from kfacopt.optim.newton import TrustRegionNewton as TrustRegionNewton
 from kfacopt.optim.second_order import SecondOrderOptimizer as SecondOrderOptimizer
 from kfacopt.optim.spectral_descent import SpectralDescent as SpectralDescent
+from kfacopt.optim.step import ClippedGradients as ClippedGradients
 from kfacopt.optim.step import Direction as Direction
 from kfacopt.optim.step import Grafted as Grafted
 from kfacopt.optim.step import GridLineSearch as GridLineSearch

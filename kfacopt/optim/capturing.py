@@ -97,7 +97,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
         self._pattern = self._covered_pattern()
-        deliver, discard, all_places = _ignore, _ignore, False
+        deliver, discard, all_places, needs_inputs = _ignore, _ignore, False, True
         if (backend := self._fed) is not None:
             wanted = self._parameters(curvature=True)
             excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
@@ -105,13 +105,15 @@ class CapturingOptimizer(torch.optim.Optimizer):
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
             backend.attach(self._layers)
-            deliver, discard, all_places = self._deliver, self._discard, backend.all_places
+            deliver, discard = self._deliver, self._discard
+            all_places, needs_inputs = backend.all_places, backend.needs_inputs
         is_paused = False
         if self._capture is not None:
             is_paused = self._capture.is_paused
             self._capture.close()
         self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
-        self._capture.passes.all_places, self._capture.is_paused = all_places, is_paused
+        self._capture.passes.all_places, self._capture.passes.needs_inputs = all_places, needs_inputs
+        self._capture.is_paused = is_paused
         self._arm()
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
@@ -165,7 +167,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._unseen_uses |= {p: why for layer, why in new.items() for p in layer.parameters.values()}
         for why in dict.fromkeys(new.values()):
             names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)
-            warnings.warn(f"{names}: {why}. That is not in the curvature: trained by AdamW from now on", stacklevel=4)
+            warnings.warn(f"{names}: {why}. That is not in the curvature: trained without from now on", stacklevel=4)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfacopt.layers.layer import Layer
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
 
@@ -17,10 +16,10 @@ State = MutableMapping[Any, Any]
 
 
 def averaged(
-    groups: Groups, state: State, gradients: Mapping[nn.Parameter, Tensor], layers: Sequence[Layer]
+    groups: Groups, state: State, gradients: Mapping[nn.Parameter, Tensor], parameters: Collection[nn.Parameter]
 ) -> dict[nn.Parameter, Tensor]:
-    """Gradients with momentum of the parameters that have curvature; the running averages move on."""
-    covered = {id(p) for layer in layers for p in layer.parameters.values()}
+    """Gradients with momentum of some parameters; the running averages move on."""
+    covered = {id(p) for p in parameters}
     result: dict[nn.Parameter, Tensor] = {}
     for group in groups:
         momentum = float(group["momentum"])
@@ -46,6 +45,20 @@ def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> 
     weight: float = state["momentum_weight"]
     state["momentum_weight"] = rule.next_weight(momentum, weight)
     return weight
+
+
+def row_squares(state: State, parameters: Sequence[nn.Parameter], squares: Tensor, decay: float) -> Tensor:
+    """Running averages of rows' mean squares `[b *k o]`, one of each parameter's, after these; bias-corrected."""
+    averages = []
+    for parameter, now in zip(parameters, squares.unbind(), strict=True):
+        own = state[parameter]
+        if "row_squares" not in own:
+            # In the parameter's dtype, which is what torch makes of it when a state is loaded.
+            own["row_squares"], own["row_weight"] = torch.zeros_like(now, dtype=parameter.dtype), 0.0
+        own["row_squares"].lerp_(now.to(parameter.dtype), 1.0 - decay)
+        own["row_weight"] = rule.next_weight(decay, own["row_weight"])
+        averages.append(own["row_squares"].to(now.dtype) / own["row_weight"])
+    return torch.stack(averages)
 
 
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:

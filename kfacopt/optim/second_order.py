@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
-from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
+from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows, retreated
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import names_of, plain_matrices
 from kfacopt.likelihoods import KFACType, Likelihood
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Fisher
@@ -187,12 +188,27 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _refusal(self, layer: Layer) -> str | None:
-        return self.direction.refusal(layer)
+        why = self.direction.refusal(layer)
+        if why is not None:
+            self._refused.update(layer.parameters.values())
+        return why
 
     def _attach(self) -> None:
         if any(group["relative_damping"] for group in self.param_groups):
             self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step
+        self._refused: set[nn.Parameter] = set()
         super()._attach()
+        self._find_plain()
+
+    def _find_plain(self) -> None:
+        """Matrices without curvature that the direction steps all the same."""
+        self._plain = {}
+        if (treatment := self.direction.plain_treatment) is None:
+            return
+        taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
+        wanted = [p for p in self._parameters(curvature=True) if p.requires_grad and p not in taken]
+        self._plain = plain_matrices(self.model, wanted)
+        self._rest = retreated(self._rest, names_of(self.model, self._plain), treatment)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
@@ -220,7 +236,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         if self.backend.ready(layer):
             why = f"no backward has shown its curvature for {self._sightings.missed[layer.name]} updates ({row.why})"
             return replace(row, treatment=f"{row.treatment}, stale", why=why)
-        return replace(row, treatment="AdamW", why=f"no backward has shown its curvature yet ({row.why})")
+        treatment = self.direction.plain_treatment or "AdamW"
+        return replace(row, treatment=treatment, why=f"no backward has shown its curvature yet ({row.why})")
 
     def health(self) -> dict[str, float]:
         """Numbers worth logging, of the last step: damping, Kullback-Leibler divergence, condition, overhead, ...
@@ -264,6 +281,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             tally.replays,
             scale * undone,
             loss_factor=self._scaling.factor,
+            plain=self._plain,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
         self._report |= self.direction.health() | self.step_length.health()

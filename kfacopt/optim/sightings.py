@@ -60,8 +60,8 @@ class Sightings:
             nothing = "" if reached else " (no curvature has been captured at all)"
             warnings.warn(
                 f"no backward shows the curvature of {', '.join(map(repr, new))}{nothing}: they get gradients, but no "
-                f"call of the modules in the model that the optimizer was given leads to a prediction. They train by "
-                f"AdamW, or by the curvature they had. Call the module itself (not its forward, not a copy, not one "
-                f"that was compiled and run before), with gradients enabled",
+                f"call of the modules in the model that the optimizer was given leads to a prediction. They train "
+                f"without curvature, or by the one they had. Call the module itself (not its forward, not a copy, not "
+                f"one that was compiled and run before), with gradients enabled",
                 stacklevel=6,
             )

@@ -7,26 +7,29 @@ from typing import Any
 from torch import nn
 
 from kfacopt.backends.base import CurvatureBackend
-from kfacopt.backends.kfac import KFACBackend
+from kfacopt.backends.kfac import OneSidedKFACBackend
 from kfacopt.damping import RelativeDamping
 from kfacopt.likelihoods import Likelihood
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
-from kfacopt.optim.step import Direction, Spectral, UnitGradients
-from kfacopt.schedules import EKFAC_REFRESH_EVERY
+from kfacopt.optim.step import ClippedGradients, Direction, Spectral
+from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
 
-SPECTRAL_DAMPING = RelativeDamping(0.01)
-"""A tenth of each Kronecker factor's mean eigenvalue, as the π-split takes the root: directions that matter are to be
-divided by their own curvature, and the length is not the damping's to bound."""
+SPECTRAL_DAMPING = RelativeDamping(0.5)
+"""Half of the factor's mean eigenvalue: directions that matter are to be divided by their own curvature, and the length
+is not the damping's to bound. From a twenty-fifth of it to twice of it a character model trained alike."""
 
 
 class SpectralDescent(SecondOrderOptimizer):
-    """Muon in the metric of Kronecker factors: `lr · L polar(Lᵀ M R) Rᵀ` of fixed length a layer (see `Spectral`).
+    """Muon in the metric of the outputs' Fisher: `lr · L polar(Lᵀ M)` of fixed length a layer (see `Spectral`).
 
-    Preconditioned spectral descent (Carlson et al. 2015) with the roots L and R of K-FAC's damped inverse factors.
-    Where K-FAC's step is as long as the curvature says, and its noise with it, all directions of a layer's step are of
-    one size here, and so are the layers' steps: there is nothing to clip, and `lr` means the same for every task. Let
-    it go to zero over the run (any of torch's schedulers).
+    Preconditioned spectral descent (Carlson et al. 2015) with the root L of K-FAC's damped inverse factor of the
+    gradients. Where K-FAC's step is as long as the curvature says, and its noise with it, all directions of a layer's
+    step are of one size here, and so are the layers' steps: there is nothing to clip, and `lr` means the same for every
+    task. Let it go to zero over the run (any of torch's schedulers; `kfacopt.schedules.to_zero`).
+
+    K-FAC's other factor, A, is left out on purpose: its small eigenvalues are inputs that hardly ever vary, where a
+    step in its metric goes furthest and tells least (`backend=KFACBackend(exponent=0.5)` has both).
 
     The arguments are those of `SecondOrderOptimizer`; these have other defaults than there.
 
@@ -35,13 +38,12 @@ class SpectralDescent(SecondOrderOptimizer):
         loss_func: The loss, as torch's module or a `Likelihood`.
         params: torch's params or param groups; default: all of the model's.
         lr: By how much a step moves each output of a layer, for inputs of size one.
-        momentum: Of the gradients, each at length one (`UnitGradients`).
+        momentum: Of the gradients, none of which is much longer than those before it (`ClippedGradients`).
         damping: See `SPECTRAL_DAMPING`.
         kl_clip: See there; a bound costs the curvature's product with the step.
         adamw_lr: AdamW's learning rate, of embeddings, normalisations and all else without a matrix.
-        backend: The curvature; default: `KFACBackend(exponent=0.5)`, Shampoo's power of it. `KFACBackend()` for K-FAC's
-            own metric.
-        direction: Default: `UnitGradients(Spectral(momentum))`.
+        backend: The curvature; default: `OneSidedKFACBackend(exponent=0.5)`, Shampoo's power of it.
+        direction: Default: `ClippedGradients(Spectral(momentum))`.
         options: More of `SecondOrderOptimizer`'s arguments.
 
     >>> import torch
@@ -57,8 +59,8 @@ class SpectralDescent(SecondOrderOptimizer):
         loss_func: nn.Module | Likelihood,
         params: Params | None = None,
         *,
-        lr: float = 0.05,
-        momentum: float = 0.95,
+        lr: float = 0.02,
+        momentum: float = 0.9,
         damping: float | RelativeDamping = SPECTRAL_DAMPING,
         kl_clip: float | None = None,
         adamw_lr: float = 3e-3,
@@ -68,8 +70,8 @@ class SpectralDescent(SecondOrderOptimizer):
     ) -> None:
         if backend is None:
             intervals = {name: options.pop(name) for name in ("factor_every", "refresh_every") if options.get(name)}
-            # A half power takes eigendecompositions, as EKFAC does, and no trust region goes stale with them.
-            backend = KFACBackend(**{"refresh_every": EKFAC_REFRESH_EVERY} | intervals, exponent=0.5)
+            schedules = {"factor_every": SPECTRAL_FACTOR_EVERY, "refresh_every": SPECTRAL_REFRESH_EVERY}
+            backend = OneSidedKFACBackend(**schedules | intervals, exponent=0.5)
         super().__init__(
             model,
             loss_func,
@@ -80,6 +82,6 @@ class SpectralDescent(SecondOrderOptimizer):
             kl_clip=kl_clip,
             adamw_lr=adamw_lr,
             backend=backend,
-            direction=UnitGradients(Spectral(momentum)) if direction is None else direction,
+            direction=ClippedGradients(Spectral(momentum)) if direction is None else direction,
             **options,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.linalg import polar
-from kfacopt.linalg.polar import NewtonSchulz, exact_polar, minimax_quintics, polar_factors
+from kfacopt.linalg.polar import NewtonSchulz, exact_polar, minimax_quintics
 
 SHAPES = [(1, 1), (3, 3), (2, 7), (7, 2), (4, 2, 5), (3, 6, 2), (2, 3, 4, 5)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -95,21 +95,6 @@ def test_no_singular_value_runs_away_in_bfloat16() -> None:
         matrix = conditioned((6, 9), 0.1) + (seed % 2) * torch.outer(torch.randn(6), torch.randn(9))
         found = NewtonSchulz()(matrix.bfloat16()).float()
         assert torch.linalg.matrix_norm(found, ord=2) < 1.05
-
-
-def test_equal_shapes_share_a_batch() -> None:
-    matrices = [conditioned(shape, 0.1) for shape in [(3, 5), (5, 3), (4, 3, 5), (2, 2), (2, 5, 3)]]
-    matrices.append(matrices[0].float())
-    seen: list[torch.Size] = []
-
-    def counted(batch: Tensor) -> Tensor:
-        seen.append(batch.shape)
-        return exact_polar(batch)
-
-    for found, matrix in zip(polar_factors(matrices, counted), matrices, strict=True):
-        torch.testing.assert_close(found, exact_polar(matrix), rtol=1e-5, atol=1e-6)
-    assert sorted(seen) == [(1, 2, 2), (1, 3, 5), (8, 3, 5)]
-    assert polar_factors([], counted) == []
 
 
 @pytest.mark.parametrize("options", [{"iterations": 0}, {"smallest": 0.0}, {"smallest": 1.0}])

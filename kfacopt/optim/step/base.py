@@ -24,6 +24,7 @@ from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
+from kfacopt.linalg.polar import PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.groups import Groups
 from kfacopt.replay import path
@@ -53,6 +54,8 @@ class Step:
         recorder: Records the products of forwards that are run again, where the direction wants that.
         loss_factor: Of the user's loss, over the plain one: of gradients and curvature alike. Kullback-Leibler
             divergences are those of the plain one.
+        plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter their
+            shape as `[*k o i]`.
     """
 
     number: int
@@ -67,12 +70,13 @@ class Step:
     gradient_scale: float = 1.0
     recorder: ProductRecorder | None = None
     loss_factor: float = 1.0
+    plain: Mapping[nn.Parameter, Sequence[int]] = field(default_factory=dict)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
 
     def averaged(self) -> dict[nn.Parameter, Tensor]:
-        """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of the layers with curvature.
+        """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
 
         The running averages move on once a step, however many ask; their decay is each group's `momentum`.
 
@@ -86,8 +90,13 @@ class Step:
                 "UnitGradients around the whole direction, not around a part"
             )
         if not self._averages:
-            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.layers)
+            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.stepped)
         return self._averages[key]
+
+    @property
+    def stepped(self) -> list[nn.Parameter]:
+        """The parameters of the layers with curvature, and the plain matrices."""
+        return [*(p for layer in self.layers for p in layer.parameters.values()), *self.plain]
 
     # -- the curvature ---------------------------------------------------------------------------------------------
 
@@ -107,15 +116,20 @@ class Step:
         }
         return _by_parameter(damped)
 
-    def whiten(self, tensors: ByParameter) -> LayerTensors:
-        """`Sᵀ tensors` by layer, with some S of which `S Sᵀ = (C + damping I)⁻¹`; of the layers that have curvature."""
-        with torch.enable_grad():
-            return self._backend.whiten(self.by_layer(tensors), self.settings)
+    def ready(self, layer: Layer) -> bool:
+        """Whether a layer has curvature by now."""
+        return self._backend.ready(layer)
 
-    def unwhiten(self, tensors: LayerTensors) -> LayerTensors:
-        """`S tensors` by layer, with the S of `whiten`."""
-        with torch.enable_grad():
-            return self._backend.unwhiten(tensors, self.settings)
+    def steepest(self, layers: Sequence[Layer], matrices: Tensor, polar: PolarFactor) -> Tensor:
+        """`S polar(Sᵀ M)`, with some S of which `S Sᵀ = (C + damping I)⁻¹`; of layers that have curvature.
+
+        Args:
+            layers: Whose matrices have one shape.
+            matrices: `[b *k o i]`, one for each layer.
+            polar: The polar factor of a batch of matrices.
+        """
+        with torch.enable_grad():  # a backend of the user's may differentiate
+            return self._backend.steepest(layers, matrices, self.settings, polar)
 
     def by_layer(self, tensors: ByParameter) -> dict[Layer, dict[str, Tensor]]:
         """Tensors by layer and role; layers of which a parameter is missing are left out."""
@@ -211,7 +225,14 @@ class _Part:
 
 
 class Direction(_Part, ABC):
-    """Where a step goes."""
+    """Where a step goes.
+
+    Attributes:
+        plain_treatment: What it does with matrices that have no curvature (`Step.plain`), as a phrase for `coverage()`;
+            None: nothing, they train by AdamW.
+    """
+
+    plain_treatment: str | None = None
 
     def refusal(self, layer: Layer) -> str | None:
         """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not.

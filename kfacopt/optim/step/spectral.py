@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -10,13 +11,18 @@ from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.fast_dtype import fast_dtype
-from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, polar_factors
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
+from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
-from kfacopt.optim.step.base import ByParameter, Direction, Step, Updates
-from kfacopt.optim.step.lengths import layer_length, with_length
+from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.lengths import layer_length
+from kfacopt.optim.step.stacks import Stack, stacks
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
 _LONG = 128
+# A row's running mean square is taken for at least this part of the mean over all rows: an output that was idle for
+# long, and has a gradient again, is not to take the whole step of its layer.
+_LEAST_ROW = 1e-2
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -38,6 +44,8 @@ class Spectral(Direction):
 
         m ← momentum · m + (1 - momentum) g           bias-corrected, with Nesterov's look-ahead
         U ← L polar(Lᵀ M R) Rᵀ                        M the layer's m as a matrix [*k o i]
+        v ← row_decay · v + (1 - row_decay) (mean of squares of each row of U, over that of all of U)
+        U ← U / sqrt(v)                               row by row
         u ← sqrt(outputs) U / ‖U‖_F                   for each layer
 
     **In which norm it descends steepest.** Measure a step D by the largest singular value of its whitened form, `‖S⁻¹
@@ -59,10 +67,17 @@ class Spectral(Direction):
     arXiv:2310.17813). The direction of a layer is steepest in the norm above, its length is grafted (Agarwal et al.
     2020): together the steepest in the largest over layers of these norms, in a unit for each layer and step.
 
+    **Why rows are evened.** The rows of a polar factor, and more so those of U, differ in length, by a lot where a
+    layer has more outputs than inputs or outputs of very different curvature. Divided by the root of their running mean
+    squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
+    of how outputs go together stays.
+
     It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults).
     Layers of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it
-    refreshes. Elementwise layers have nothing to orthogonalize and train by AdamW; so do layers that `layers` leaves
-    out: no statistics are taken of them then, and `coverage()` says so.
+    refreshes. A matrix that has no curvature, or none yet, is stepped with S = I: attention's and recurrent layers'
+    weights, and layers whose use the hooks do not see. Elementwise layers have nothing to orthogonalize and train by
+    AdamW, as biases of layers without curvature do; so do layers that `layers` leaves out: no statistics are taken of
+    them then, and `coverage()` says so.
 
     Args:
         momentum: Decay of the running average, a param group's `momentum` from then on.
@@ -72,13 +87,16 @@ class Spectral(Direction):
             float32; or a dtype. The statistics, their roots and the parameters keep theirs, and float64 stays.
         layers: Which layers it steps: `dense_layers`, `matrix_layers` (embeddings too), or a function of the layer of
             one's own.
+        row_decay: Decay of the running mean square of each row; None: rows stay as they are.
 
     Raises:
-        ValueError: If the momentum is out of range.
+        ValueError: If the momentum or the decay is out of range.
 
     >>> Spectral(momentum=0.9).defaults()
     {'momentum': 0.9}
     """
+
+    plain_treatment = "spectral step, no curvature"
 
     def __init__(
         self,
@@ -86,8 +104,12 @@ class Spectral(Direction):
         polar: PolarFactor | None = None,
         dtype: torch.dtype | Literal["fastest"] = "fastest",
         layers: Callable[[Layer], bool] = dense_layers,
+        row_decay: float | None = 0.95,
     ) -> None:
         check_number("momentum", momentum)
+        if row_decay is not None and not 0.0 <= row_decay < 1.0:
+            raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
+        self._row_decay = row_decay
         self._momentum, self._layers = momentum, layers
         self._polar = NewtonSchulz() if polar is None else polar
         self._dtype = dtype
@@ -106,29 +128,33 @@ class Spectral(Direction):
 
     def updates(self, step: Step) -> Updates:
         averaged = step.averaged()
-        short: dict[nn.Parameter, Tensor] = {}
-        long: dict[nn.Parameter, Tensor] = {}
-        for layer, parts in step.by_layer(averaged).items():
-            sides = layer.pack(parts).shape[-2:]
-            chosen = long if min(sides) >= _LONG else short
-            chosen.update({p: averaged[p] for p in layer.parameters.values()})
-        updates = self._orthogonalized(step, short)
-        if long:
-            device = next(iter(long)).device.type
-            dtype = self._products(device)
+        updates: dict[nn.Parameter, Tensor] = {}
+        for stack in stacks(step, averaged):
+            device = stack.matrices.device.type
+            long = min(stack.matrices.shape[-2:]) >= _LONG
+            dtype = self._products(device) if long else torch.float32
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                updates |= self._orthogonalized(step, long)
+                found = self._orthogonalized(step, stack)
+            found = found.to(stack.matrices.dtype)
+            if self._row_decay is not None:
+                found = self._evened(step, stack, found)
+            updates.update(stack.unstacked(_with_length(stack, found), averaged))
         return Updates(updates)
 
-    def _orthogonalized(self, step: Step, momentum: ByParameter) -> dict[nn.Parameter, Tensor]:
-        whitened = step.whiten(momentum)
-        factors = polar_factors([layer.pack(parts) for layer, parts in whitened.items()], self._polar)
-        unpacked = {layer: layer.unpack(factor) for layer, factor in zip(whitened, factors, strict=True)}
-        steps = {
-            layer: {role: tensor.to(momentum[layer.parameters[role]].dtype) for role, tensor in parts.items()}
-            for layer, parts in step.unwhiten(unpacked).items()
-        }
-        return with_length(steps, {layer: layer_length(layer) for layer in steps})
+    def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
+        """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""
+        if not stack.curved:
+            return self._polar(stack.matrices)
+        return step.steepest(stack.layers, stack.matrices, self._polar)
+
+    def _evened(self, step: Step, stack: Stack, matrices: Tensor) -> Tensor:
+        """Each row over the root of its running mean square, in units of the mean over all rows of its layer."""
+        squares = matrices.square().mean(-1)
+        whole = squares.flatten(1).mean(-1).clamp_min(torch.finfo(squares.dtype).tiny)
+        squares = squares / _column(whole, squares)
+        assert self._row_decay is not None
+        averages = memory.row_squares(step.state, stack.parameters, squares, self._row_decay)
+        return matrices * averages.clamp_min(_LEAST_ROW).rsqrt().unsqueeze(-1)
 
     def _products(self, device: str) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too."""
@@ -141,3 +167,16 @@ class Spectral(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._measured = {device: getattr(torch, name) for device, name in state.get("measured", {}).items()}
+
+
+def _with_length(stack: Stack, matrices: Tensor) -> Tensor:
+    """At the Frobenius norm of each holder's step (`layer_length`; of a plain matrix likewise)."""
+    norms = torch.linalg.vector_norm(matrices.flatten(1), dim=-1).clamp_min(torch.finfo(matrices.dtype).tiny)
+    rows = math.sqrt(matrices.shape[1:-1].numel())
+    lengths = [layer_length(holder) if isinstance(holder, Layer) else rows for holder in stack.holders]
+    return matrices * _column(norms.new_tensor(lengths) / norms, matrices)
+
+
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers `[b]` so that they are broadcast over the other axes of `like`."""
+    return numbers.view(-1, *[1] * (like.ndim - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def svd_polar(matrix: Tensor) -> Tensor:
     return (left * (values > 1e-9 * values[..., :1]).to(values).unsqueeze(-2)) @ right
 
 
-EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers}
+EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers, "row_decay": None}
 
 
 class Identity(kfacopt.LayerwiseBackend):
@@ -143,10 +144,10 @@ def test_without_curvature_it_is_muon(case: Case) -> None:
 @pytest.mark.parametrize("optimizer", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.EigenKFACBackend])
 def test_the_frobenius_norm_gives_the_natural_gradient(optimizer: Callable[..., Any], case: Case) -> None:
     def frobenius(matrix: Tensor) -> Tensor:
-        assert matrix.ndim == 3
+        assert matrix.ndim >= 3
         return matrix
 
-    direction = kfacopt.Spectral(momentum=0.0, polar=frobenius, layers=matrix_layers)
+    direction = kfacopt.Spectral(**EXACT | {"polar": frobenius})
     _, ours = of(optimizer(1, 1), direction, case)
     natural = kfacopt.Grafted(kfacopt.Preconditioned(momentum=0.0))
     _, theirs = of(optimizer(1, 1), natural, case)
@@ -231,6 +232,7 @@ def test_a_layer_without_gradient_stays() -> None:
 DIRECTIONS: dict[str, Callable[[], kfacopt.Direction]] = {
     "spectral": kfacopt.Spectral,
     "unit": lambda: kfacopt.UnitGradients(kfacopt.Spectral(layers=matrix_layers)),
+    "clipped": lambda: kfacopt.ClippedGradients(kfacopt.Spectral(layers=matrix_layers)),
     "grafted": lambda: kfacopt.Grafted(kfacopt.Preconditioned()),
     "twice": lambda: kfacopt.Grafted(kfacopt.Preconditioned(), length_of=kfacopt.Spectral(0.9, layers=matrix_layers)),
 }
@@ -382,7 +384,8 @@ def test_unit_gradients_bound_what_one_batch_can_do() -> None:
     def run(scale: float) -> list[Tensor]:
         torch.manual_seed(0)
         model, loss = mlp().double(), nn.MSELoss()
-        made = kfacopt.SpectralDescent(model, loss, backend=Identity(), factor_every=None)
+        direction = kfacopt.UnitGradients(kfacopt.Spectral())
+        made = kfacopt.SpectralDescent(model, loss, backend=Identity(), factor_every=None, direction=direction)
         for factor in (1.0, scale, 1.0):
             x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
             made.zero_grad()
@@ -392,6 +395,33 @@ def test_unit_gradients_bound_what_one_batch_can_do() -> None:
 
     for ours, theirs in zip(run(1.0), run(1e6), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_clipped_gradients_against_the_running_average_of_their_norms() -> None:
+    """One batch a million times as steep turns the momentum no further than one that is `limit` times as long."""
+    torch.manual_seed(0)
+    model, seen = nn.Linear(3, 2).double(), []
+
+    class Seen(kfacopt.Direction):
+        def updates(self, step: kfacopt.Step) -> kfacopt.Updates:
+            seen.append(step.gradients[model.weight])
+            return kfacopt.Updates({p: torch.zeros_like(p) for p in step.gradients})
+
+    made = kfacopt.SecondOrderOptimizer(
+        model, nn.MSELoss(), backend=Identity(), direction=kfacopt.ClippedGradients(Seen(), limit=2.0, decay=0.5)
+    )
+    unit = torch.randn(2, 3, dtype=torch.float64)
+    unit /= unit.norm()
+    usual = 3.0
+    made.close()  # the gradients are set by hand
+    for norm in (3.0, 3.3, 4e6, 0.0, 1e-3, 4.0):
+        model.weight.grad, model.bias.grad = norm * unit, torch.zeros(2, dtype=torch.float64)
+        with pytest.warns(UserWarning, match="no curvature has been captured") if not seen else nullcontext():
+            made.step()
+        clipped = min(norm, 2.0 * usual)
+        torch.testing.assert_close(seen[-1], clipped * unit, rtol=1e-6, atol=0.0)
+        usual = 0.5 * (usual + clipped)
+    assert float(made.direction.state_dict()["usual_norms"][0]) == pytest.approx(usual, rel=1e-6)
 
 
 def test_a_step_without_covered_gradients_is_adamws() -> None:
@@ -425,6 +455,8 @@ def test_two_averages_in_one_step_are_refused() -> None:
         (lambda: kfacopt.Grafted(torch.sign), TypeError, "direction"),  # type: ignore[arg-type]
         (lambda: kfacopt.Grafted(kfacopt.Spectral(), length_of=2.0), TypeError, "length_of"),  # type: ignore[arg-type]
         (lambda: kfacopt.UnitGradients(torch.sign), TypeError, "direction"),  # type: ignore[arg-type]
+        (lambda: kfacopt.ClippedGradients(kfacopt.Spectral(), limit=1.0), ValueError, "limit"),
+        (lambda: kfacopt.ClippedGradients(kfacopt.Spectral(), decay=1.0), ValueError, "decay"),
         (lambda: kfacopt.KFACBackend(exponent=0.0), ValueError, "exponent"),
     ],
 )
@@ -445,3 +477,161 @@ def test_a_backend_without_roots_is_told() -> None:
     made = kfacopt.SecondOrderOptimizer(model, loss, backend=Plain(), direction=kfacopt.Spectral())
     with pytest.raises(NotImplementedError, match="whiten"):
         train_step(made, model, loss, x, y)
+
+
+@families
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+@pytest.mark.parametrize("widest", [4096, 2])
+def test_one_sided_kfac_against_symmetric_roots_and_svd(case: Case, exponent: float, widest: int) -> None:
+    backend = kfacopt.OneSidedKFACBackend(1, 1, exponent=exponent, widest=widest)
+    _, steps = of(backend, kfacopt.Spectral(**EXACT), case)
+    whole = kfacopt.KFACBackend(1, 1)
+    of(whole, kfacopt.Spectral(**EXACT), case)
+    assert steps
+    for layer, step in steps.items():
+        block = whole.blocks[layer.name]
+        assert isinstance(block, FactoredBlock)
+        factor, matrix = block.factors()[0], momentum_of(layer)
+        if factor.shape[-1] > widest:
+            factor = torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1))
+        damping = factor.new_full(factor.shape[:-2], DAMPING)
+        root = power(factor, damping, exponent / 2)
+        torch.testing.assert_close(step, lengthened(layer, root @ svd_polar(root @ matrix)), rtol=1e-7, atol=1e-9)
+        held = backend.blocks[layer.name]
+        solved = power(factor, damping, exponent) @ matrix
+        torch.testing.assert_close(held.solve(matrix, DAMPING), solved, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(held.unwhiten(held.whiten(matrix, DAMPING), DAMPING), solved, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(held.matvec(matrix), factor @ matrix, rtol=1e-7, atol=1e-9)
+        values = torch.linalg.eigvalsh(factor)[..., None].expand(matrix.shape)
+        torch.testing.assert_close(held.eigenvalues().sort(-2).values, values.clamp_min(0.0), rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(held.trace(), values.sum())
+        torch.testing.assert_close(held.mean_eigenvalue(), values.mean())
+
+
+@families
+def test_evened_rows_are_over_the_root_of_their_mean_squares(case: Case) -> None:
+    _, plain = of(kfacopt.KFACBackend(1, 1), kfacopt.Spectral(**EXACT), case)
+    _, steps = of(kfacopt.KFACBackend(1, 1), kfacopt.Spectral(**EXACT | {"row_decay": 0.9}), case)
+    for (layer, step), before in zip(steps.items(), plain.values(), strict=True):
+        squares = before.square().mean(-1, keepdim=True) / before.square().mean()
+        evened = before / squares.clamp_min(1e-2).sqrt()
+        torch.testing.assert_close(step, lengthened(layer, evened), rtol=1e-9, atol=1e-11)
+
+
+def test_the_running_mean_squares_of_rows_are_bias_corrected_and_resume() -> None:
+    made = [kfacopt.Spectral(0.0, svd_polar, row_decay=decay) for decay in (0.5, None)]
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    optimizer = kfacopt.SpectralDescent(model, loss, lr=0.0, adamw_lr=0.0, direction=made[0])
+    squares: list[Tensor] = []
+    for _ in range(3):
+        train_step(optimizer, model, loss, x, y)
+        state = optimizer.state[next(model.parameters())]
+        squares.append(state["row_squares"] / state["row_weight"])
+    # Nothing moves, so that every step has the same rows but for the statistics, which settle in the first step.
+    torch.testing.assert_close(squares[1], squares[2])
+    assert optimizer.state_dict()["state"][0]["row_weight"] == 1.0 - 0.5**3
+
+
+@pytest.mark.parametrize("options", [{"row_decay": 1.0}, {"row_decay": -0.1}, {"momentum": 1.5}])
+def test_refusals_of_spectral(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        kfacopt.Spectral(**options)  # type: ignore[arg-type]
+
+
+class Gates(nn.Module):
+    """Attention, a recurrent layer and a head: matrices that no handler covers, and one that a handler does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+        self.position = nn.Parameter(torch.zeros(5, 4))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        hidden, _ = self.recurrent(mixed)
+        return self.head(hidden[:, -1])
+
+
+def recurrent_case() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Gates().double(), nn.MSELoss(), torch.randn(6, 5, 4).double(), torch.randn(6, 2).double()
+
+
+def test_matrices_without_curvature_take_the_spectral_step_of_no_curvature() -> None:
+    model, loss, x, y = recurrent_case()
+    optimizer = kfacopt.SpectralDescent(
+        model, loss, lr=1.0, adamw_lr=0.0, direction=kfacopt.Spectral(momentum=0.0, polar=svd_polar, row_decay=None)
+    )
+    treatments = {(row.module, name): row.treatment for row in optimizer.coverage().rows for name in row.parameters}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_step(optimizer, model, loss, x, y)
+    shapes = {name: p.shape for name, p in model.named_parameters() if name.startswith("recurrent.weight")}
+    groups = {name: (4, 3, shape[1]) for name, shape in shapes.items()}
+    covered = {p for layer in optimizer._layers for p in layer.parameters.values()}
+    if model.attention.in_proj_weight not in covered:
+        groups["attention.in_proj_weight"] = (3, 4, 4)
+    for name, shape in groups.items():
+        module, _, own = name.rpartition(".")
+        assert treatments[module, own] == "spectral step, no curvature"
+        parameter = model.get_parameter(name)
+        assert parameter.grad is not None
+        factor = svd_polar(parameter.grad.reshape(shape))
+        step = before[name] - parameter.detach()
+        want = (factor * (shape[0] * shape[1]) ** 0.5 / factor.norm()).reshape(parameter.shape)
+        torch.testing.assert_close(step, want, rtol=1e-9, atol=1e-11)
+    assert treatments["", "position"] == treatments["recurrent", "bias_ih_l0"] == "AdamW"
+
+
+def test_a_layer_whose_use_is_not_seen_goes_on_without_curvature() -> None:
+    """The residual of a differential equation: layers in a derivative of the model that the loop takes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = kfacopt.SpectralDescent(model, nn.MSELoss(), lr=5e-2)
+    x = torch.linspace(0, 1, 7, dtype=torch.float64)[:, None].requires_grad_()
+    losses = []
+    for number in range(30):
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        loss = nn.functional.mse_loss(slope, torch.cos(3.0 * x.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        with nullcontext() if number else pytest.warns(UserWarning, match="no backward shows the curvature"):
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    rows = {row.parameters: row.treatment for row in optimizer.coverage().rows}
+    assert rows[("weight", "bias")] == "spectral step, no curvature"
+
+
+def test_frozen_refused_and_set_aside_matrices_are_no_plain_ones() -> None:
+    model, loss, x, y = recurrent_case()
+    assert isinstance(model, Gates)
+    model.recurrent.weight_ih_l0.requires_grad_(False)
+    groups: list[dict[str, Any]] = [
+        {"params": [model.attention.in_proj_weight], "curvature": False, "lr": 1e-3},
+        {"params": [p for p in model.parameters() if p is not model.attention.in_proj_weight]},
+    ]
+    left_out = kfacopt.Spectral(layers=lambda layer: layer.name != "head")
+    optimizer = kfacopt.SpectralDescent(model, loss, groups, direction=left_out)
+    assert set(optimizer._plain) - {model.attention.out_proj.weight} == {model.recurrent.weight_hh_l0}
+    before = copy.deepcopy(model.state_dict())
+    train_step(optimizer, model, loss, x, y)
+    assert torch.equal(before["recurrent.weight_ih_l0"], model.recurrent.weight_ih_l0)
+    assert not torch.equal(before["recurrent.weight_hh_l0"], model.recurrent.weight_hh_l0)
+
+
+def test_plain_matrices_resume_bit_for_bit() -> None:
+    model, loss, x, y = recurrent_case()
+    optimizer = kfacopt.SpectralDescent(model, loss)
+    for _ in range(3):
+        train_step(optimizer, model, loss, x, y)
+    twin = copy.deepcopy(model)
+    other = kfacopt.SpectralDescent(twin, loss)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        train_step(optimizer, model, loss, x, y)
+        train_step(other, twin, loss, x, y)
+    for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two), name

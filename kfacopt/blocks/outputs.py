@@ -1,0 +1,153 @@
+"""The curvature of a layer's outputs, its inputs taken for white: the Kronecker factor G alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kfacopt.blocks.base import Block, gradient_covariance
+from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.layers.base import Rows
+from kfacopt.linalg import kronecker
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
+from kfacopt.linalg.symmetric import LinAlgError
+
+WIDEST = 4096
+"""Outputs up to which G is kept whole, in 64 MiB of float32; of more its diagonal is."""
+
+
+class OutputBlock(Block):
+    """`G ⊗ I`: K-FAC's block with the identity for A, one of the two sides of Shampoo's.
+
+    It is the curvature with respect to a layer's outputs (pre-activations) if the inputs are white and of size one.
+    Beside K-FAC's it has no decomposition of A, whose side is the longer one in convolutions and after wide layers, and
+    what A's small eigenvalues hold, inputs that hardly ever vary, is not amplified.
+
+    The damped power `(G + damping I)^exponent` is that of the last `refresh`.
+
+    Args:
+        inputs: The columns of the layer's matrix, i.
+        exponent: Power of the damped factor to divide by.
+        widest: Outputs up to which G is `[*k o o]`; of more it is the diagonal `[*k o]`.
+        gradient_factor: Running average of G.
+    """
+
+    title = "K-FAC's G"
+
+    def __init__(self, inputs: int, exponent: float = 1.0, widest: int = WIDEST) -> None:
+        super().__init__()
+        self._inputs, self._exponent, self._widest = inputs, exponent, widest
+        self.gradient_factor = RunningAverage()
+        self._inverse: Tensor | None = None
+        self._root: Tensor | None = None
+
+    def averages(self) -> dict[str, RunningAverage]:
+        return {"gradient_factor": self.gradient_factor}
+
+    def factor(self) -> Tensor:
+        """G `[*k o o]`, or its diagonal `[*k o]` of a wide layer."""
+        if self.gradient_factor.value is None:
+            raise RuntimeError("this block has no statistics yet: update() and fold() come first")
+        return self.gradient_factor.value
+
+    def update(self, rows: Rows) -> None:
+        gradients = rows.for_factors().gradients
+        wide = gradients.shape[-1] > self._widest
+        total = gradients.square().sum((0, -3, -2)) if wide else gradient_covariance(gradients)
+        self.gradient_factor.add(total, rows.new_terms)
+
+    def refresh(self, damping: float) -> None:
+        factor = self.factor()
+        if self._is_diagonal(factor):
+            self._inverse, self._root = (factor + damping).pow(-self._exponent), None
+            return
+        try:
+            found = kronecker.inverse(factor, damping, self._exponent)
+        except LinAlgError:
+            self.retries += 1  # the cache, or its absence, stays; the next step tries again
+            return
+        self.retries += found.retries
+        self._inverse, self._root = found.value, None
+
+    def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        return _times(self._cached(), matrix)
+
+    def whiten(self, matrix: Tensor, damping: float) -> Tensor:
+        root = self._cached_root()
+        return _times(root if root.ndim < matrix.ndim else root.mT, matrix)
+
+    def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
+        return _times(self._cached_root(), matrix)
+
+    @staticmethod
+    def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
+        roots = _stacked([block._cached_root() for block in blocks if isinstance(block, OutputBlock)])
+        if roots.ndim < matrices.ndim or not isinstance(polar, NewtonSchulz) or not polar.squares(matrices):
+            return _times(roots, polar(_times(roots if roots.ndim < matrices.ndim else roots.mT, matrices)))
+        if matrices.shape[-2] > matrices.shape[-1]:
+            # S polar(Sᵀ M) = S Sᵀ M (Mᵀ S Sᵀ M)^(-1/2): the root is not met at all.
+            inverses = _stacked([block._cached() for block in blocks if isinstance(block, OutputBlock)])
+            solved = inverses @ matrices
+            return solved @ polar.inverse_root(matrices.mT @ solved)
+        whitened = roots.mT @ matrices
+        return (roots @ polar.inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
+
+    def matvec(self, matrix: Tensor) -> Tensor:
+        return _times(self.factor(), matrix)
+
+    def eigenvalues(self) -> Tensor:
+        factor = self.factor()
+        values = factor.clamp_min(0.0) if self._is_diagonal(factor) else kronecker.spectrum(factor)[0]
+        return values.unsqueeze(-1).expand(*values.shape, self._inputs)
+
+    def trace(self) -> Tensor:
+        return self._inputs * self._diagonal().sum()
+
+    def mean_eigenvalue(self) -> Tensor:
+        return self._diagonal().mean()
+
+    def condition(self, damping: float) -> Tensor:
+        if self._inverse is None:
+            return super().condition(damping)
+        # As `KroneckerBlock` does, from norms of the damped factor and of its cached inverse.
+        factor, inverse = self.factor(), self._inverse
+        if self._is_diagonal(factor):
+            return (factor.amax() + damping) * inverse.amax().pow(1.0 / self._exponent)
+        rows, reciprocals = (m.abs().sum(-1).amax() for m in (factor, inverse))
+        return (rows + damping) * reciprocals.pow(1.0 / self._exponent)
+
+    def cache(self) -> dict[str, Tensor | None]:
+        return {"inverse_gradient_factor": self._inverse}
+
+    def load_cache(self, cache: dict[str, Tensor | None]) -> None:
+        self._inverse, self._root = cache["inverse_gradient_factor"], None
+
+    def _is_diagonal(self, factor: Tensor) -> bool:
+        return factor.shape[-1] > self._widest
+
+    def _diagonal(self) -> Tensor:
+        factor = self.factor()
+        return factor if self._is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
+
+    def _cached(self) -> Tensor:
+        if self._inverse is None:
+            raise RuntimeError("this block has no inverse yet: refresh() comes before solve()")
+        return self._inverse
+
+    def _cached_root(self) -> Tensor:
+        """S with `S Sᵀ` the cached inverse; made when first asked for."""
+        if self._root is None:
+            inverse = self._cached()
+            self._root = inverse.sqrt() if self._is_diagonal(inverse) else kronecker.root(inverse)
+        return self._root
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0].unsqueeze(0)
+
+
+def _times(factor: Tensor, matrix: Tensor) -> Tensor:
+    """`factor @ matrix`, of a dense factor `[*k o o]` or of a diagonal `[*k o]`."""
+    return factor @ matrix if factor.ndim == matrix.ndim else factor.unsqueeze(-1) * matrix

@@ -1,0 +1,64 @@
+"""The matrices of torch's layers, for steps that need a matrix but no curvature of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def plain_matrices(model: nn.Module, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, tuple[int, ...]]:
+    """Of some parameters those that multiply inputs by a matrix, with its shape `[*k o i]`, k groups of them.
+
+    Linear layers, convolutions, attention's projections and the gates of recurrent layers; no biases, embeddings or
+    normalisations, and nothing of modules that are not torch's own, whose parameters may be anything.
+
+    Args:
+        model: Holds them.
+        parameters: Which to look at.
+
+    >>> held = nn.MultiheadAttention(4, 2)
+    >>> [shape for shape in plain_matrices(held, list(held.parameters())).values()]
+    [(3, 4, 4), (4, 4)]
+    """
+    wanted = {id(p) for p in parameters}
+    found: dict[nn.Parameter, tuple[int, ...]] = {}
+    unclear: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in wanted:
+                continue
+            shape = _matrix(module, name, parameter)
+            if shape is None or found.setdefault(parameter, shape) != shape:
+                unclear.add(parameter)  # of several modules, too, all have to mean the same
+    return {parameter: shape for parameter, shape in found.items() if parameter not in unclear}
+
+
+def _matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:
+    """The shape of a module's parameter as a matrix; None: it is none, or not known to be."""
+    shape = tuple(parameter.shape)
+    if isinstance(module, nn.Linear) and name == "weight":
+        return shape
+    if isinstance(module, _CONVOLUTIONS) and name == "weight":
+        outputs, inputs = shape[0] // module.groups, parameter[0].numel()
+        return (outputs, inputs) if module.groups == 1 else (module.groups, outputs, inputs)
+    if isinstance(module, nn.MultiheadAttention) and name.endswith("_proj_weight"):
+        return (3, shape[0] // 3, shape[1]) if name == "in_proj_weight" else shape
+    if isinstance(module, _RECURRENT) and name.startswith("weight_"):
+        size = module.hidden_size if not name.startswith("weight_hr") else shape[0]
+        return shape if shape[0] == size else (shape[0] // size, size, shape[1])
+    return None
+
+
+def names_of(model: nn.Module, parameters: Mapping[nn.Parameter, object]) -> set[tuple[str, str]]:
+    """Module path and own name of each place that holds one of the parameters."""
+    wanted = {id(p) for p in parameters}
+    return {
+        (path, name)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in wanted
+    }

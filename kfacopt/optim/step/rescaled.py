@@ -1,0 +1,144 @@
+"""Directions that see gradients of another length than they have."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.layers.layer import Layer
+from kfacopt.optim.step.base import Direction, Step, Updates
+
+
+class RescaledGradients(Direction):
+    """Another direction, of gradients that are multiplied by a number each before they are averaged.
+
+    Args:
+        direction: What the gradients go to.
+
+    Raises:
+        TypeError: If it is no direction.
+    """
+
+    def __init__(self, direction: Direction) -> None:
+        if not isinstance(direction, Direction):
+            raise TypeError(f"direction must be a kfacopt.Direction, got {direction!r}")
+        self.direction = direction
+        self.plain_treatment = direction.plain_treatment
+
+    @abstractmethod
+    def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of some parameters, rescaled; they are not to be written to."""
+
+    def defaults(self) -> dict[str, float]:
+        return self.direction.defaults()
+
+    def wants_replays(self, step: int) -> bool:
+        return self.direction.wants_replays(step)
+
+    def refusal(self, layer: Layer) -> str | None:
+        return self.direction.refusal(layer)
+
+    def updates(self, step: Step) -> Updates:
+        stepped = [p for p in step.stepped if p in step.gradients]
+        if not stepped:
+            return self.direction.updates(step)
+        changed = self.rescaled(step, stepped, [step.gradients[p] for p in stepped])
+        seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))})
+        # The image of a direction, where it has one, is what it was told, not the gradient: nobody is to trust it.
+        return replace(self.direction.updates(seen), image=None)
+
+    def health(self) -> dict[str, float]:
+        return self.direction.health()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.direction.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.direction.load_state_dict(state)
+
+
+class UnitGradients(RescaledGradients):
+    """Another direction, of gradients that are divided by their norm, parameter by parameter, before they are averaged.
+
+    A batch then counts in the momentum for where it points, however steep the loss is there: one outlier among the
+    targets turns it no further than any other batch does (normalised momentum, Cutkosky & Mehta 2020). For directions
+    whose length is their own (`Spectral`, `Grafted`); of others it changes the length, too.
+
+    Args:
+        direction: What the gradients go to.
+
+    >>> from kfacopt.optim.step.spectral import Spectral
+    >>> UnitGradients(Spectral()).defaults()
+    {'momentum': 0.95}
+    """
+
+    def __repr__(self) -> str:
+        return f"UnitGradients({self.direction})"
+
+    def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        norms = torch._foreach_norm(list(gradients))
+        torch._foreach_clamp_min_(norms, torch.finfo(norms[0].dtype).tiny)
+        return torch._foreach_div(list(gradients), norms)
+
+
+class ClippedGradients(RescaledGradients):
+    """Another direction, of gradients that are at most `limit` times as long as usual, before they are averaged.
+
+    What is usual is a running average of each parameter's own gradient norms, as they were clipped: there is no bound
+    to choose, and none that the end of training outgrows. One batch with an outlier among its targets then turns the
+    momentum no further than a few others do; batches that say little, as those of data that are fitted already, go on
+    to count little (`UnitGradients` gives them the weight of all others).
+
+    Args:
+        direction: What the gradients go to.
+        limit: In lengths of the running average; above one.
+        decay: Of the running average.
+
+    Raises:
+        TypeError: If the direction is none.
+        ValueError: If a number is out of range.
+
+    >>> from kfacopt.optim.step.spectral import Spectral
+    >>> ClippedGradients(Spectral(), limit=2.0).defaults()
+    {'momentum': 0.95}
+    """
+
+    def __init__(self, direction: Direction, limit: float = 1.5, decay: float = 0.95) -> None:
+        super().__init__(direction)
+        if not 1.0 < limit < math.inf:
+            raise ValueError(f"limit must be a number above 1, got {limit}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+        self._limit, self._decay = limit, decay
+        self._usual = torch.zeros(0)
+
+    def __repr__(self) -> str:
+        return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
+
+    def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients))])
+        held = [id(p) for group in step.groups for p in group["params"]]
+        if (missing := len(held) - len(self._usual)) > 0:
+            self._usual = torch.cat([self._usual.to(norms), norms.new_zeros(missing)])
+        places = {p: place for place, p in enumerate(held)}
+        chosen = torch.tensor([places[id(p)] for p in parameters], device=norms.device)
+        usual = self._usual[chosen]
+        # A parameter that never had a gradient has no usual length yet.
+        clipped = torch.where(usual > 0.0, torch.minimum(norms, self._limit * usual), norms)
+        self._usual[chosen] = torch.where(usual > 0.0, torch.lerp(usual, clipped, 1.0 - self._decay), norms)
+        factors = torch.where(norms > 0.0, clipped / norms, 1.0).unbind()
+        return torch._foreach_mul(list(gradients), [f.to(g.dtype) for f, g in zip(factors, gradients, strict=True)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"direction": self.direction.state_dict(), "usual_norms": self._usual.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.direction.load_state_dict(state["direction"])
+            self._usual = state["usual_norms"].clone()
