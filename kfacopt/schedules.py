@@ -73,8 +73,8 @@ EKFAC_REFRESH_EVERY = Growing(5, 50, burn_in=50)
 
 
 SPECTRAL_FACTOR_EVERY = Growing(1, 40, burn_in=30)
-"""Default of SpectralDescent's `factor_every`: what the curvature decides there, which outputs go together, moves slowly;
-on six tasks 10, 20 and 40 trained alike."""
+"""Default of SpectralDescent's `factor_every`: which outputs go together, all that curvature decides there, moves
+slowly. On six tasks 10, 20 and 40 trained alike."""
 SPECTRAL_REFRESH_EVERY = Growing(5, 100, burn_in=50)
 """Default of SpectralDescent's `refresh_every`."""
 

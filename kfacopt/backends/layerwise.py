@@ -41,6 +41,7 @@ class LayerwiseBackend(CurvatureBackend):
         """The blocks by layer name."""
         self.dropped: Counter[str] = Counter()
         """By layer name: updates that were not finite and left its statistics as they were."""
+        self._means: dict[Layer, float] | None = None
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
         self._refresh_seconds: dict[str, float] = {}
@@ -57,6 +58,7 @@ class LayerwiseBackend(CurvatureBackend):
         """Blocks of layers that stay keep their statistics; those of layers that go (frozen ones) wait for them."""
         for name in self.blocks:
             self._dormant[self._key(self._layers[name])] = self._described(name) | self.blocks[name].state_dict()
+        self._means = None
         known, self._layers, old = self._layers, {layer.name: layer for layer in layers}, self.blocks
         self.blocks = {}
         for name, layer in self._layers.items():
@@ -92,6 +94,7 @@ class LayerwiseBackend(CurvatureBackend):
         checks = {name: check for name, check in found.items() if check is not None}
         if not checks:
             return
+        self._means = None
         self._updates.done(step, ["all"])
         finite = torch.stack([check.to(torch.float32) for check in checks.values()]).isfinite().tolist()
         decays = {layer.name: setting.ema_decay for layer, setting in settings.items()}
@@ -113,11 +116,11 @@ class LayerwiseBackend(CurvatureBackend):
             )
 
     def mean_eigenvalues(self) -> dict[Layer, float]:
-        able = [(self._layers[name], block) for name, block in self.blocks.items() if block.estimated]
-        if not able:
-            return {}
-        means = torch.stack([block.mean_eigenvalue().double() for _, block in able]).tolist()
-        return dict(zip((layer for layer, _ in able), means, strict=True))
+        if self._means is None:
+            able = [(self._layers[name], block) for name, block in self.blocks.items() if block.estimated]
+            means = torch.stack([b.mean_eigenvalue().double() for _, b in able]).tolist() if able else []
+            self._means = dict(zip((layer for layer, _ in able), means, strict=True))
+        return self._means
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         by_name = {layer.name: setting for layer, setting in settings.items()}
@@ -213,6 +216,7 @@ class LayerwiseBackend(CurvatureBackend):
         Raises:
             ValueError: If it is of another model or backend; nothing is changed then.
         """
+        self._means = None
         stored, dormant = state["blocks"], dict(state.get("dormant", {}))
         if stored and self.blocks and not set(stored) & set(self.blocks):
             raise ValueError(

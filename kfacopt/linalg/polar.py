@@ -56,7 +56,7 @@ class NewtonSchulz:
     True
     """
 
-    iterations: int = 4
+    iterations: int = 3
     smallest: float = 1e-2
 
     def __post_init__(self) -> None:
