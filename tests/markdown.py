@@ -38,5 +38,6 @@ def run_python(path: Path) -> dict[str, Any]:
     loader = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(3)]
     namespace = {"__name__": path.stem, "model": model, "loader": loader, "criterion": nn.CrossEntropyLoss()}
     for number, block in enumerate(blocks(path, "python"), start=1):
-        exec(compile(block, f"{path.name}, python block {number}", "exec"), namespace)
+        # As in a file of the reader's: without what this file imports from __future__.
+        exec(compile(block, f"{path.name}, python block {number}", "exec", dont_inherit=True), namespace)
     return namespace
