@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from torch import nn
 
 import kfacopt
+from kfacopt import CapturingOptimizer
 from tests.markdown import blocks, commands, linked_files, run_python
 from tests.test_readme import ROOT, check_command
 
@@ -49,6 +54,33 @@ def test_everything_public_is_in_the_reference() -> None:
         modules = {name for name in names if isinstance(getattr(kfacopt, name, None), type(kfacopt))}
         assert names
         assert {f"{module}.{name}" for name in names if name not in modules} <= shown
+
+
+def test_the_numbers_of_health_are_explained() -> None:
+    """Every one that an optimizer reports has a row on the page about trouble, and no row is of none."""
+    text = (DOCS / "pages" / "guides" / "trouble.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
+    explained = {name for row in rows for name in re.findall(r"`([\w/<>]+)`", row)}
+    made: dict[str, Callable[[nn.Module, nn.Module], CapturingOptimizer]] = {
+        "EKFAC": kfacopt.EKFAC,
+        "damping rule": partial(kfacopt.KFAC, damping_rule=kfacopt.LevenbergMarquardt(every=1)),
+        "auto": partial(kfacopt.EKFAC, lr="auto"),
+        "spectral": kfacopt.SpectralDescent,
+        "gram": partial(kfacopt.NaturalGradient, line_search=kfacopt.GridLineSearch()),
+        "cg": partial(kfacopt.NaturalGradient, solver=kfacopt.CG()),
+        "newton": kfacopt.TrustRegionNewton,
+    }
+    found: set[str] = set()
+    for make in made.values():
+        model, criterion = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.CrossEntropyLoss()
+        optimizer = make(model, criterion)
+        for _ in range(6):
+            optimizer.zero_grad()
+            criterion(model(torch.randn(16, 4)), torch.arange(16) % 3).backward()
+            optimizer.step()
+        found |= set(optimizer.health())
+        optimizer.close()
+    assert explained - {"dropped_updates/<layer>"} == found
 
 
 class Page(HTMLParser):
