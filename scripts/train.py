@@ -4,8 +4,8 @@
     scripts/train -m optimizer=sgd,adamw,ekfac     (a sweep)
     scripts/train resume=runs/train/<folder>
 
-Everything goes to one run folder: the resolved config, metrics.csv, loss.png and checkpoints. Ctrl-C ends a run between
-two steps and leaves a checkpoint from which `resume` goes on bit for bit.
+Everything goes to one run folder: the resolved config, metrics.csv, loss.png, report.png (curvature) and checkpoints.
+Ctrl-C ends a run between two steps and leaves a checkpoint from which `resume` goes on bit for bit.
 
 This is the only file that knows Hydra; scripts/compare.py composes its config through it.
 """
@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from report import draw_losses
 
+from kfacopt import report
 from kfacopt.experiments.in_memory import InMemoryData
 from kfacopt.experiments.tasks import Task
 from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
@@ -121,6 +122,8 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
                 logger.experiment.finish()  # else a sweep's next job would write to the same run
         if metrics := collect_metrics(folder):
             draw_losses(metrics, folder / "loss.png")
+            if any(name.startswith("curvature/") for name in metrics[-1]):
+                report(folder)
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
 
