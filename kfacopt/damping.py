@@ -19,7 +19,8 @@ class LevenbergMarquardt:
     Args:
         every: Steps between two adjustments; each costs a forward.
         decay: Factor a step, below one; 19/20 in the paper.
-        smallest, largest: Bounds of the damping.
+        smallest: Bound of the damping.
+        largest: Bound of the damping.
 
     >>> rule = LevenbergMarquardt(every=5, decay=0.95)
     >>> rule.adjusted(1.0, rho=0.9) < 1.0 < rule.adjusted(1.0, rho=0.1), rule.adjusted(1.0, rho=0.5)

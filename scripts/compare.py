@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from progress import output, told
 from report import Comparison, Point, Record
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -200,13 +201,13 @@ def measured_rows(config: DictConfig, data: InMemoryData, device: torch.device) 
 def race(config: DictConfig, racing: list[Lane], rows: list[Batch], console: Console) -> Comparison:
     """Train all optimizers in turns; Ctrl-C ends it early with what there is."""
     budget = seconds(config.budget)
-    with Progress(
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:5.0f} s {task.fields[steps]:6d} steps  loss {task.fields[loss]:.4g}"),
         TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    )
+    with told(lambda: standings(racing, budget), console), Progress(*columns, console=console) as progress:
         bars = {
             lane.record.name: progress.add_task(lane.record.name, total=budget, steps=0, loss=lane.measure(rows))
             for lane in racing
@@ -223,6 +224,13 @@ def race(config: DictConfig, racing: list[Lane], rows: list[Batch], console: Con
         except KeyboardInterrupt:
             console.print("Interrupted: the comparison goes as far as every optimizer got.")
     return Comparison([lane.record for lane in racing], budget, config.reference, config.unit)
+
+
+def standings(racing: list[Lane], budget: float) -> str:
+    """How far everybody is: the seconds trained, and each one's last loss."""
+    trained = sum(lane.seconds for lane in racing) / max(1, len(racing))
+    losses = [f"{lane.record.name} {lane.record.curve[-1].loss:.4g}" for lane in racing if lane.record.curve]
+    return f"{trained:.0f} of {budget:.0f} s each, loss: {', '.join(losses) or 'not measured yet'}"
 
 
 def main() -> None:
@@ -245,7 +253,7 @@ def main() -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    data, console = build_data(config), Console()
+    data, console = build_data(config), output()
     rows, racing = measured_rows(config, data, device), lanes(configs, data, device)
     comparison = race(config, racing, rows, console)
     comparison.write(folder)

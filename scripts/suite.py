@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from compare import Lane, forever, to_device, warm_up
 from omegaconf import DictConfig, OmegaConf
+from progress import output, told
 from report import Record
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -126,8 +127,14 @@ def train_all(runs: Sequence[Run], finished: Finished, jobs: int, console: Conso
     """Train those that have not ended, `jobs` at a time; Ctrl-C leaves what has ended."""
     left = [run for run in runs if finished.find(run) is None]
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(runs), completed=len(runs) - len(left))
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("", total=len(runs), completed=len(runs) - len(left))
+
+    def text() -> str:
+        (task,) = progress.tasks
+        return f"{task.completed:.0f} of {len(runs)} runs, the last: {task.description or '-'}"
+
+    with told(text, console), progress:
 
         def note(run: Run) -> None:
             finished.add(run)
@@ -152,9 +159,7 @@ def train_all(runs: Sequence[Run], finished: Finished, jobs: int, console: Conso
 def main(overrides: Sequence[str], quick: bool = False) -> list[Scores]:
     """Compose the config, train what is left, and report; a table for each of ours."""
     config = compose("suite", [*(QUICK if quick else ()), *overrides])
-    folder, console = Path(config.folder), Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file has no width, and a wrapped table is hard to read
+    folder, console = Path(config.folder), output()
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     finished = Finished(folder / "runs.jsonl")

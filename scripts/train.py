@@ -1,11 +1,11 @@
 """Trains a model with Lightning, as configs/train.yaml and its groups say.
 
-    scripts/environment python scripts/train.py task=classification optimizer=kfac
-    scripts/environment python scripts/train.py -m optimizer=sgd,adamw,ekfac     (a sweep)
-    scripts/environment python scripts/train.py resume=runs/train/<folder>
+    scripts/train task=classification optimizer=kfac
+    scripts/train -m optimizer=sgd,adamw,ekfac     (a sweep)
+    scripts/train resume=runs/train/<folder>
 
-Everything goes to one run folder: the resolved config, metrics.csv, loss.png and checkpoints. Ctrl-C ends a run between
-two steps and leaves a checkpoint from which `resume` goes on bit for bit.
+Everything goes to one run folder: the resolved config, metrics.csv, loss.png, report.png (curvature) and checkpoints.
+Ctrl-C ends a run between two steps and leaves a checkpoint from which `resume` goes on bit for bit.
 
 This is the only file that knows Hydra; scripts/compare.py composes its config through it.
 """
@@ -20,11 +20,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from progress import Epochs, output, told
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from report import draw_losses
 
+from kfacopt import report
 from kfacopt.experiments.in_memory import InMemoryData
 from kfacopt.experiments.tasks import Task
 from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
@@ -93,23 +95,26 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     task, data = build_task(config), build_data(config)
-    checkpoints = folder / "checkpoints"
+    checkpoints, console, epochs = folder / "checkpoints", output(), Epochs()
     trainer: Trainer = instantiate(
         config.trainer,
+        enable_progress_bar=config.trainer.enable_progress_bar and console.is_terminal,
         logger=[instantiate(logger, _convert_="all") for logger in config.logger.values()],
         callbacks=[
             CurvatureCallback(),
             ModelCheckpoint(checkpoints, "best", monitor="val/loss", save_last=True),
             InterruptCheckpoint(checkpoints),
+            epochs,
             *callbacks,
         ],
         _convert_="all",
     )
     start = checkpoint_of(config.resume) if config.resume else None
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
+        with told(epochs, console):
+            trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
-        print(f"Interrupted. Go on with: scripts/environment python scripts/train.py resume={folder}")
+        print(f"Interrupted. Go on with: scripts/train resume={folder}")
         raise
     finally:
         for logger in trainer.loggers:
@@ -117,6 +122,8 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
                 logger.experiment.finish()  # else a sweep's next job would write to the same run
         if metrics := collect_metrics(folder):
             draw_losses(metrics, folder / "loss.png")
+            if any(name.startswith("curvature/") for name in metrics[-1]):
+                report(folder)
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
 

@@ -169,6 +169,20 @@ def test_hessian_spectrum() -> None:
     assert norm[2] < 1.05 * norm[1]
 
 
+def test_corrected_eigenvalues() -> None:
+    output = run("corrected_eigenvalues")
+    kfac, ekfac = (numbers(output, rf"^{name} +(\S+) +(\S+) +(\S+)$") for name in ("KFAC", "EKFAC"))
+    assert ekfac[0] < kfac[0]
+    assert ekfac[2] == 1.0  # the Fisher's own second moments, to the digits that are printed
+    assert kfac[2] > 1.5
+
+
+def test_steps_on_a_slice() -> None:
+    output = run("steps_on_a_slice")
+    sgd, adam, natural = numbers(output, r"loss after \d+ steps: (\S+)$")
+    assert natural < min(sgd, adam)
+
+
 def test_influence() -> None:
     output = run("influence")
     rows = re.findall(r"^(held-out influence|self-influence|loss|random) +(.*)$", output, re.MULTILINE)

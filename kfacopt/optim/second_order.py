@@ -339,6 +339,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         whole, self._ended_at = now - self._ended_at, now
         curvature = factor_seconds + refresh_seconds
         if math.isfinite(whole):
+            self._report["step_ms"] = 1e3 * whole
             share = min(1.0, curvature / whole)
             # Averaged: the last step alone would show a spike or nothing, as the logging interval has it.
             self._report["overhead"] = 0.95 * self._report.get("overhead", share) + 0.05 * share

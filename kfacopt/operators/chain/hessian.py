@@ -86,8 +86,11 @@ class ChainHessian(LinearOperator):
         """The operator of a loss that is only known by its derivatives at the prediction.
 
         Args:
-            model, X, dtype, tolerance: As for the class.
+            model: As for the class.
             loss: From the prediction (in `dtype`) to the loss's gradient and Hessian blocks there.
+            X: As for the class.
+            dtype: As for the class.
+            tolerance: As for the class.
         """
         operator = cls.__new__(cls)
         operator._linearise(model, loss, X, dtype, tolerance)
