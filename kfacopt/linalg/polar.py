@@ -56,7 +56,7 @@ class NewtonSchulz:
     True
     """
 
-    iterations: int = 3
+    iterations: int = 4
     smallest: float = 1e-2
 
     def __post_init__(self) -> None:
