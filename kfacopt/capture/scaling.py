@@ -243,27 +243,36 @@ def terms_of(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targe
 def told_by_value(
     likelihood: Likelihood, terms: LossTerms, gradient: Tensor, precision: Precision, graph: LossGraph, node: Node
 ) -> LossTerms:
-    """Terms of squared errors with the factor that the value of the loss tells, where it does.
+    """Terms whose gradients tell no target, with the factor that the value of the loss tells, where it does.
 
-    Of squared errors multiplied by a constant, gradient u and value L give the constant, as `Σ u² / L` grows with it.
-    That L has nothing else in it, and the constant is one for all terms, is seen in the graph; or that the squared
-    error is added to the loss as it is.
+    Gradient u and value L give the constant that the loss is multiplied with (`Likelihood.factor_of_value`; of squared
+    errors `Σ u² / L` grows with it). That L has nothing else in it, and the constant is one for all terms, is seen in
+    the graph; or that torch's loss is added to the whole as it is.
 
     Args:
         likelihood, terms: What is known without.
         gradient: The user's, as rows `[m c]`.
         precision: Of the user's numbers.
         graph, node: The graph above the predictions, and the prediction.
+
+    Raises:
+        ValueError: If the graph shows another loss of torch's.
     """
-    share = likelihood.term_share(float(terms.count))
-    plain, half = likelihood.loss_value(terms, gradient, share), likelihood.loss_value(terms, gradient, 2.0 * share)
-    if plain is None or half is None or not torch.allclose(2.0 * half, plain):
-        return terms  # no squared error
+    share, kind = likelihood.term_share(float(terms.count)), likelihood.loss_node
+    if not kind:
+        return terms
+    if (other := graph.other_loss(node, kind)) is not None:
+        raise ValueError(
+            f"the loss that was differentiated is torch's {other}, not that of {likelihood!r}: pass the loss_func that "
+            f"the training loop uses (or a kfacopt.Likelihood of it)"
+        )
+    if terms.output_scale is not None:
+        return terms  # weights of the outputs, which the graph does not show
     factor: Tensor | float | None = None
-    if graph.is_uniform(node) and graph.loss.value > 0.0:
-        factor = float(plain) / graph.loss.value
-        factor = 1.0 if abs(factor - 1.0) <= precision.factor else factor
-    elif (reduction := graph.added(node)) is not None:
+    if graph.is_uniform(node, kind):
+        factor = likelihood.factor_of_value(terms, gradient, share, graph.loss.value, precision)
+        factor = 1.0 if factor is not None and abs(factor - 1.0) <= precision.factor else factor
+    elif (reduction := graph.added(node, kind)) is not None:
         factor = (1.0 if reduction == "sum" else 1.0 / gradient.numel()) / (share * terms.scale)
     if factor is not None:
         return replace(times(terms, factor), gradient=gradient / share)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from kfacopt.likelihoods.layout import RowLayout
+from kfacopt.likelihoods.precision import Precision
 
 
 class FisherType(StrEnum):
@@ -144,6 +145,9 @@ class Likelihood(ABC):
     in one pass, a vocabulary takes many. The statistics do not depend on it.
     """
 
+    loss_node: ClassVar[str] = ""
+    """How the name of torch's autograd node of the loss function begins; "": it has no node of its own."""
+
     reduction: str = "mean"
     """How the loss function sums up its terms; `"sum"` makes `gradient_scale` 1/M."""
 
@@ -216,6 +220,23 @@ class Likelihood(ABC):
             terms: The loss terms.
             gradient: Of the user's loss, as rows `[m c]`.
             share: What a term of scale one counts in that loss.
+        """
+        return None
+
+    def factor_of_value(
+        self, terms: LossTerms, gradient: Tensor, share: float, value: float, precision: Precision
+    ) -> float | None:
+        """By what constant the user's loss is multiplied, from its value, where its gradient does not tell.
+
+        Args:
+            terms: The loss terms, without weights.
+            gradient: Of the user's loss, as rows `[m c]`.
+            share: What a term of scale one counts in the plain loss.
+            value: Of the user's loss, which is nothing but a constant times the plain one.
+            precision: Of the user's numbers.
+
+        Returns:
+            None, as here: the value does not tell it either.
         """
         return None
 

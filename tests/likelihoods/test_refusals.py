@@ -36,8 +36,8 @@ def wrong_gradients() -> list[tuple[str, Likelihood, Tensor, Tensor]]:
         ("mse as weighted cross-entropy", Categorical(weights), logits, mse),
         ("soft as weighted cross-entropy", Categorical(weights), logits, soft),
         ("smoothed and weighted", Categorical(weights, label_smoothing=0.3), logits, softmax),
-        ("mse as binary", Bernoulli(), logits, mse),
-        ("cross-entropy as binary", Bernoulli(), logits, softmax),
+        ("mse as binary with pos_weight", Bernoulli(torch.tensor(2.0)), logits, mse),
+        ("cross-entropy as binary with pos_weight", Bernoulli(torch.tensor(2.0)), logits, softmax),
         ("unweighted as pos_weight", Bernoulli(torch.tensor(4.0)), logits, gradient_of(
             F.binary_cross_entropy_with_logits(logits, (real > 0).float()), logits)),
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def test_arguments_are_honoured_or_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"class_weights has shape \[2\]"):
         Categorical(torch.ones(2)).terms(logits, target=torch.zeros(4).long())
     with pytest.raises(ValueError, match="class_weights"):
-        Categorical(torch.ones(3)).terms(logits)
+        Categorical(2.0 * torch.ones(3)).terms(logits)
     with pytest.raises(ValueError, match="class axis"):
         Categorical().terms(torch.zeros(4, 3, 3))
     with pytest.raises(ValueError, match="single number"):

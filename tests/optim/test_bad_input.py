@@ -111,9 +111,11 @@ def wrong_backwards() -> dict[str, tuple[Any, Callable[[nn.Module, Tensor, Tenso
             "CrossEntropyLoss",
         ),
         "soft binary targets": (
-            nn.BCEWithLogitsLoss(),
-            lambda m, x, y: functional.binary_cross_entropy_with_logits(m(x), torch.full((6, 3), 0.3).double()),
-            "(?s)soft_targets=True",
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)),
+            lambda m, x, y: functional.binary_cross_entropy_with_logits(
+                m(x), torch.full((6, 3), 0.3).double(), pos_weight=torch.tensor(2.0)
+            ),
+            "call the loss_func itself",
         ),
     }
 
