@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -23,8 +23,19 @@ from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import Precision
 
 
-class FisherType(StrEnum):
+class Spelled(StrEnum):
+    """Members are found by their spelling, or by another enum's member whose value is that (curvlinops')."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        own = getattr(value, "value", None)
+        return cls(own) if isinstance(own, str) else None
+
+
+class FisherType(Spelled):
     """Which second moment of output gradients stands for the loss' Hessian, as curvlinops names it.
+
+    Anything whose `value` is one of these is one, as an enum of curvlinops'.
 
     >>> FisherType("type-2") is FisherType.TYPE2
     True
@@ -40,7 +51,7 @@ class FisherType(StrEnum):
     """No gradients: the identity stands for their covariance (Benzing 2022, arXiv:2201.12250). For operators only."""
 
 
-class KFACType(StrEnum):
+class KFACType(Spelled):
     """How weight sharing is read (Eschenhagen et al. 2023), as curvlinops names it.
 
     >>> KFACType("expand") is KFACType.EXPAND

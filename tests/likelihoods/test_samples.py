@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from enum import Enum
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import kfacopt
+from kfacopt import operators
 from kfacopt.likelihoods import (
     Bernoulli,
     Categorical,
+    Curvature,
+    Fisher,
     FisherType,
     Gaussian,
     KFACType,
@@ -125,3 +131,46 @@ def test_enums_are_spelled_as_in_curvlinops() -> None:
     kfac = pytest.importorskip("curvlinops.kfac")
     assert all(kfac.FisherType(member.value).name == member.name for member in FisherType)
     assert all(kfac.KFACType(member.value).name == member.name for member in KFACType)
+
+
+class Theirs(Enum):
+    """An enum that is no str, as another package may have it."""
+
+    TYPE2, MC, EMPIRICAL, FORWARD_ONLY = "type-2", "mc", "empirical", "forward-only"
+    EXPAND, REDUCE = "expand", "reduce"
+    OTHER, NUMBER = "other", 3
+
+
+class AsCurvlinops(str, Enum):  # noqa: UP042 - whose str() is its name, unlike a StrEnum's
+    """An enum that is a str."""
+
+    TYPE2, MC, EMPIRICAL, FORWARD_ONLY = "type-2", "mc", "empirical", "forward-only"
+    EXPAND, REDUCE = "expand", "reduce"
+
+
+@pytest.mark.parametrize("enum", [Theirs, AsCurvlinops])
+def test_enums_of_others_stand_for_ours(enum: Any) -> None:
+    assert [FisherType(enum[member.name]) for member in FisherType] == list(FisherType)
+    assert [KFACType(enum[member.name]) for member in KFACType] == list(KFACType)
+    assert Fisher(enum.TYPE2).kind is Curvature.GGN
+    model, loss = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+    data = [(torch.randn(4, 3), torch.randn(4, 2))]
+    for kind in (operators.KFACLinearOperator, operators.EKFACLinearOperator):
+        for fisher, approx in ((enum.TYPE2, enum.REDUCE), (enum.MC, enum.EXPAND), (enum.EMPIRICAL, enum.EXPAND)):
+            made = [
+                kind(model, loss, list(model.parameters()), data, fisher_type=f, kfac_approx=a)
+                for f, a in ((fisher, approx), (fisher.value, approx.value))
+            ]
+            assert torch.equal(made[0] @ torch.ones(8), made[1] @ torch.ones(8))
+            assert str(made[0].state_dict()) == str(made[1].state_dict())
+    forward = operators.KFACLinearOperator(model, loss, list(model.parameters()), data, fisher_type=enum.FORWARD_ONLY)
+    assert forward.state_dict()["fisher_type"] == "forward-only"
+    kfacopt.KFAC(model, loss, curvature=enum.MC, kfac_approx=enum.REDUCE).close()
+
+
+def test_other_enums_are_refused_as_other_words_are() -> None:
+    for wrong in (Theirs.OTHER, Theirs.NUMBER, Theirs, 3, None):
+        with pytest.raises(ValueError, match="is not a valid FisherType"):
+            FisherType(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="curvature must be one of"):
+            Fisher(wrong)  # type: ignore[arg-type]
