@@ -18,7 +18,7 @@ from kfacopt.capture.loss_graph import LossGraph
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
-from kfacopt.capture.scaling import terms_of
+from kfacopt.capture.scaling import own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
@@ -71,7 +71,8 @@ class CurvaturePass:
         if not bool(terms.count > 0):
             return
         name, likelihoods = forward.name, self._estimator.likelihoods
-        terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
+        if not self._estimator.extra_terms:
+            terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
         refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
         tally.terms = tally.terms + terms.count
         tally.verified &= terms.reads_target
@@ -121,11 +122,14 @@ class CurvaturePass:
         """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
         forward = read.forwards[0]
         name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
+        if self._estimator.extra_terms:
+            return own_terms(likelihood, read.prediction, read.gradient, forward.targets)
         try:
             terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
         except ValueError as error:
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
-                f"output of several, pass prediction=lambda output: ...)"
+                f"output of several, pass prediction=lambda output: ... Where something else is added to the loss that "
+                f"depends on this output too, as a z-loss or an entropy bonus, pass extra_terms=True)"
             ) from error
         return terms

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, _engine_run_backward
 
-_LOSSES = {"MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "SmoothL1Loss", "HuberLoss"}
+_LOSSES = {
+    *("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D", "SmoothL1Loss"),
+    *("HuberLoss", "SoftMarginLoss"),
+}
+Names = tuple[str, ...]
+"""What torch calls nodes of the graph, without \"Backward0\"."""
+
+_SQUARES: Names = ("MseLoss",)
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Alias", "ToCopy"}
 
 
@@ -70,13 +77,13 @@ class LossGraph:
                     queue.append(following)
                 self._above[following].append(node)
 
-    def other_loss(self, prediction: Node, loss_node: str) -> str | None:
-        """The node of a loss of torch's that is taken of a prediction, and of nothing else, but is not `loss_node`."""
+    def other_loss(self, prediction: Node, loss_nodes: Names) -> str | None:
+        """The name of the node of a loss of torch's that is taken of a prediction alone and is none of `loss_nodes`."""
         kinds = map(_name, self._path(prediction) or [])
-        return next((name for name in kinds if name in _LOSSES and not name.startswith(loss_node)), None)
+        return next((name for name in kinds if name in _LOSSES and name not in loss_nodes), None)
 
-    def is_uniform(self, prediction: Node, loss_node: str = "MseLoss") -> bool:
-        """Whether the loss is a constant times the mean or sum of torch's loss `loss_node` of a prediction.
+    def is_uniform(self, prediction: Node, loss_nodes: Names = _SQUARES) -> bool:
+        """Whether the loss is a constant times the mean or sum of torch's losses `loss_nodes` of a prediction.
 
         Of squared errors, also of those written out: the last operations before the loss multiply or divide a number,
         those before them add numbers up, and nothing comes in between. A weight of data or outputs would.
@@ -84,13 +91,13 @@ class LossGraph:
         path = self._path(prediction)
         if path is None or not self._scalar or not self.loss.alone or self.predictions != {prediction}:
             return False
-        if loss_node != "MseLoss" and loss_node not in map(_name, path):
+        if loss_nodes != _SQUARES and not any(_name(node) in loss_nodes for node in path):
             return False
-        kinds = [_kind_of(node, loss_node) for node in path]
+        kinds = [_kind_of(node, loss_nodes) for node in path]
         return re.fullmatch(r"s*r+v*(qv*d?|n)?v*", "".join(kinds)) is not None
 
-    def added(self, prediction: Node, loss_node: str = "MseLoss") -> str | None:
-        """The reduction, `"mean"` or `"sum"`, of the loss `loss_node` of a prediction that is but added to the whole.
+    def added(self, prediction: Node, loss_nodes: Names = _SQUARES) -> str | None:
+        """The reduction, `"mean"` or `"sum"`, of a loss of `loss_nodes` of a prediction that is but added to the whole.
 
         None: the prediction is used otherwise, or the loss multiplied.
         """
@@ -98,9 +105,9 @@ class LossGraph:
         if path is None or not self._scalar:
             return None
         own = list(itertools.dropwhile(_adds, path))
-        if not own or re.fullmatch(r"r(v*(qv*d?|n))?", "".join(_kind_of(node, loss_node) for node in own)) is None:
+        if not own or re.fullmatch(r"r(v*(qv*d?|n))?", "".join(_kind_of(node, loss_nodes) for node in own)) is None:
             return None
-        if _name(own[0]) == loss_node:
+        if _name(own[0]) in loss_nodes:
             return {1: "mean", 2: "sum"}[_reduction(own[0])]
         # Those with another number are of some axes.
         return {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(own[0].name()) if len(own) > 1 else None
@@ -192,15 +199,15 @@ def _is_weighted(node: Node) -> bool:
     return False
 
 
-def _kind_of(node: Node, loss_node: str) -> str:
+def _kind_of(node: Node, loss_nodes: Names) -> str:
     """One letter for what a node does, as `LossGraph.is_uniform` reads them."""
     name = _name(node)
-    if name == loss_node and not _is_weighted(node):
+    if name in loss_nodes and not _is_weighted(node):
         return "r" if _reduction(node) else "n"
     if name in ("Mean", "Sum"):
         return "r"
     following = [one for one, _ in node.next_functions]
-    if loss_node != "MseLoss":
+    if loss_nodes != _SQUARES:
         return {"Mul": "s", "Div": "s"}.get(name, "v" if is_view(node) else "x")
     squared = name == "Pow" and node._saved_exponent == 2  # type: ignore[attr-defined]
     if squared or (name == "Mul" and len(set(following)) == 1):

@@ -240,6 +240,25 @@ def terms_of(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targe
     return likelihood.terms(prediction, gradient=gradient)
 
 
+def own_terms(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targets: Sequence[Tensor]) -> LossTerms:
+    """The loss terms of a prediction whose gradient is not the loss' alone: nothing but its being there is read of it.
+
+    Raises:
+        ValueError: If they depend on the target, and none was seen.
+    """
+    if len(targets) == 1:
+        return likelihood.terms(prediction, target=targets[0])
+    if not likelihood.is_known:
+        return likelihood.terms(prediction, gradient=gradient)
+    try:
+        return likelihood.terms(prediction)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. (With extra_terms=True the gradient is not read: let the loop call the very loss module that "
+            f"the optimizer was given, once a backward, so that its target is seen)"
+        ) from error
+
+
 def told_by_value(
     likelihood: Likelihood, terms: LossTerms, gradient: Tensor, precision: Precision, graph: LossGraph, node: Node
 ) -> LossTerms:
@@ -258,7 +277,7 @@ def told_by_value(
     Raises:
         ValueError: If the graph shows another loss of torch's.
     """
-    share, kind = likelihood.term_share(float(terms.count)), likelihood.loss_node
+    share, kind = likelihood.term_share(float(terms.count)), likelihood.loss_nodes
     if not kind:
         return terms
     if (other := graph.other_loss(node, kind)) is not None:
@@ -266,8 +285,6 @@ def told_by_value(
             f"the loss that was differentiated is torch's {other}, not that of {likelihood!r}: pass the loss_func that "
             f"the training loop uses (or a kfacopt.Likelihood of it)"
         )
-    if terms.output_scale is not None:
-        return terms  # weights of the outputs, which the graph does not show
     factor: Tensor | float | None = None
     if graph.is_uniform(node, kind):
         factor = likelihood.factor_of_value(terms, gradient, share, graph.loss.value, precision)
@@ -275,6 +292,7 @@ def told_by_value(
     elif (reduction := graph.added(node, kind)) is not None:
         factor = (1.0 if reduction == "sum" else 1.0 / gradient.numel()) / (share * terms.scale)
     if factor is not None:
+        terms = likelihood.at_share(terms, gradient, share * factor)
         return replace(times(terms, factor), gradient=gradient / share)
     return terms
 

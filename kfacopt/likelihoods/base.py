@@ -127,6 +127,10 @@ class LossTerms:
             reads_target=reads_target,
         )
 
+    def with_output_scale(self, output_scale: Tensor) -> LossTerms:
+        """The same terms with another multiplier of every output's Hessian `[m c]`."""
+        return replace(self, output_scale=output_scale)
+
     def at(self, prediction: Tensor) -> LossTerms:
         """The same terms at another prediction (after a step, say), for `Likelihood.divergence`.
 
@@ -156,8 +160,14 @@ class Likelihood(ABC):
     in one pass, a vocabulary takes many. The statistics do not depend on it.
     """
 
-    loss_node: ClassVar[str] = ""
-    """How the name of torch's autograd node of the loss function begins; "": it has no node of its own."""
+    is_known: ClassVar[bool] = True
+    """Whether curvature, samples and divergence are known; False of a loss of which only the gradient is."""
+
+    is_hessian: bool = True
+    """Whether what stands for the Hessian is the loss' own; False where the Fisher information does."""
+
+    loss_nodes: tuple[str, ...] = ()
+    """What torch calls the autograd nodes of the loss function; empty: it has none of its own."""
 
     reduction: str = "mean"
     """How the loss function sums up its terms; `"sum"` makes `gradient_scale` 1/M."""
@@ -212,6 +222,23 @@ class Likelihood(ABC):
         It is the Bregman divergence of the loss: with b its part that does not depend on the label,
         `b(f_new) - b(f_old) - ∇b(f_old)·(f_new - f_old)`. Scales are those of `old`.
         """
+
+    def remainder(self, old: LossTerms, new: LossTerms) -> Tensor:
+        """What the sum over the terms of scale · loss changes by, less its linear part u·(f_new - f_old); 0-dim.
+
+        The divergence, as here, where the prediction is the natural parameter; a subclass overrides it where not.
+        """
+        return self.divergence(old, new)
+
+    def at_share(self, terms: LossTerms, gradient: Tensor, share: Tensor | float) -> LossTerms:
+        """The terms, once it is known what they count in the user's loss; the same, as here, if nothing follows.
+
+        Args:
+            terms: The loss terms, without weights.
+            gradient: Of the user's loss, as rows `[m c]`.
+            share: What a term of scale one counts in that loss; a number, or `[m]`.
+        """
+        return terms
 
     def gradient_scale(self, terms_count: float) -> float:
         """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""

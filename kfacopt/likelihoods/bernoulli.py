@@ -48,7 +48,7 @@ class Bernoulli(Likelihood):
     ([1.0, 3.0], [0.5, -1.5])
     """
 
-    loss_node = "BinaryCrossEntropyWithLogits"
+    loss_nodes: tuple[str, ...] = ("BinaryCrossEntropyWithLogits",)
 
     def __init__(
         self,
@@ -64,6 +64,8 @@ class Bernoulli(Likelihood):
         self.soft_targets = soft_targets
         self.reduction = check_reduction(reduction, ("datum", "mean", "sum", "none"), "Bernoulli")
         self.weight = weight
+        if weight is not None:
+            self.loss_nodes = ()  # the graph does not show whether its weights are these
 
     def __repr__(self) -> str:
         return (

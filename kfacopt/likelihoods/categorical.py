@@ -48,7 +48,7 @@ class Categorical(Likelihood):
     (1.0, [1.0, 0.0], [0.5, -0.5])
     """
 
-    loss_node = "NllLoss"
+    loss_nodes: tuple[str, ...] = ("NllLoss", "NllLoss2D")
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Categorical(Likelihood):
         layout = RowLayout.of(prediction, prediction.ndim - 1)
         return self._without_gradient(layout, layout.rows(prediction.detach()), None)
 
-    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
         """`-Σ t·log p` with the targets t that the gradient u = share · scale · (p - t) stands for."""
         logs = widest(terms.parameters).log_softmax(-1)
         # A masked class (logit -inf) has neither probability nor gradient.

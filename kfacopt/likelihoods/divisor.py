@@ -37,6 +37,8 @@ def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
     if isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) and not target.is_floating_point():
         kept = target[target != loss_func.ignore_index]
         return float(kept.numel() if loss_func.weight is None else loss_func.weight[kept].sum())
+    if isinstance(loss_func, nn.KLDivLoss):
+        return float(len(target) if loss_func.reduction == "batchmean" else target.numel())
     if isinstance(loss_func, (nn.CrossEntropyLoss, *_OVER_TARGETS)):
         return float(target.numel())
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,14 @@ class FisherEstimator:
     """The loss as a likelihood, and which Fisher is made of it.
 
     Args:
-        loss_func: torch's `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, or a `Likelihood`.
+        loss_func: One of torch's losses that `likelihood_from` knows, or a `Likelihood`; any loss if `any_loss`.
         fisher: Which curvature, and how it is sampled.
         kfac_approx: `"expand"` or `"reduce"` for layers that share weights (`kfacopt.KFACType`).
         separate_weight_and_bias: Weight and bias of a layer get a block each; otherwise one block for both.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        extra_terms: Whether something else is added to the loss that depends on the prediction too, so that the
+            gradient there is not the loss' own: it is not read then.
+        any_loss: Whether a loss of which only gradients are known will do; default: for the empirical Fisher.
 
     Raises:
         TypeError: If the loss or an option is of no supported kind.
@@ -46,21 +49,33 @@ class FisherEstimator:
         kfac_approx: KFACType | str = KFACType.EXPAND,
         separate_weight_and_bias: bool = False,
         prediction: Callable[[Any], Tensor] | None = None,
+        extra_terms: bool = False,
+        any_loss: bool | None = None,
     ) -> None:
         if fisher.kind is Curvature.HESSIAN:
             raise ValueError(
                 "curvature='hessian' is indefinite, so Kronecker factors cannot stand for it: use 'mc', 'ggn' or "
                 "'empirical', or kfacopt.NaturalGradient with solver=kfacopt.CG()"
             )
-        self.likelihood = likelihood_from(loss_func)
+        self.extra_terms = bool(extra_terms)
+        self._any_loss = fisher.kind is Curvature.EMPIRICAL if any_loss is None else any_loss
+        self.likelihood = likelihood_from(loss_func, empirical=self._any_loss)
         self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
-        self.loss_modules = [loss_func] if isinstance(loss_func, nn.Module) else []
+        self.loss_modules = self._seen_modules([loss_func])
         self.fisher_type, self.mc_samples = fisher.kind.fisher_type, fisher.samples
         self.kfac_approx = _member(KFACType, "kfac_approx", kfac_approx)
         self.separate_weight_and_bias = bool(separate_weight_and_bias)
         self.prediction = prediction
         self._seed = fisher.seed
         self._generator: torch.Generator | None = None
+
+    def _seen_modules(self, losses: Iterable[Any]) -> list[nn.Module]:
+        """Those that are called with a prediction and its target, as torch's that are known are."""
+        return [
+            loss
+            for loss in losses
+            if isinstance(loss, nn.Module) and likelihood_from(loss, empirical=self._any_loss).is_known
+        ]
 
     def predictions(self, output: Any) -> dict[str, Tensor]:
         """The tensors of a model's output that the loss is taken of, by the loss term's name."""
@@ -133,9 +148,9 @@ class TermsEstimator(FisherEstimator):
             raise ValueError("prediction= has no meaning with a dict of losses: their names say where the tensors are")
         pairs = {name: part if isinstance(part, tuple) else (1.0, part) for name, part in loss_func.items()}
         super().__init__(next(iter(pairs.values()))[1], **options)
-        self.likelihoods = {name: likelihood_from(loss) for name, (_, loss) in pairs.items()}
+        self.likelihoods = {name: likelihood_from(loss, empirical=self._any_loss) for name, (_, loss) in pairs.items()}
         self.weights = {name: float(weight) for name, (weight, _) in pairs.items()}
-        self.loss_modules = [loss for _, loss in pairs.values() if isinstance(loss, nn.Module)]
+        self.loss_modules = self._seen_modules(loss for _, loss in pairs.values())
         for name, weight in self.weights.items():
             if not weight > 0.0:
                 raise ValueError(f"the weight of loss term {name!r} must be positive, got {weight}")

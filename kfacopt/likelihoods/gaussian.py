@@ -33,7 +33,7 @@ class Gaussian(Likelihood):
     (4.0, 0.3333333432674408, -0.6666666865348816)
     """
 
-    loss_node = "MseLoss"
+    loss_nodes: tuple[str, ...] = ("MseLoss",)
 
     def __init__(self, reduction: str = "datum") -> None:
         self.reduction = check_reduction(reduction, ("datum", "mean", "sum", "none"), "Gaussian")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -14,14 +15,20 @@ from torch import Tensor
 import kfacopt
 from kfacopt import operators
 from kfacopt.likelihoods import (
+    AnyLoss,
     Bernoulli,
     Categorical,
     Curvature,
     Fisher,
     FisherType,
     Gaussian,
+    Huber,
     KFACType,
+    KullbackLeibler,
+    Laplace,
     Likelihood,
+    LogCategorical,
+    Poisson,
 )
 
 WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
@@ -30,6 +37,20 @@ WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
 def float64(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5
+
+
+def test_divergence_of_counts_and_absolute_errors_is_the_kullback_leibler_divergence() -> None:
+    old, new = float64(6, 5), float64(6, 5, seed=1)
+    cases: list[tuple[Likelihood, Callable[[Tensor], torch.distributions.Distribution], Tensor, Tensor]] = [
+        (Poisson(), lambda f: torch.distributions.Poisson(f.exp()), old, new),
+        (Poisson(log_input=False, eps=0.0), torch.distributions.Poisson, old.exp(), new.exp()),
+        (Laplace(), lambda f: torch.distributions.Laplace(f, torch.ones_like(f)), old, new),
+    ]
+    for likelihood, distribution, before, after in cases:
+        truth = torch.distributions.kl_divergence(distribution(before), distribution(after)).sum() / 5
+        terms = likelihood.terms(before)
+        torch.testing.assert_close(likelihood.divergence(terms, terms.at(after)), truth, rtol=1e-12, atol=0)
+        assert likelihood.divergence(terms, terms).item() == 0.0
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
@@ -70,7 +91,9 @@ def test_categorical_samples_have_the_hessian_as_exact_expectation() -> None:
     torch.testing.assert_close(expectation, truth, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
+@pytest.mark.parametrize(
+    "likelihood", [Categorical(), Bernoulli(), Gaussian(), Huber(), Laplace(), Poisson()], ids=repr
+)
 def test_samples_follow_the_generator(likelihood: Likelihood) -> None:
     terms = likelihood.terms(float64(3, 4))
     generator = torch.Generator().manual_seed(3)
@@ -119,7 +142,11 @@ def test_statistics_are_wide_and_cotangents_in_the_predictions_dtype(
 
 @pytest.mark.parametrize(
     "likelihood",
-    [Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")],
+    [
+        *(Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")),
+        *(Huber(0.5, 2.0, "sum"), Laplace("none"), Poisson(False, True, 1e-4, "datum"), LogCategorical(WEIGHTS, 2)),
+        *(KullbackLeibler(True, "batchmean"), AnyLoss(torch.nn.BCELoss())),
+    ],
     ids=repr,
 )
 def test_likelihoods_copy_and_pickle(likelihood: Likelihood) -> None:
