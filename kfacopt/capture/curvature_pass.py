@@ -73,7 +73,8 @@ class CurvaturePass:
         name, likelihoods = forward.name, self._estimator.likelihoods
         if not self._estimator.extra_terms:
             terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
-        refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
+        if not likelihoods[name].is_level:
+            refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
         tally.terms = tally.terms + terms.count
         tally.verified &= terms.reads_target
         if forward.call is not None:

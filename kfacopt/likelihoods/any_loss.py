@@ -27,6 +27,7 @@ class AnyLoss(Likelihood):
     [1.0, 1.0, 1.0, 1.0]
     """
 
+    is_level: ClassVar[bool] = True
     is_known: ClassVar[bool] = False
     is_hessian = False
 

@@ -163,6 +163,9 @@ class Likelihood(ABC):
     is_known: ClassVar[bool] = True
     """Whether curvature, samples and divergence are known; False of a loss of which only the gradient is."""
 
+    is_level: ClassVar[bool] = False
+    """Whether many numbers may have the same gradient, as errors of one sign have where the loss is straight."""
+
     is_hessian: bool = True
     """Whether what stands for the Hessian is the loss' own; False where the Fisher information does."""
 

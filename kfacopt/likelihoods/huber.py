@@ -37,6 +37,7 @@ class Huber(Pointwise):
     ([[0.5, 1.0]], [[1.0, 0.0]])
     """
 
+    is_level: ClassVar[bool] = True
     loss_name: ClassVar[str] = "HuberLoss (SmoothL1Loss)"
 
     def __init__(self, threshold: float = 1.0, bend: float = 1.0, reduction: str = "mean") -> None:

@@ -27,6 +27,7 @@ class Laplace(Pointwise):
     ([[-1.0], [1.0]], [[1.0], [1.0]])
     """
 
+    is_level: ClassVar[bool] = True
     loss_name: ClassVar[str] = "L1Loss"
     is_hessian = False
 
