@@ -204,12 +204,12 @@ class Capture:
             named = list(self._estimator.predictions(output).items())
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
-        led = {site: mark for site, mark in sites.items() if mark() is not None}
+        led, together = {site: mark for site, mark in sites.items() if mark() is not None}, object()
         for name, tensor in named:
             node = tensor.grad_fn
             if node is None:
                 continue
-            forward = Forward(root, dict(led), call, refusal=refusal, name=name)
+            forward = Forward(root, dict(led), call, refusal=refusal, name=name, of=together)
             if not refusal:
                 forward.prediction, forward.version = tensor.detach(), tensor._version
                 forward.output_nr = tensor.output_nr
@@ -316,10 +316,10 @@ class Capture:
         for mark in self._this_backward().walk.onwards(node):
             if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
-            if forward.call is not None and kept.call is forward.call:
+            if kept.of is forward.of and not forward.refusal:
                 # A term that another term of the same call is computed from is a prediction of its own; but another
                 # call's prediction that comes later may lead there, and is to find it.
-                self._backward = None
+                self._backward, kept.leads_on = None, True
                 continue
             found.append(mark)
         return found

@@ -96,6 +96,8 @@ class Forward:
     output_nr: int = 0
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
+    of: object = None  # the same for all predictions of one call
+    leads_on: bool = False  # whether another prediction of the call is computed from this one
     targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
 
     def consume(self) -> None:

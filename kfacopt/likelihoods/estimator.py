@@ -12,8 +12,10 @@ from kfacopt.likelihoods import KFACType, Likelihood, LossTerms, likelihood_from
 from kfacopt.likelihoods.fisher import Curvature, Fisher
 
 Loss = nn.Module | Likelihood
-LossFunction = Loss | Mapping[str, Loss | tuple[float, Loss]]
-"""A loss; or losses by the names in the output of a model that returns a dict, alone or as `(weight, loss)`."""
+Part = Loss | tuple[float, Loss]
+LossFunction = Loss | Mapping[str, Part] | Sequence[Part]
+"""A loss; or losses by the names in the output of a model that returns a dict (or an object with such attributes), or in
+the order of those in a tuple; each alone or as `(weight, loss)`."""
 
 
 class FisherEstimator:
@@ -90,10 +92,11 @@ class FisherEstimator:
         """Gradients at labels drawn from the model, `[v m c]`."""
         return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
 
-    def cotangents(self, terms: LossTerms) -> Iterator[Tensor]:
-        """Chunks `[v, *prediction.shape]` of cotangents of the sum over the loss terms."""
+    def cotangents(self, terms: LossTerms, name: str = "") -> Iterator[Tensor]:
+        """Chunks `[v, *prediction.shape]` of cotangents of the sum over the terms of the loss `name`."""
         generator = self._generator_on(terms.parameters.device)
-        return self.likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
+        likelihood = self.likelihoods[name] if name else self.likelihood
+        return likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state (None before it was first used)."""
@@ -130,8 +133,9 @@ class TermsEstimator(FisherEstimator):
     """Several loss terms, each with a likelihood and a weight, of a model that returns a tensor for each.
 
     Args:
-        loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, each alone
-            (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum of their means.
+        loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, or a tuple or
+            list of them by position, each alone (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum
+            of their means; an output that is None has none in that forward.
         options: As for `FisherEstimator`.
 
     Raises:
@@ -139,6 +143,12 @@ class TermsEstimator(FisherEstimator):
     """
 
     def __init__(self, loss_func: LossFunction, **options: Any) -> None:
+        if isinstance(loss_func, (tuple, list)):
+            loss_func = {str(place): part for place, part in enumerate(loss_func)}
+            if len(loss_func) == 2 and isinstance(loss_func["0"], (int, float)):
+                raise ValueError(
+                    f"loss_func is {loss_func['0']!r} and a loss: the weight of a sole loss has no meaning"
+                )
         if not isinstance(loss_func, Mapping):
             super().__init__(loss_func, **options)
             return
@@ -160,12 +170,23 @@ class TermsEstimator(FisherEstimator):
     def predictions(self, output: Any) -> dict[str, Tensor]:
         if "" in self.likelihoods:
             return super().predictions(output)
-        if not isinstance(output, Mapping):
-            raise ValueError(f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict")
-        missing = [name for name in self.likelihoods if not isinstance(output.get(name), Tensor)]
+        named: Mapping[str, Any]
+        if isinstance(output, Mapping):
+            named = output
+        elif isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
+            named = {str(place): part for place, part in enumerate(output)}
+        elif isinstance(output, Tensor) or (not hasattr(output, "__dict__") and not hasattr(output, "_fields")):
+            raise ValueError(
+                f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict: "
+                f"{type(output).__name__}"
+            )
+        else:
+            named = output._asdict() if hasattr(output, "_asdict") else vars(output)
+        found = {name: named[name] for name in self.likelihoods if name in named}
+        missing = [name for name in self.likelihoods if not isinstance(found.get(name, 0), Tensor | None)]
         if missing:
-            raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(output)}")
-        return {name: output[name] for name in self.likelihoods}
+            raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(named)}")
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -15,8 +15,8 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
 from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import KFACType, Likelihood
-from kfacopt.likelihoods.estimator import FisherEstimator
+from kfacopt.likelihoods import KFACType
+from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params
@@ -62,7 +62,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
     Args:
         model: The model whose parameters are trained; hooks watch every module of it until `close()`.
         loss_func: The loss, as torch's module (those of `kfacopt.likelihoods.likelihood_from`) or a `Likelihood`; with
-            `curvature="empirical"` any module or function.
+            `curvature="empirical"` any module or function. Of a model with several outputs a dict of losses by their
+            names, or a tuple of losses by their order, each alone or as `(weight, loss)`; the loop may add them up as
+            it likes, and leave some out.
             It is not called: the loop may use the functional form, multiply the loss and weight its data; the curvature
             is that of the loss that is differentiated (see the notes).
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
@@ -110,7 +112,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_func: nn.Module | Likelihood,
+        loss_func: LossFunction,
         params: Params | None = None,
         *,
         lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
@@ -156,7 +158,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             **self.direction.defaults(),
             **self.step_length.defaults(),
         }
-        estimator = FisherEstimator(
+        estimator = TermsEstimator(
             loss_func,
             fisher=fisher,
             kfac_approx=kfac_approx,
