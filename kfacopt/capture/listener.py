@@ -271,10 +271,11 @@ class Capture:
                 f"curvature would be that of another prediction; use an out-of-place operation"
             )
         started = time.perf_counter()
-        upstream = self._upstream(forward, node)
+        walk = self._this_backward().walk
+        upstream = self._upstream(forward, node, walk)
         with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
             forwards = [forward, *(self._alive[led] for led in upstream)]
-            read = Read(node, prediction, gradient.detach(), forwards, self._this_backward().walk)
+            read = Read(node, prediction, gradient.detach(), forwards, walk)
             self.passes(read, tally, deliver)
         tally.seconds += time.perf_counter() - started
         return [mark, *upstream]
@@ -305,7 +306,7 @@ class Capture:
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward
 
-    def _upstream(self, forward: Forward, node: Node) -> list[Mark]:
+    def _upstream(self, forward: Forward, node: Node, walk: Walk) -> list[Mark]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
 
         They are no predictions themselves: their own backward is not waited for any more.
@@ -313,7 +314,7 @@ class Capture:
         found: list[Mark] = []
         if not (len(self._alive) > 1 or forward.sites):
             return found
-        for mark in self._this_backward().walk.onwards(node):
+        for mark in walk.onwards(node):
             if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
             if kept.of is forward.of and not forward.refusal:

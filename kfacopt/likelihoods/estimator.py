@@ -14,8 +14,8 @@ from kfacopt.likelihoods.fisher import Curvature, Fisher
 Loss = nn.Module | Likelihood
 Part = Loss | tuple[float, Loss]
 LossFunction = Loss | Mapping[str, Part] | Sequence[Part]
-"""A loss; or losses by the names in the output of a model that returns a dict (or an object with such attributes), or in
-the order of those in a tuple; each alone or as `(weight, loss)`."""
+"""A loss; or losses by the names in the output of a model that returns a dict (or an object with such attributes), or
+in the order of those in a tuple; each alone or as `(weight, loss)`."""
 
 
 class FisherEstimator:
@@ -143,12 +143,10 @@ class TermsEstimator(FisherEstimator):
     """
 
     def __init__(self, loss_func: LossFunction, **options: Any) -> None:
-        if isinstance(loss_func, (tuple, list)):
+        if isinstance(loss_func, Sequence):
+            if loss_func and isinstance(loss_func[0], (int, float)):
+                raise ValueError(f"loss_func {loss_func!r} is a weight and a loss: of a sole loss it has no meaning")
             loss_func = {str(place): part for place, part in enumerate(loss_func)}
-            if len(loss_func) == 2 and isinstance(loss_func["0"], (int, float)):
-                raise ValueError(
-                    f"loss_func is {loss_func['0']!r} and a loss: the weight of a sole loss has no meaning"
-                )
         if not isinstance(loss_func, Mapping):
             super().__init__(loss_func, **options)
             return
@@ -170,23 +168,33 @@ class TermsEstimator(FisherEstimator):
     def predictions(self, output: Any) -> dict[str, Tensor]:
         if "" in self.likelihoods:
             return super().predictions(output)
-        named: Mapping[str, Any]
-        if isinstance(output, Mapping):
-            named = output
-        elif isinstance(output, (tuple, list)) and not hasattr(output, "_fields"):
-            named = {str(place): part for place, part in enumerate(output)}
-        elif isinstance(output, Tensor) or (not hasattr(output, "__dict__") and not hasattr(output, "_fields")):
+        named = _parts_of(output)
+        if named is None:
             raise ValueError(
-                f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict: "
-                f"{type(output).__name__}"
+                f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict (or tuple, or "
+                f"object with such parts): it returned a {type(output).__name__}"
             )
-        else:
-            named = output._asdict() if hasattr(output, "_asdict") else vars(output)
         found = {name: named[name] for name in self.likelihoods if name in named}
         missing = [name for name in self.likelihoods if not isinstance(found.get(name, 0), Tensor | None)]
         if missing:
             raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(named)}")
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _parts_of(output: Any) -> Mapping[str, Any] | None:
+    """The parts of a model's output by name, or by place as a string; None: it has none.
+
+    >>> _parts_of((1, 2)), _parts_of({"a": 1}), _parts_of(torch.zeros(2))
+    ({'0': 1, '1': 2}, {'a': 1}, None)
+    """
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, (tuple, list)):
+        by_name: dict[str, Any] = output._asdict() if hasattr(output, "_asdict") else {}
+        return by_name | {str(place): part for place, part in enumerate(output)}
+    return vars(output) if hasattr(output, "__dict__") else None
 
 
 def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) -> Tensor:
