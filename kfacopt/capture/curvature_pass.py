@@ -133,7 +133,8 @@ class CurvaturePass:
     def _terms(self, read: Read) -> LossTerms:
         """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
         forward = read.forwards[0]
-        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
+        name = type(forward.root).__name__
+        likelihood = self._estimator.likelihoods[forward.name].beside(forward.beside)
         if self._reads_no_gradient(forward):
             return own_terms(likelihood, read.prediction, read.gradient, forward.targets)
         try:

@@ -205,11 +205,12 @@ class Capture:
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
         led, together = {site: mark for site, mark in sites.items() if mark() is not None}, object()
+        beside = {name: tensor.detach() for name, tensor in named} if len(named) > 1 and not refusal else {}
         for name, tensor in named:
             node = tensor.grad_fn
             if node is None:
                 continue
-            forward = Forward(root, dict(led), call, refusal=refusal, name=name, of=together)
+            forward = Forward(root, dict(led), call, refusal=refusal, name=name, of=together, beside=beside)
             if not refusal:
                 forward.prediction, forward.version = tensor.detach(), tensor._version
                 forward.output_nr = tensor.output_nr

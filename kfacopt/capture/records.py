@@ -97,6 +97,7 @@ class Forward:
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
     of: object = None  # the same for all predictions of one call
+    beside: dict[str, Tensor] = field(default_factory=dict)  # all predictions of the call, by name
     leads_on: bool = False  # whether another prediction of the call is computed from this one
     targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
 
@@ -104,6 +105,7 @@ class Forward:
         """Its backward has come: what was kept for it is not needed any more."""
         self.sites.clear()
         self.targets.clear()
+        self.beside = {}
         self.prediction = None
 
 

@@ -10,7 +10,7 @@ they become the output-gradient covariances of K-FAC (Martens & Grosse 2015; Esc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar, Self
@@ -131,6 +131,10 @@ class LossTerms:
         """The same terms with another multiplier of every output's Hessian `[m c]`."""
         return replace(self, output_scale=output_scale)
 
+    def with_gradient(self, gradient: Tensor) -> LossTerms:
+        """The same terms with other gradients `[m c]`."""
+        return replace(self, gradient=gradient)
+
     def at(self, prediction: Tensor) -> LossTerms:
         """The same terms at another prediction (after a step, say), for `Likelihood.divergence`.
 
@@ -190,6 +194,14 @@ class Likelihood(ABC):
             ValueError: If the batch is empty, or the gradient is not that of this loss function. Never because of
                 non-finite numbers, for which the caller leaves the batch out.
         """
+
+    def beside(self, predictions: Mapping[str, Tensor]) -> Likelihood:
+        """The likelihood where its curvature depends on other predictions of the same forward; here itself.
+
+        Args:
+            predictions: All of one forward, by the loss term's name.
+        """
+        return self
 
     @abstractmethod
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:

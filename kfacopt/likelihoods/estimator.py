@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods import KFACType, Likelihood, LossTerms, likelihood_from
 from kfacopt.likelihoods.fisher import Curvature, Fisher
+from kfacopt.likelihoods.gaussian_variance import MEAN, VARIANCE, gaussian_pair
 
 Loss = nn.Module | Likelihood
 Part = Loss | tuple[float, Loss]
@@ -142,7 +143,13 @@ class TermsEstimator(FisherEstimator):
         TypeError, ValueError: A loss or weight that cannot be handled, by name.
     """
 
+    _other_names: Mapping[str, tuple[str, ...]] = {}
+    """Other names that an output may have for a loss term's prediction."""
+
     def __init__(self, loss_func: LossFunction, **options: Any) -> None:
+        if isinstance(loss_func, nn.GaussianNLLLoss):
+            self._init_pair(loss_func, options)
+            return
         if isinstance(loss_func, Sequence):
             if loss_func and isinstance(loss_func[0], (int, float)):
                 raise ValueError(f"loss_func {loss_func!r} is a weight and a loss: of a sole loss it has no meaning")
@@ -165,6 +172,19 @@ class TermsEstimator(FisherEstimator):
             if self.likelihoods[name].reduction == "sum":
                 raise ValueError(f"the loss term {name!r} has reduction='sum': use 'mean' and a weight")
 
+    def _init_pair(self, loss_func: nn.GaussianNLLLoss, options: dict[str, Any]) -> None:
+        """A mean and a variance beside it, the first two parts of an output or those that are called so."""
+        if loss_func.reduction == "sum" or options.get("prediction") is not None:
+            raise ValueError(
+                "loss_func GaussianNLLLoss: use reduction='mean', leave prediction= out, and let the model return the "
+                "mean and the variance: a tuple of them, or a dict or object with 'mean' and 'variance' (or 'var')"
+            )
+        pair = gaussian_pair(loss_func)
+        super().__init__(pair[MEAN], **options)
+        self.likelihoods, self.weights = pair, dict.fromkeys(pair, 1.0)
+        self.loss_modules = [loss_func]
+        self._other_names = {MEAN: ("0",), VARIANCE: ("var", "1")}
+
     def predictions(self, output: Any) -> dict[str, Tensor]:
         if "" in self.likelihoods:
             return super().predictions(output)
@@ -174,7 +194,8 @@ class TermsEstimator(FisherEstimator):
                 f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict (or tuple, or "
                 f"object with such parts): it returned a {type(output).__name__}"
             )
-        found = {name: named[name] for name in self.likelihoods if name in named}
+        known = {name: (name, *self._other_names.get(name, ())) for name in self.likelihoods}
+        found = {name: named[key] for name, keys in known.items() for key in keys[::-1] if key in named}
         missing = [name for name in self.likelihoods if not isinstance(found.get(name, 0), Tensor | None)]
         if missing:
             raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(named)}")

@@ -48,6 +48,7 @@ _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
 }
 _SUPPORTED = ", ".join(f"nn.{kind.__name__}" for kind in _LIKELIHOODS) + " or a kfacopt Likelihood"
 _INSTEAD = {
+    nn.GaussianNLLLoss: "it takes two predictions: pass it alone, to an optimizer",
     nn.BCELoss: "it takes probabilities: return logits and use nn.BCEWithLogitsLoss",
 }
 _EMPIRICAL = "Or train with curvature='empirical' (fisher_type='empirical' of operators), which any loss has"
