@@ -288,8 +288,9 @@ def own_terms(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targ
         return likelihood.terms(prediction)
     except ValueError as error:
         raise ValueError(
-            f"{error}. (With extra_terms=True the gradient is not read: let the loop call the very loss module that "
-            f"the optimizer was given, once a backward, so that its target is seen)"
+            f"{error}. (The gradient is not read with extra_terms=True, or where another output is computed from this "
+            f"one: let the loop call the very loss module that the optimizer was given, once for each prediction, so "
+            f"that its target is seen)"
         ) from error
 
 

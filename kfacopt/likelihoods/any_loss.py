@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Generator, Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
-from kfacopt.likelihoods.layout import RowLayout
-from kfacopt.likelihoods.precision import check_prediction
+from kfacopt.likelihoods.precision import check_prediction, wide_enough
 
 
 class AnyLoss(Likelihood):
@@ -42,21 +42,23 @@ class AnyLoss(Likelihood):
     def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
         """See `Likelihood.terms`; a target is what the loss function takes."""
         check_prediction(prediction, gradient, name_of(self.loss_func))
-        layout = RowLayout.of(prediction, prediction.ndim - 1 if prediction.ndim > 1 else None)
-        numbers = layout.rows(prediction.detach())
+        data = prediction.shape[0] if prediction.ndim else 1
+        rows_of = partial(_rows, data)
+        numbers = rows_of(prediction.detach())
         if target is not None:
             with torch.enable_grad():
                 at = prediction.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(self.loss_func(at, target).sum(), at)
         rows = None
         if gradient is not None:
-            rows = layout.rows(gradient) * (1.0 if self.reduction == "sum" else float(layout.data))
-        return LossTerms.of(
-            layout,
-            numbers,
-            scale=numbers.new_ones(len(numbers)),
-            count=numbers.new_tensor(float(layout.data)),
+            rows = rows_of(gradient) * (1.0 if self.reduction == "sum" else float(data))
+        return LossTerms(
+            parameters=numbers,
+            scale=numbers.new_ones(data),
+            count=numbers.new_tensor(float(data)),
             gradient=rows,
+            restore=partial(_restored, prediction.shape, prediction.dtype),
+            rows=rows_of,
         )
 
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> NoReturn:
@@ -73,6 +75,15 @@ class AnyLoss(Likelihood):
 
     def _refuse(self) -> NoReturn:
         raise ValueError(f"loss_func {name_of(self.loss_func)}: its curvature is not known; use curvature='empirical'")
+
+
+def _rows(data: int, tensor: Tensor) -> Tensor:
+    """All numbers of a datum as one row `[m c]`: nothing is known of terms within it."""
+    return tensor.reshape(data, -1).to(wide_enough(tensor.dtype))
+
+
+def _restored(shape: torch.Size, dtype: torch.dtype, vectors: Tensor) -> Tensor:
+    return vectors.to(dtype).reshape(-1, *shape)
 
 
 def name_of(loss_func: object) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kfacopt.likelihoods.base import LossTerms
 from kfacopt.likelihoods.pointwise import Pointwise
-from kfacopt.likelihoods.precision import Precision, widest
+from kfacopt.likelihoods.precision import Precision, check_prediction, widest
 
 
 class Huber(Pointwise):
@@ -50,6 +50,20 @@ class Huber(Pointwise):
 
     def __repr__(self) -> str:
         return f"Huber(threshold={self.threshold}, bend={self.bend}, reduction={self.reduction!r})"
+
+    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
+        """See `Likelihood.terms`; the target has the prediction's shape.
+
+        Raises:
+            ValueError: Also if neither gradient nor target is given.
+        """
+        if gradient is None and target is None:
+            check_prediction(prediction, None, self.loss_name)
+            raise ValueError(
+                f"which errors of {self!r} lie beyond the threshold, and have no curvature, is not known: pass the "
+                f"target or the gradient"
+            )
+        return super().terms(prediction, gradient=gradient, target=target)
 
     @property
     def _bound(self) -> float:

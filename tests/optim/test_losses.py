@@ -179,6 +179,26 @@ def test_its_factor_is_the_second_moment_of_the_gradients_of_the_data() -> None:
     torch.testing.assert_close(found, each.T @ each / DATA)
 
 
+@pytest.mark.parametrize("solver", [kfacopt.Gram, lambda: kfacopt.CG(tolerance=1e-11, progress=None)])
+def test_a_term_of_an_unknown_loss_is_a_datum_with_all_its_places(solver: Any) -> None:
+    torch.manual_seed(0)
+    model, damping = nn.Linear(4, 2).double(), 0.1
+    x, signs = X.view(5, 2, 4), Y[:, :2].sign().view(5, 2, 2)
+
+    def each(f: Tensor) -> Tensor:
+        return F.softplus(-signs * f).mean((1, 2))  # soft margins, which jacrev cannot batch as torch has them
+
+    made = kfacopt.NaturalGradient(model, each, curvature="empirical", damping=damping, solver=solver())
+    jacobian = reference.whole_jacobian(model, x, each)
+    each(model(x)).mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    made.step()
+    step = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    curvature = jacobian.T @ jacobian / 5 + damping * torch.eye(len(step))
+    torch.testing.assert_close(step, torch.linalg.solve(curvature, gradient), rtol=1e-7, atol=1e-9)
+
+
 def test_an_embedding_loss_of_pairs() -> None:
     torch.manual_seed(0)
     model, loss = Towers().double(), nn.CosineEmbeddingLoss()
@@ -245,6 +265,9 @@ def test_without_being_told_it_is_refused_and_the_argument_named() -> None:
 
 def test_a_curvature_that_depends_on_the_target_asks_for_it() -> None:
     loss = nn.CrossEntropyLoss(CLASS_WEIGHTS)
+    with pytest.raises(ValueError, match=r"beyond the threshold.*call the very loss module"):
+        factor(HUBER, lambda f: huber(f) + z_loss(f), extra_terms=True)
+    torch.testing.assert_close(factor(HUBER, lambda f: HUBER(f, Y) + z_loss(f), extra_terms=True), hessian(huber))
     with pytest.raises(ValueError, match=r"call the very loss module"):
         factor(loss, lambda f: F.cross_entropy(f, LABELS, CLASS_WEIGHTS) + z_loss(f), extra_terms=True)
 
