@@ -199,6 +199,16 @@ def test_a_term_of_an_unknown_loss_is_a_datum_with_all_its_places(solver: Any) -
     torch.testing.assert_close(step, torch.linalg.solve(curvature, gradient), rtol=1e-7, atol=1e-9)
 
 
+def test_the_operator_of_the_empirical_fisher_takes_any_loss() -> None:
+    torch.manual_seed(0)
+    model, loss = nn.Linear(4, 3).double(), nn.SoftMarginLoss()
+    signs = Y.sign()
+    operator = kfacopt.operators.EFLinearOperator(model, loss, list(model.parameters()), [(X, signs)])
+    jacobian = reference.whole_jacobian(model, X, lambda f: F.softplus(-signs * f).mean(1))
+    vector = torch.linspace(-1.0, 1.0, 15, dtype=torch.float64)
+    torch.testing.assert_close(operator @ vector, jacobian.T @ jacobian @ vector / DATA)
+
+
 def test_an_embedding_loss_of_pairs() -> None:
     torch.manual_seed(0)
     model, loss = Towers().double(), nn.CosineEmbeddingLoss()
