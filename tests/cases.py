@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -240,6 +241,11 @@ def weighted() -> nn.Module:
     return nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
 
 
+def mlp_to(last: nn.Module, outputs: int = 3) -> Callable[[], nn.Module]:
+    """Two linear layers with a tanh between, and an activation of the output."""
+    return lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs), last)
+
+
 def reals(*shape: int) -> Callable[[int], Tensor]:
     """Normal numbers `[n *shape]`."""
     return lambda n: torch.randn(n, *shape, dtype=torch.float64)
@@ -253,6 +259,16 @@ def classes(count: int, *shape: int) -> Callable[[int], Tensor]:
 def bits(*shape: int) -> Callable[[int], Tensor]:
     """Zeros and ones `[n *shape]`, as floats."""
     return lambda n: torch.randint(2, (n, *shape)).double()
+
+
+def counts(*shape: int) -> Callable[[int], Tensor]:
+    """Small whole numbers `[n *shape]`, as floats."""
+    return lambda n: torch.randint(5, (n, *shape)).double()
+
+
+def chances(*shape: int) -> Callable[[int], Tensor]:
+    """Probabilities over the last axis `[n *shape]`."""
+    return lambda n: torch.randn(n, *shape, dtype=torch.float64).softmax(-1)
 
 
 def partly_ignored(n: int) -> Tensor:
@@ -332,6 +348,8 @@ def sums(loss: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
     return lambda: loss(reduction="sum")
 
 
+HUBER = partial(nn.HuberLoss, delta=0.8)
+
 CASES = (
     Case("linear-mse", lambda: nn.Linear(3, 2), MSE, reals(3), reals(2), kfac_exact=BOTH),
     Case("linear-mse-sum", lambda: nn.Linear(3, 2), sums(MSE), reals(3), reals(2), kfac_exact=BOTH),
@@ -346,6 +364,11 @@ CASES = (
     Case("mlp-mse", mlp, MSE, reals(4), reals(3)),
     Case("mlp-bce", mlp, BCE, reals(4), bits(3)),
     Case("mlp-bce-sum", mlp, sums(BCE), reals(4), bits(3)),
+    Case("mlp-huber", mlp, HUBER, reals(4), reals(3), curvlinops=False),
+    Case("mlp-huber-sum", mlp, sums(HUBER), reals(4), reals(3), curvlinops=False),
+    Case("mlp-smooth-l1", mlp, lambda: nn.SmoothL1Loss(beta=0.5), reals(4), reals(3), curvlinops=False),
+    Case("mlp-poisson", mlp, nn.PoissonNLLLoss, reals(4), counts(3), curvlinops=False),
+    Case("mlp-poisson-sum", mlp, sums(nn.PoissonNLLLoss), reals(4), counts(3), curvlinops=False),
     Case("mlp-weighted-ce", mlp, weighted, reals(4), classes(3), curvlinops=False),
     Case("mlp-ignored", mlp, CE, reals(4), partly_ignored, curvlinops=False),
     Case("in-place", Residual, CE, reals(3), classes(3)),
@@ -387,7 +410,22 @@ CASES = (
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),
 )
 
-BY_NAME = {case.name: case for case in CASES}
+# Losses whose own Hessian is zero or depends on the target: the Fisher information stands for it (`reference.bent`).
+FISHER_CASES = (
+    Case("mlp-nll", mlp_to(nn.LogSoftmax(-1)), nn.NLLLoss, reals(4), classes(3)),
+    Case("mlp-nll-sum", mlp_to(nn.LogSoftmax(-1)), sums(nn.NLLLoss), reals(4), partly_ignored),
+    Case(
+        "sequence-nll", lambda: nn.Sequential(ClassesFirst(), nn.LogSoftmax(1)), nn.NLLLoss, reals(4, 3), classes(3, 4)
+    ),
+    Case("mlp-kl", mlp_to(nn.LogSoftmax(-1)), lambda: nn.KLDivLoss(reduction="batchmean"), reals(4), chances(3)),
+    Case("mlp-kl-sum", mlp_to(nn.LogSoftmax(-1)), sums(nn.KLDivLoss), reals(4), chances(3)),
+    Case("mlp-l1", mlp, nn.L1Loss, reals(4), reals(3)),
+    Case("mlp-l1-sum", mlp, sums(nn.L1Loss), reals(4), reals(3)),
+    Case("linear-l1", lambda: nn.Linear(3, 2), nn.L1Loss, reals(3), reals(2), kfac_exact=BOTH),
+    Case("mlp-rate", mlp_to(nn.Softplus()), lambda: nn.PoissonNLLLoss(log_input=False, eps=0.0), reals(4), counts(3)),
+)
+
+BY_NAME = {case.name: case for case in (*CASES, *FISHER_CASES)}
 
 
 def made_of(backend: type[kfacopt.LayerwiseBackend]) -> Callable[..., Optimizer]:

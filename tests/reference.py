@@ -23,7 +23,9 @@ Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def term_count(loss: nn.Module, prediction: Tensor, y: Tensor) -> float:
     """M, what the mean loss divides by."""
-    if isinstance(loss, nn.CrossEntropyLoss):
+    if isinstance(loss, nn.KLDivLoss):
+        return float(len(prediction))
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
         kept = y[y != loss.ignore_index]
         return float(len(kept)) if loss.weight is None else float(loss.weight[kept].sum())
     if loss.reduction == "sum":
@@ -37,12 +39,44 @@ def mean_loss(loss: nn.Module, prediction: Tensor, y: Tensor) -> Tensor:
     return value / term_count(loss, prediction, y) if loss.reduction == "sum" else value
 
 
+class Bent(nn.Module):
+    """What has as its Hessian the Fisher information that stands for a loss': the loss' potential, without its slope.
+
+    The likelihoods' own formulas are not used: of log-probabilities it is the logarithm of their sum (the logits'),
+    of a rate `f log f - f`, of an absolute error half a square.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.reduction = loss, loss.reduction
+
+    def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+        if isinstance(self.loss, nn.NLLLoss):
+            own = nn.CrossEntropyLoss(self.loss.weight, ignore_index=self.loss.ignore_index, reduction=self.reduction)
+            result: Tensor = own(prediction, y)
+            return result
+        if isinstance(self.loss, nn.KLDivLoss):
+            total = prediction.logsumexp(-1).sum()
+            return total / len(prediction) if self.reduction == "batchmean" else total
+        each = prediction * prediction.log() - prediction
+        if isinstance(self.loss, nn.L1Loss):
+            each = 0.5 * prediction.square()
+        return each.sum() if self.reduction == "sum" else each.mean()
+
+
+def bent(loss: nn.Module) -> nn.Module:
+    """A loss with the Hessian that stands for that of `loss`."""
+    rate = isinstance(loss, nn.PoissonNLLLoss) and not loss.log_input
+    return Bent(loss) if rate or isinstance(loss, (nn.NLLLoss, nn.KLDivLoss, nn.L1Loss)) else loss
+
+
 def loss_hessian(loss: nn.Module, prediction: Tensor, y: Tensor) -> Tensor:
-    """Hessian of the mean loss with respect to the prediction, `[p p]`."""
-    shape = prediction.shape
+    """Hessian of the mean loss with respect to the prediction, or what stands for it (`bent`), `[p p]`."""
+    shape, count, loss = prediction.shape, term_count(loss, prediction, y), bent(loss)
+    scale = 1.0 / count if loss.reduction == "sum" else 1.0
     flat = prediction.detach().flatten()
     # Reverse over reverse: torch 2.13's forward mode uses torch.jit, which it deprecates itself.
-    result: Tensor = jacrev(grad(lambda f: mean_loss(loss, f.reshape(shape), y)))(flat)
+    result: Tensor = jacrev(grad(lambda f: scale * loss(f.reshape(shape), y)))(flat)
     return result
 
 

@@ -13,11 +13,13 @@ import kfacopt
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, KroneckerBlock, PartialEigenBlock
 from kfacopt.layers.layer import Layer
 from tests import reference
-from tests.cases import BOTH, BY_NAME, CASES, Case, backward, exact_ekfac, still, train_step
+from tests.cases import BOTH, BY_NAME, FISHER_CASES, Case, backward, exact_ekfac, still, train_step
+from tests.cases import CASES as TABLE
 
 # Sums of a few dozen products of numbers of order one.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
+CASES = (*TABLE, *FISHER_CASES)
 EKFACS = {"ekfac": kfacopt.EKFAC, "exact-ekfac": exact_ekfac}
 CORRECTED = (CorrectedEigenBlock, PartialEigenBlock)
 APART = [case for case in CASES if not case.mixes_data]

@@ -18,11 +18,11 @@ from kfacopt.capture.loss_graph import LossGraph
 from kfacopt.capture.passes import CotangentPass
 from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
-from kfacopt.capture.scaling import terms_of
+from kfacopt.capture.scaling import own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
-from kfacopt.likelihoods import LossTerms
+from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
 
 
@@ -72,17 +72,26 @@ class CurvaturePass:
         if not bool(terms.count > 0):
             return
         name, likelihoods = forward.name, self._estimator.likelihoods
-        terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
-        refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
+        if not self._reads_no_gradient(forward):
+            terms = tally.scale.weighed(name, likelihoods, terms, read.gradient, read.node, self._loss_graph)
+        if not likelihoods[name].is_level:
+            refuse_reduced(terms, read.prediction, read.gradient, type(forward.root).__name__)
         tally.terms = tally.terms + terms.count
         tally.verified &= terms.reads_target
         if forward.call is not None:
             tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
             scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
             tally.replayable &= sole and not scaled
-        relative, divisor = tally.scale.relative(name, likelihoods[name], terms)
+        if name and terms.weights is None and self._estimator.fisher_type is FisherType.EMPIRICAL:
+            raise ValueError(
+                f"curvature='empirical' with several losses: what {name!r} ({likelihoods[name]!r}) counts in the whole "
+                f"loss is not told by its gradient. Let the loop call the very loss module that the optimizer was "
+                f"given, so that its target is seen; or use 'mc' or 'ggn'"
+            )
+        relative, divisor = tally.scale.relative(name, likelihoods[name], terms, self._estimator.weights[name])
         if edges := self._edges(read):
-            cotangents = split_cotangents(self._estimator.cotangents(relative), edges)
+            own = self._estimator.cotangents(relative, *((name,) if name else ()))
+            cotangents = split_cotangents(own, edges)
             self._deliver_rows(read, edges, cotangents, divisor, deliver)
 
     def _deliver_rows(
@@ -118,15 +127,23 @@ class CurvaturePass:
             if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
         }
 
+    def _reads_no_gradient(self, forward: Forward) -> bool:
+        """Whether the gradient at a prediction is not the loss' own."""
+        return self._estimator.extra_terms or forward.leads_on
+
     def _terms(self, read: Read) -> LossTerms:
         """The loss terms of a prediction, unless the gradient shows that the loss is taken of something else."""
         forward = read.forwards[0]
-        name, likelihood = type(forward.root).__name__, self._estimator.likelihoods[forward.name]
+        name = type(forward.root).__name__
+        likelihood = self._estimator.likelihoods[forward.name].beside(forward.beside)
+        if self._reads_no_gradient(forward):
+            return own_terms(likelihood, read.prediction, read.gradient, forward.targets)
         try:
             terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
         except ValueError as error:
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
-                f"output of several, pass prediction=lambda output: ...)"
+                f"output of several, pass prediction=lambda output: ... Where something else is added to the loss that "
+                f"depends on this output too, as a z-loss or an entropy bonus, pass extra_terms=True)"
             ) from error
         return terms

@@ -204,12 +204,13 @@ class Capture:
             named = list(self._estimator.predictions(output).items())
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
-        led = {site: mark for site, mark in sites.items() if mark() is not None}
+        led, together = {site: mark for site, mark in sites.items() if mark() is not None}, object()
+        beside = {name: tensor.detach() for name, tensor in named} if len(named) > 1 and not refusal else {}
         for name, tensor in named:
             node = tensor.grad_fn
             if node is None:
                 continue
-            forward = Forward(root, dict(led), call, refusal=refusal, name=name)
+            forward = Forward(root, dict(led), call, refusal=refusal, name=name, of=together, beside=beside)
             if not refusal:
                 forward.prediction, forward.version = tensor.detach(), tensor._version
                 forward.output_nr = tensor.output_nr
@@ -271,10 +272,11 @@ class Capture:
                 f"curvature would be that of another prediction; use an out-of-place operation"
             )
         started = time.perf_counter()
-        upstream = self._upstream(forward, node)
+        walk = self._this_backward().walk
+        upstream = self._upstream(forward, node, walk)
         with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
             forwards = [forward, *(self._alive[led] for led in upstream)]
-            read = Read(node, prediction, gradient.detach(), forwards, self._this_backward().walk)
+            read = Read(node, prediction, gradient.detach(), forwards, walk)
             self.passes(read, tally, deliver)
         tally.seconds += time.perf_counter() - started
         return [mark, *upstream]
@@ -305,7 +307,7 @@ class Capture:
             engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
         return self._backward
 
-    def _upstream(self, forward: Forward, node: Node) -> list[Mark]:
+    def _upstream(self, forward: Forward, node: Node, walk: Walk) -> list[Mark]:
         """Forwards of other roots whose outputs lead to this prediction (an encoder called before its decoder).
 
         They are no predictions themselves: their own backward is not waited for any more.
@@ -313,13 +315,13 @@ class Capture:
         found: list[Mark] = []
         if not (len(self._alive) > 1 or forward.sites):
             return found
-        for mark in self._this_backward().walk.onwards(node):
+        for mark in walk.onwards(node):
             if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
-            if forward.call is not None and kept.call is forward.call:
+            if kept.of is forward.of and not forward.refusal:
                 # A term that another term of the same call is computed from is a prediction of its own; but another
                 # call's prediction that comes later may lead there, and is to find it.
-                self._backward = None
+                self._backward, kept.leads_on = None, True
                 continue
             found.append(mark)
         return found

@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, _engine_run_backward
 
+_LOSSES = {
+    *("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D", "SmoothL1Loss"),
+    *("HuberLoss", "SoftMarginLoss"),
+}
+Names = tuple[str, ...]
+"""What torch calls nodes of the graph, without \"Backward0\"."""
+
+_SQUARES: Names = ("MseLoss",)
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Alias", "ToCopy"}
 
 
@@ -69,30 +77,37 @@ class LossGraph:
                     queue.append(following)
                 self._above[following].append(node)
 
-    def is_uniform(self, prediction: Node) -> bool:
-        """Whether the loss is a constant times the mean or sum of squares of a prediction's distance to its target.
+    def other_loss(self, prediction: Node, loss_nodes: Names) -> str | None:
+        """The name of the node of a loss of torch's that is taken of a prediction alone and is none of `loss_nodes`."""
+        kinds = map(_name, self._path(prediction) or [])
+        return next((name for name in kinds if name in _LOSSES and name not in loss_nodes), None)
 
-        That is: the last operations before the loss multiply or divide a number, those before them add numbers up, and
-        nothing comes in between. A weight of data or outputs would.
+    def is_uniform(self, prediction: Node, loss_nodes: Names = _SQUARES) -> bool:
+        """Whether the loss is a constant times the mean or sum of torch's losses `loss_nodes` of a prediction.
+
+        Of squared errors, also of those written out: the last operations before the loss multiply or divide a number,
+        those before them add numbers up, and nothing comes in between. A weight of data or outputs would.
         """
         path = self._path(prediction)
         if path is None or not self._scalar or not self.loss.alone or self.predictions != {prediction}:
             return False
-        kinds = [_kind_of(node) for node in path]
+        if loss_nodes != _SQUARES and not any(_name(node) in loss_nodes for node in path):
+            return False
+        kinds = [_kind_of(node, loss_nodes) for node in path]
         return re.fullmatch(r"s*r+v*(qv*d?|n)?v*", "".join(kinds)) is not None
 
-    def added(self, prediction: Node) -> str | None:
-        """The reduction, `"mean"` or `"sum"`, of the squared error of a prediction that is but added to the loss.
+    def added(self, prediction: Node, loss_nodes: Names = _SQUARES) -> str | None:
+        """The reduction, `"mean"` or `"sum"`, of a loss of `loss_nodes` of a prediction that is but added to the whole.
 
-        None: the prediction is used otherwise, or the squared error multiplied.
+        None: the prediction is used otherwise, or the loss multiplied.
         """
         path = self._path(prediction)
         if path is None or not self._scalar:
             return None
         own = list(itertools.dropwhile(_adds, path))
-        if not own or re.fullmatch(r"r(v*(qv*d?|n))?", "".join(map(_kind_of, own))) is None:
+        if not own or re.fullmatch(r"r(v*(qv*d?|n))?", "".join(_kind_of(node, loss_nodes) for node in own)) is None:
             return None
-        if _name(own[0]) == "MseLoss":
+        if _name(own[0]) in loss_nodes:
             return {1: "mean", 2: "sum"}[_reduction(own[0])]
         # Those with another number are of some axes.
         return {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(own[0].name()) if len(own) > 1 else None
@@ -173,14 +188,27 @@ def _reduction(node: Node) -> int:
     return int(node._saved_reduction)  # type: ignore[attr-defined]
 
 
-def _kind_of(node: Node) -> str:
+def _is_weighted(node: Node) -> bool:
+    """Whether a loss was given weights; one that its node has let go of was given."""
+    for name in ("_saved_weight", "_saved_pos_weight"):
+        try:
+            if getattr(node, name, None) is not None:
+                return True
+        except RuntimeError:
+            return True
+    return False
+
+
+def _kind_of(node: Node, loss_nodes: Names) -> str:
     """One letter for what a node does, as `LossGraph.is_uniform` reads them."""
     name = _name(node)
-    if name == "MseLoss":
+    if name in loss_nodes and not _is_weighted(node):
         return "r" if _reduction(node) else "n"
     if name in ("Mean", "Sum"):
         return "r"
     following = [one for one, _ in node.next_functions]
+    if loss_nodes != _SQUARES:
+        return {"Mul": "s", "Div": "s"}.get(name, "v" if is_view(node) else "x")
     squared = name == "Pow" and node._saved_exponent == 2  # type: ignore[attr-defined]
     if squared or (name == "Mul" and len(set(following)) == 1):
         return "q"

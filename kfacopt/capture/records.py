@@ -96,12 +96,16 @@ class Forward:
     output_nr: int = 0
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
+    of: object = None  # the same for all predictions of one call
+    beside: dict[str, Tensor] = field(default_factory=dict)  # all predictions of the call, by name
+    leads_on: bool = False  # whether another prediction of the call is computed from this one
     targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
 
     def consume(self) -> None:
         """Its backward has come: what was kept for it is not needed any more."""
         self.sites.clear()
         self.targets.clear()
+        self.beside = {}
         self.prediction = None
 
 

@@ -8,6 +8,7 @@ delivered relative to the step's first backward, and `rescaling` says at the end
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -47,12 +48,14 @@ class Seen:
 class Reference(NamedTuple):
     """The prediction that rows are delivered relative to.
 
-    Its mean weight, its number of terms, and whether the loss is a mean over them.
+    Its mean weight over the one that was announced (one of several losses may have one), its number of terms, whether
+    the loss is a mean over them, and whether the weight was told (if not, it is one).
     """
 
     weight: float
     terms: float
     averaged: bool
+    told: bool = True
 
     def over(self, other: Reference) -> tuple[float, float]:
         """Factor of another prediction's terms, and what sums over its rows are to be divided by.
@@ -72,12 +75,14 @@ class LossScale:
         told: By name of the loss term, `(mean weight, number of terms)` of every prediction that told its weights.
         first: The first of all; None: none has told.
         seen: Predictions whose weights are not known, and all where several may share a loss with such.
+        arrived: How many predictions came, by name of the loss term.
         left: Norms of the parameters' gradients as the last backward left them, if the step may have to know; or None.
     """
 
     told: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     first: Reference | None = None
     seen: list[Seen] = field(default_factory=list)
+    arrived: Counter[str] = field(default_factory=Counter)
     left: Tensor | None = None
 
     def weighed(
@@ -111,14 +116,33 @@ class LossScale:
             self.seen.append(Seen(name, likelihood, terms, rows, loss, Precision.of(gradient)))
         return terms
 
-    def relative(self, name: str, likelihood: Likelihood, terms: LossTerms) -> tuple[LossTerms, Tensor]:
-        """The terms as rows are made of them, and what sums over those rows are to be divided by."""
-        if terms.weights is None:
+    def relative(
+        self, name: str, likelihood: Likelihood, terms: LossTerms, announced: float = 1.0
+    ) -> tuple[LossTerms, Tensor]:
+        """The terms as rows are made of them, and what sums over those rows are to be divided by.
+
+        Args:
+            name: Of the loss term; of several losses one that does not tell its weight has the announced one, times
+                the factor that the others have over theirs.
+            likelihood, terms: Of the prediction.
+            announced: The loss term's weight in the whole loss.
+        """
+        self.arrived[name] += 1
+        if terms.weights is None and not name:
             return terms, terms.count
-        found = Reference(mean_weight(terms), float(terms.count), likelihood.reduction != "sum")
-        self.told.setdefault(name, []).append((found.weight, found.terms))
+        found = Reference(1.0, float(terms.count), likelihood.reduction != "sum", told=False)
+        if terms.weights is not None:
+            weight = mean_weight(terms)
+            found = found._replace(weight=weight / announced, told=True)
+            self.told.setdefault(name, []).append((weight, found.terms))
+        else:
+            # The user's gradient has the weight already.
+            weights = torch.full_like(terms.scale, announced)
+            terms = replace(terms, scale=terms.scale * announced, weights=weights)
         self.first = self.first or found
-        factor, count = self.first.over(found)
+        if found.told and not self.first.told:
+            self.first = self.first._replace(weight=found.weight, told=True)
+        factor, count = (self.first if found.told else self.first._replace(weight=1.0)).over(found)
         return (terms if factor == 1.0 else times(terms, factor)), torch.full_like(terms.count, count)
 
     def merge(self, other: LossScale) -> Callable[[Rows], Rows]:
@@ -130,10 +154,14 @@ class LossScale:
         for name, told in other.told.items():
             self.told.setdefault(name, []).extend(told)
         self.seen += other.seen
+        self.arrived += other.arrived
         if self.first is None or other.first is None:
             self.first = self.first or other.first
             return lambda rows: rows
         first, theirs = self.first, other.first
+        if not (first.told and theirs.told):  # rows of either are in units of the weights that were announced
+            self.first = first if first.told else first._replace(weight=theirs.weight, told=theirs.told)
+            first, theirs = first._replace(weight=1.0), theirs._replace(weight=1.0)
 
         def adapted(rows: Rows) -> Rows:
             factor, count = first.over(theirs._replace(weight=1.0))
@@ -150,6 +178,9 @@ class LossScale:
             undone: What the user multiplied the gradients with to undo a scale of the loss.
             empirical: Whether they are the user's own gradients where nothing tells their factor.
         """
+        if self.first is not None and not self.first.told:
+            # Sums over the losses, means over the backwards.
+            return backwards / max(self.arrived.values(), default=1)
         if self.first is None:
             averaged = self.is_open and self.seen[0].likelihood.reduction != "sum"
             return (undone * (backwards if averaged else 1.0)) ** 2 if empirical else 1.0
@@ -192,7 +223,9 @@ class LossScale:
     def state_dict(self) -> dict[str, Any]:
         """Plain Python; what only the step's own batches tell is left out, as they are."""
         left = None if self.left is None else self.left.tolist()
-        return {"told": self.told, "first": self.first and list(self.first), "left": left}
+        return {"told": self.told, "first": self.first and list(self.first), "left": left} | {
+            "arrived": dict(self.arrived)
+        }
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> LossScale:
@@ -202,6 +235,7 @@ class LossScale:
         return cls(
             told,
             None if first is None else Reference(*first),
+            arrived=Counter(state.get("arrived", {})),
             left=None if left is None else torch.tensor(left, dtype=torch.float64),
         )
 
@@ -240,32 +274,60 @@ def terms_of(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targe
     return likelihood.terms(prediction, gradient=gradient)
 
 
+def own_terms(likelihood: Likelihood, prediction: Tensor, gradient: Tensor, targets: Sequence[Tensor]) -> LossTerms:
+    """The loss terms of a prediction whose gradient is not the loss' alone: nothing but its being there is read of it.
+
+    Raises:
+        ValueError: If they depend on the target, and none was seen.
+    """
+    if len(targets) == 1:
+        return likelihood.terms(prediction, target=targets[0])
+    if not likelihood.is_known:
+        return likelihood.terms(prediction, gradient=gradient)
+    try:
+        return likelihood.terms(prediction)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. (The gradient is not read with extra_terms=True, or where another output is computed from this "
+            f"one: let the loop call the very loss module that the optimizer was given, once for each prediction, so "
+            f"that its target is seen)"
+        ) from error
+
+
 def told_by_value(
     likelihood: Likelihood, terms: LossTerms, gradient: Tensor, precision: Precision, graph: LossGraph, node: Node
 ) -> LossTerms:
-    """Terms of squared errors with the factor that the value of the loss tells, where it does.
+    """Terms whose gradients tell no target, with the factor that the value of the loss tells, where it does.
 
-    Of squared errors multiplied by a constant, gradient u and value L give the constant, as `Σ u² / L` grows with it.
-    That L has nothing else in it, and the constant is one for all terms, is seen in the graph; or that the squared
-    error is added to the loss as it is.
+    Gradient u and value L give the constant that the loss is multiplied with (`Likelihood.factor_of_value`; of squared
+    errors `Σ u² / L` grows with it). That L has nothing else in it, and the constant is one for all terms, is seen in
+    the graph; or that torch's loss is added to the whole as it is.
 
     Args:
         likelihood, terms: What is known without.
         gradient: The user's, as rows `[m c]`.
         precision: Of the user's numbers.
         graph, node: The graph above the predictions, and the prediction.
+
+    Raises:
+        ValueError: If the graph shows another loss of torch's.
     """
-    share = likelihood.term_share(float(terms.count))
-    plain, half = likelihood.loss_value(terms, gradient, share), likelihood.loss_value(terms, gradient, 2.0 * share)
-    if plain is None or half is None or not torch.allclose(2.0 * half, plain):
-        return terms  # no squared error
+    share, kind = likelihood.term_share(float(terms.count)), likelihood.loss_nodes
+    if not kind:
+        return terms
+    if (other := graph.other_loss(node, kind)) is not None:
+        raise ValueError(
+            f"the loss that was differentiated is torch's {other}, not that of {likelihood!r}: pass the loss_func that "
+            f"the training loop uses (or a kfacopt.Likelihood of it)"
+        )
     factor: Tensor | float | None = None
-    if graph.is_uniform(node) and graph.loss.value > 0.0:
-        factor = float(plain) / graph.loss.value
-        factor = 1.0 if abs(factor - 1.0) <= precision.factor else factor
-    elif (reduction := graph.added(node)) is not None:
+    if graph.is_uniform(node, kind):
+        factor = likelihood.factor_of_value(terms, gradient, share, graph.loss.value, precision)
+        factor = 1.0 if factor is not None and abs(factor - 1.0) <= precision.factor else factor
+    elif (reduction := graph.added(node, kind)) is not None:
         factor = (1.0 if reduction == "sum" else 1.0 / gradient.numel()) / (share * terms.scale)
     if factor is not None:
+        terms = likelihood.at_share(terms, gradient, share * factor)
         return replace(times(terms, factor), gradient=gradient / share)
     return terms
 

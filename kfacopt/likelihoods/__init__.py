@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kfacopt.likelihoods.any_loss import AnyLoss as AnyLoss
 from kfacopt.likelihoods.base import FisherType as FisherType
 from kfacopt.likelihoods.base import KFACType as KFACType
 from kfacopt.likelihoods.base import Likelihood as Likelihood
@@ -12,16 +13,27 @@ from kfacopt.likelihoods.fisher import Curvature as Curvature
 from kfacopt.likelihoods.fisher import Fisher as Fisher
 from kfacopt.likelihoods.from_loss import likelihood_from as likelihood_from
 from kfacopt.likelihoods.gaussian import Gaussian as Gaussian
+from kfacopt.likelihoods.huber import Huber as Huber
+from kfacopt.likelihoods.laplace import Laplace as Laplace
+from kfacopt.likelihoods.log_probabilities import KullbackLeibler as KullbackLeibler
+from kfacopt.likelihoods.log_probabilities import LogCategorical as LogCategorical
+from kfacopt.likelihoods.poisson import Poisson as Poisson
 
 __all__ = [
+    "AnyLoss",
     "Bernoulli",
     "Categorical",
     "Curvature",
     "Fisher",
     "FisherType",
     "Gaussian",
+    "Huber",
     "KFACType",
+    "KullbackLeibler",
+    "Laplace",
     "Likelihood",
+    "LogCategorical",
     "LossTerms",
+    "Poisson",
     "likelihood_from",
 ]

@@ -10,20 +10,32 @@ they become the output-gradient covariances of K-FAC (Martens & Grosse 2015; Esc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
 from kfacopt.likelihoods.layout import RowLayout
+from kfacopt.likelihoods.precision import Precision
 
 
-class FisherType(StrEnum):
+class Spelled(StrEnum):
+    """Members are found by their spelling, or by another enum's member whose value is that (curvlinops')."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        own = getattr(value, "value", None)
+        return cls(own) if isinstance(own, str) else None
+
+
+class FisherType(Spelled):
     """Which second moment of output gradients stands for the loss' Hessian, as curvlinops names it.
+
+    Anything whose `value` is one of these is one, as an enum of curvlinops'.
 
     >>> FisherType("type-2") is FisherType.TYPE2
     True
@@ -39,7 +51,7 @@ class FisherType(StrEnum):
     """No gradients: the identity stands for their covariance (Benzing 2022, arXiv:2201.12250). For operators only."""
 
 
-class KFACType(StrEnum):
+class KFACType(Spelled):
     """How weight sharing is read (Eschenhagen et al. 2023), as curvlinops names it.
 
     >>> KFACType("expand") is KFACType.EXPAND
@@ -115,6 +127,14 @@ class LossTerms:
             reads_target=reads_target,
         )
 
+    def with_output_scale(self, output_scale: Tensor) -> LossTerms:
+        """The same terms with another multiplier of every output's Hessian `[m c]`."""
+        return replace(self, output_scale=output_scale)
+
+    def with_gradient(self, gradient: Tensor) -> LossTerms:
+        """The same terms with other gradients `[m c]`."""
+        return replace(self, gradient=gradient)
+
     def at(self, prediction: Tensor) -> LossTerms:
         """The same terms at another prediction (after a step, say), for `Likelihood.divergence`.
 
@@ -144,6 +164,18 @@ class Likelihood(ABC):
     in one pass, a vocabulary takes many. The statistics do not depend on it.
     """
 
+    is_known: ClassVar[bool] = True
+    """Whether curvature, samples and divergence are known; False of a loss of which only the gradient is."""
+
+    is_level: ClassVar[bool] = False
+    """Whether many numbers may have the same gradient, as errors of one sign have where the loss is straight."""
+
+    is_hessian: bool = True
+    """Whether what stands for the Hessian is the loss' own; False where the Fisher information does."""
+
+    loss_nodes: tuple[str, ...] = ()
+    """What torch calls the autograd nodes of the loss function; empty: it has none of its own."""
+
     reduction: str = "mean"
     """How the loss function sums up its terms; `"sum"` makes `gradient_scale` 1/M."""
 
@@ -162,6 +194,14 @@ class Likelihood(ABC):
             ValueError: If the batch is empty, or the gradient is not that of this loss function. Never because of
                 non-finite numbers, for which the caller leaves the batch out.
         """
+
+    def beside(self, predictions: Mapping[str, Tensor]) -> Likelihood:
+        """The likelihood where its curvature depends on other predictions of the same forward; here itself.
+
+        Args:
+            predictions: All of one forward, by the loss term's name.
+        """
+        return self
 
     @abstractmethod
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
@@ -198,6 +238,23 @@ class Likelihood(ABC):
         `b(f_new) - b(f_old) - ∇b(f_old)·(f_new - f_old)`. Scales are those of `old`.
         """
 
+    def remainder(self, old: LossTerms, new: LossTerms) -> Tensor:
+        """What the sum over the terms of scale · loss changes by, less its linear part u·(f_new - f_old); 0-dim.
+
+        The divergence, as here, where the prediction is the natural parameter; a subclass overrides it where not.
+        """
+        return self.divergence(old, new)
+
+    def at_share(self, terms: LossTerms, gradient: Tensor, share: Tensor | float) -> LossTerms:
+        """The terms, once it is known what they count in the user's loss; the same, as here, if nothing follows.
+
+        Args:
+            terms: The loss terms, without weights.
+            gradient: Of the user's loss, as rows `[m c]`.
+            share: What a term of scale one counts in that loss; a number, or `[m]`.
+        """
+        return terms
+
     def gradient_scale(self, terms_count: float) -> float:
         """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""
         return 1.0 / terms_count if self.reduction == "sum" and terms_count > 0 else 1.0
@@ -216,6 +273,23 @@ class Likelihood(ABC):
             terms: The loss terms.
             gradient: Of the user's loss, as rows `[m c]`.
             share: What a term of scale one counts in that loss.
+        """
+        return None
+
+    def factor_of_value(
+        self, terms: LossTerms, gradient: Tensor, share: float, value: float, precision: Precision
+    ) -> float | None:
+        """By what constant the user's loss is multiplied, from its value, where its gradient does not tell.
+
+        Args:
+            terms: The loss terms, without weights.
+            gradient: Of the user's loss, as rows `[m c]`.
+            share: What a term of scale one counts in the plain loss.
+            value: Of the user's loss, which is nothing but a constant times the plain one.
+            precision: Of the user's numbers.
+
+        Returns:
+            None, as here: the value does not tell it either.
         """
         return None
 

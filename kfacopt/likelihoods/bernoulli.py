@@ -21,7 +21,7 @@ from kfacopt.likelihoods.precision import (
 class Bernoulli(Likelihood):
     """Binary cross-entropy on logits, torch's `BCEWithLogitsLoss`.
 
-    The Hessian is σ(1-σ), times `pos_weight` where y = 1.
+    The Hessian is σ(1-σ), times `pos_weight` where y = 1: without that, targets between 0 and 1 have the same.
 
     A prediction `[n ... c]` has its outputs along the last axis; `[n]` has one output per datum. The targets are read
     from the sign of the user's gradient, and numbers whose gradient is exactly zero although their logit is not
@@ -29,7 +29,8 @@ class Bernoulli(Likelihood):
 
     Args:
         pos_weight: Weight of the positive examples; a tensor that broadcasts to one datum's shape.
-        soft_targets: Whether targets may lie between 0 and 1; otherwise those are refused.
+        soft_targets: Targets may lie between 0 and 1, and are not looked for in the gradient. Without, such targets
+            are refused only where the Hessian depends on them (`pos_weight`).
         reduction: `"datum"` sums over everything that belongs to one datum (all axes but the first) and averages over
             data. `"mean"` averages over all numbers and `"sum"` adds them up, as torch does. `"none"` is read as
             `"mean"`, since what happens to the numbers outside the loss function cannot be seen.
@@ -37,13 +38,17 @@ class Bernoulli(Likelihood):
 
     Note:
         Each term's gradient is known with hard targets. With soft ones it is the user's times `count`, which holds
-        while the loss is not rescaled, and is `None` where no target between 0 and 1 has such a gradient.
+        while the loss is not rescaled, and is `None` where no target between 0 and 1 has such a gradient; a constant
+        factor of the loss is told by its value (`factor_of_value`), and that a loss is another one by what torch calls
+        it in the graph. With soft targets, a number left out of the loss cannot be told from one fitted perfectly.
 
     >>> likelihood = Bernoulli(pos_weight=torch.tensor(3.0))
     >>> terms = likelihood.terms(torch.zeros(2, 1), gradient=torch.tensor([[0.25], [-0.75]]))
     >>> terms.output_scale.flatten().tolist(), terms.gradient.flatten().tolist()
     ([1.0, 3.0], [0.5, -1.5])
     """
+
+    loss_nodes: tuple[str, ...] = ("BinaryCrossEntropyWithLogits",)
 
     def __init__(
         self,
@@ -59,6 +64,8 @@ class Bernoulli(Likelihood):
         self.soft_targets = soft_targets
         self.reduction = check_reduction(reduction, ("datum", "mean", "sum", "none"), "Bernoulli")
         self.weight = weight
+        if weight is not None:
+            self.loss_nodes = ()  # the graph does not show whether its weights are these
 
     def __repr__(self) -> str:
         return (
@@ -75,7 +82,9 @@ class Bernoulli(Likelihood):
         probabilities = logits.sigmoid()
         weight = self._per_output("weight", self.weight, prediction, layout)
         positive = self._per_output("pos_weight", self.pos_weight, prediction, layout)
-        alive = gradients = None
+        if positive is not None and bool((positive == 1.0).all()):
+            positive = None
+        alive = labels = gradients = None
         if target is not None:
             labels = self._checked_target(target, prediction, layout)
         elif gradient is None or self.soft_targets:
@@ -84,11 +93,14 @@ class Bernoulli(Likelihood):
                     "pos_weight scales the curvature by the target, which cannot be read here "
                     "(soft targets, or no gradient given): pass the target, or drop pos_weight"
                 )
-            labels = None
         else:
             precision = Precision.of(prediction, gradient)
             rows = layout.rows(gradient).to(logits.dtype)
-            labels, alive = _read_labels(rows, probabilities, weight, positive, precision)
+            labels, alive, wrong = _read_labels(rows, probabilities, weight, positive, precision)
+            if wrong and positive is not None:
+                raise ValueError(_not_binary(wrong, gradient.numel()))
+            if wrong:  # the Hessian is the same for all targets
+                labels = alive = None
         output_scale, gradients = _weigh(probabilities, labels, weight, positive, alive)
         scale, count = self._scale_and_count(layout, logits, alive)
         if gradients is not None:
@@ -110,6 +122,16 @@ class Bernoulli(Likelihood):
         """Sum of `softplus(f) - y f`, with the targets that the gradient u = share · scale · (σ - y) stands for."""
         logits, multiplier = widest(terms.parameters), share * _deviation(terms, 1.0).square()
         return (multiplier * (F.softplus(logits) - logits.sigmoid() * logits) + gradient * logits).sum()
+
+    def factor_of_value(
+        self, terms: LossTerms, gradient: Tensor, share: float, value: float, precision: Precision
+    ) -> float | None:
+        """`(L - Σ u f) / Σ share scale (softplus(f) - σ f)`, as the value grows with both."""
+        along = float((gradient * widest(terms.parameters)).sum())
+        rest = float(self.loss_value(terms, gradient, share)) - along
+        # The difference may have lost its digits where the loss is small against its gradient's part in it.
+        told = precision.saturation * (abs(value) + abs(along)) <= precision.factor * rest
+        return (value - along) / rest if told and rest > 0.0 and value > along else None
 
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients σ(f) - y at labels y drawn with probability σ(f)."""
@@ -225,8 +247,8 @@ def _read_labels(
     weight: Tensor | None,
     positive: Tensor | None,
     precision: Precision,
-) -> tuple[Tensor, Tensor | None]:
-    """Labels 0/1 `[m c]` by the gradient's sign; which numbers the loss has (`None`: all).
+) -> tuple[Tensor, Tensor | None, int]:
+    """Labels 0/1 `[m c]` by the gradient's sign; which numbers the loss has (`None`: all); how many do not fit.
 
     With the right labels the gradient is one positive multiple k of w (s σ - pos_weight y). A number whose target is t
     instead of y is off by about |t - y| k: this tells non-binary targets and other losses.
@@ -258,9 +280,8 @@ def _read_labels(
         multipliers, expected = _weigh(probabilities, labels, weight, positive, alive)
         assert expected is not None
         wrong = _count_deviations(gradient, factor, expected, multipliers, precision)
-        if wrong and bool(torch.isfinite(factor) & (factor > 0)):
-            raise ValueError(_not_binary(wrong, gradient.numel()))
-    return labels, alive
+        return labels, alive, wrong if bool(torch.isfinite(factor) & (factor > 0)) else 0
+    return labels, alive, 0
 
 
 def _explained_by_row(gradient: Tensor, expected: Tensor, multipliers: Tensor | None, precision: Precision) -> bool:
@@ -307,9 +328,10 @@ def _if_possible(gradients: Tensor, probabilities: Tensor, scale: Tensor, output
 def _not_binary(wrong: int, total: int) -> str:
     return (
         f"non-binary BCE target: {wrong} of {total} targets are neither 0 nor 1 (or the gradient "
-        "that reached the prediction is not that of BCEWithLogitsLoss with these arguments). For "
-        "targets between 0 and 1 use kfacopt.Bernoulli(soft_targets=True), with reduction='mean' "
-        "to match torch's default. Weights of the outputs and positive weights are arguments of the "
+        "that reached the prediction is not that of BCEWithLogitsLoss with these arguments). With "
+        "pos_weight the curvature depends on targets between 0 and 1, which the gradient does not "
+        "tell: call the loss_func itself in the loop, so that its target is seen, or drop "
+        "pos_weight. Weights of the outputs and positive weights are arguments of the "
         "loss_func; weights of the data are read where there are several outputs a datum, for a "
         "single one call the loss_func itself in the loop. For another loss pass its own Likelihood"
     )

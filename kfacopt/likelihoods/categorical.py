@@ -48,6 +48,8 @@ class Categorical(Likelihood):
     (1.0, [1.0, 0.0], [0.5, -0.5])
     """
 
+    loss_nodes: tuple[str, ...] = ("NllLoss", "NllLoss2D")
+
     def __init__(
         self,
         class_weights: Tensor | None = None,
@@ -80,7 +82,7 @@ class Categorical(Likelihood):
             return self._from_target(prediction.detach(), target)
         if gradient is not None:
             return self._from_gradient(prediction.detach(), gradient)
-        if self.class_weights is not None or prediction.ndim > 2:
+        if not self._unweighted or prediction.ndim > 2:
             raise ValueError(
                 f"prediction of shape {list(prediction.shape)} with "
                 f"class_weights={self.class_weights}: without a target or a gradient neither the "
@@ -90,7 +92,7 @@ class Categorical(Likelihood):
         layout = RowLayout.of(prediction, prediction.ndim - 1)
         return self._without_gradient(layout, layout.rows(prediction.detach()), None)
 
-    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
         """`-Σ t·log p` with the targets t that the gradient u = share · scale · (p - t) stands for."""
         logs = widest(terms.parameters).log_softmax(-1)
         # A masked class (logit -inf) has neither probability nor gradient.
@@ -140,6 +142,11 @@ class Categorical(Likelihood):
         vectors = (probabilities * deviation[:, None]).expand(labels.shape[0], -1, -1).clone()
         height = -deviation.expand_as(labels)
         return vectors.scatter_add_(-1, labels[..., None], height[..., None])
+
+    @property
+    def _unweighted(self) -> bool:
+        """Whether the Hessian is the same for all targets."""
+        return self.class_weights is None or bool((self.class_weights == 1.0).all())
 
     def _weights(self, logits: Tensor) -> Tensor | None:
         if self.class_weights is None:
@@ -192,7 +199,7 @@ class Categorical(Likelihood):
             if found.recognised:
                 return self._from_labels(layout, logits, found.gradient, found.labels, found.live)
             doubtful = doubtful or (layout, logits, found.live)
-        if doubtful is not None and self.class_weights is None:
+        if doubtful is not None and self._unweighted:
             return self._without_gradient(*doubtful)
         raise ValueError(
             f"the gradient that reached the prediction {list(prediction.shape)} is not that of "

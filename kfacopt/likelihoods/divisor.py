@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_OVER_TARGETS = (
+OVER_NUMBERS = (
     nn.MSELoss,
     nn.BCEWithLogitsLoss,
     nn.BCELoss,
@@ -14,8 +14,8 @@ _OVER_TARGETS = (
     nn.SmoothL1Loss,
     nn.HuberLoss,
     nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
 )
+"""torch's losses of each number of a prediction, whose mean is over all of them."""
 
 
 def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
@@ -37,6 +37,8 @@ def mean_divisor(loss_func: Any, target: Tensor) -> float | None:
     if isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) and not target.is_floating_point():
         kept = target[target != loss_func.ignore_index]
         return float(kept.numel() if loss_func.weight is None else loss_func.weight[kept].sum())
-    if isinstance(loss_func, (nn.CrossEntropyLoss, *_OVER_TARGETS)):
+    if isinstance(loss_func, nn.KLDivLoss):
+        return float(len(target) if loss_func.reduction == "batchmean" else target.numel())
+    if isinstance(loss_func, (nn.CrossEntropyLoss, *OVER_NUMBERS, nn.SoftMarginLoss)):
         return float(target.numel())
     return None

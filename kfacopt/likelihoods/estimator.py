@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +10,27 @@ from torch import Tensor, nn
 
 from kfacopt.likelihoods import KFACType, Likelihood, LossTerms, likelihood_from
 from kfacopt.likelihoods.fisher import Curvature, Fisher
+from kfacopt.likelihoods.gaussian_variance import MEAN, VARIANCE, gaussian_pair
 
 Loss = nn.Module | Likelihood
-LossFunction = Loss | Mapping[str, Loss | tuple[float, Loss]]
-"""A loss; or losses by the names in the output of a model that returns a dict, alone or as `(weight, loss)`."""
+Part = Loss | tuple[float, Loss]
+LossFunction = Loss | Mapping[str, Part] | Sequence[Part]
+"""A loss; or losses by the names in the output of a model that returns a dict (or an object with such attributes), or
+in the order of those in a tuple; each alone or as `(weight, loss)`."""
 
 
 class FisherEstimator:
     """The loss as a likelihood, and which Fisher is made of it.
 
     Args:
-        loss_func: torch's `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`, or a `Likelihood`.
+        loss_func: One of torch's losses that `likelihood_from` knows, or a `Likelihood`; any loss if `any_loss`.
         fisher: Which curvature, and how it is sampled.
         kfac_approx: `"expand"` or `"reduce"` for layers that share weights (`kfacopt.KFACType`).
         separate_weight_and_bias: Weight and bias of a layer get a block each; otherwise one block for both.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        extra_terms: Whether something else is added to the loss that depends on the prediction too, so that the
+            gradient there is not the loss' own: it is not read then.
+        any_loss: Whether a loss of which only gradients are known will do; default: for the empirical Fisher.
 
     Raises:
         TypeError: If the loss or an option is of no supported kind.
@@ -46,21 +52,33 @@ class FisherEstimator:
         kfac_approx: KFACType | str = KFACType.EXPAND,
         separate_weight_and_bias: bool = False,
         prediction: Callable[[Any], Tensor] | None = None,
+        extra_terms: bool = False,
+        any_loss: bool | None = None,
     ) -> None:
         if fisher.kind is Curvature.HESSIAN:
             raise ValueError(
                 "curvature='hessian' is indefinite, so Kronecker factors cannot stand for it: use 'mc', 'ggn' or "
                 "'empirical', or kfacopt.NaturalGradient with solver=kfacopt.CG()"
             )
-        self.likelihood = likelihood_from(loss_func)
+        self.extra_terms = bool(extra_terms)
+        self._any_loss = fisher.kind is Curvature.EMPIRICAL if any_loss is None else any_loss
+        self.likelihood = likelihood_from(loss_func, empirical=self._any_loss)
         self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
-        self.loss_modules = [loss_func] if isinstance(loss_func, nn.Module) else []
+        self.loss_modules = self._seen_modules([loss_func])
         self.fisher_type, self.mc_samples = fisher.kind.fisher_type, fisher.samples
         self.kfac_approx = _member(KFACType, "kfac_approx", kfac_approx)
         self.separate_weight_and_bias = bool(separate_weight_and_bias)
         self.prediction = prediction
         self._seed = fisher.seed
         self._generator: torch.Generator | None = None
+
+    def _seen_modules(self, losses: Iterable[Any]) -> list[nn.Module]:
+        """Those that are called with a prediction and its target, as torch's that are known are."""
+        return [
+            loss
+            for loss in losses
+            if isinstance(loss, nn.Module) and likelihood_from(loss, empirical=self._any_loss).is_known
+        ]
 
     def predictions(self, output: Any) -> dict[str, Tensor]:
         """The tensors of a model's output that the loss is taken of, by the loss term's name."""
@@ -75,10 +93,11 @@ class FisherEstimator:
         """Gradients at labels drawn from the model, `[v m c]`."""
         return likelihood.sample(terms, self.mc_samples, self._generator_on(terms.parameters.device))
 
-    def cotangents(self, terms: LossTerms) -> Iterator[Tensor]:
-        """Chunks `[v, *prediction.shape]` of cotangents of the sum over the loss terms."""
+    def cotangents(self, terms: LossTerms, name: str = "") -> Iterator[Tensor]:
+        """Chunks `[v, *prediction.shape]` of cotangents of the sum over the terms of the loss `name`."""
         generator = self._generator_on(terms.parameters.device)
-        return self.likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
+        likelihood = self.likelihoods[name] if name else self.likelihood
+        return likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state (None before it was first used)."""
@@ -115,15 +134,26 @@ class TermsEstimator(FisherEstimator):
     """Several loss terms, each with a likelihood and a weight, of a model that returns a tensor for each.
 
     Args:
-        loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, each alone
-            (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum of their means.
+        loss_func: A loss as for `FisherEstimator`; or a dict of them by the names in the model's output, or a tuple or
+            list of them by position, each alone (weight 1) or as `(weight, loss)`. The whole loss is the weighted sum
+            of their means; an output that is None has none in that forward.
         options: As for `FisherEstimator`.
 
     Raises:
         TypeError, ValueError: A loss or weight that cannot be handled, by name.
     """
 
+    _other_names: Mapping[str, tuple[str, ...]] = {}
+    """Other names that an output may have for a loss term's prediction."""
+
     def __init__(self, loss_func: LossFunction, **options: Any) -> None:
+        if isinstance(loss_func, nn.GaussianNLLLoss):
+            self._init_pair(loss_func, options)
+            return
+        if isinstance(loss_func, Sequence):
+            if loss_func and isinstance(loss_func[0], (int, float)):
+                raise ValueError(f"loss_func {loss_func!r} is a weight and a loss: of a sole loss it has no meaning")
+            loss_func = {str(place): part for place, part in enumerate(loss_func)}
         if not isinstance(loss_func, Mapping):
             super().__init__(loss_func, **options)
             return
@@ -133,24 +163,59 @@ class TermsEstimator(FisherEstimator):
             raise ValueError("prediction= has no meaning with a dict of losses: their names say where the tensors are")
         pairs = {name: part if isinstance(part, tuple) else (1.0, part) for name, part in loss_func.items()}
         super().__init__(next(iter(pairs.values()))[1], **options)
-        self.likelihoods = {name: likelihood_from(loss) for name, (_, loss) in pairs.items()}
+        self.likelihoods = {name: likelihood_from(loss, empirical=self._any_loss) for name, (_, loss) in pairs.items()}
         self.weights = {name: float(weight) for name, (weight, _) in pairs.items()}
-        self.loss_modules = [loss for _, loss in pairs.values() if isinstance(loss, nn.Module)]
+        self.loss_modules = self._seen_modules(loss for _, loss in pairs.values())
         for name, weight in self.weights.items():
             if not weight > 0.0:
                 raise ValueError(f"the weight of loss term {name!r} must be positive, got {weight}")
             if self.likelihoods[name].reduction == "sum":
                 raise ValueError(f"the loss term {name!r} has reduction='sum': use 'mean' and a weight")
 
+    def _init_pair(self, loss_func: nn.GaussianNLLLoss, options: dict[str, Any]) -> None:
+        """A mean and a variance beside it, the first two parts of an output or those that are called so."""
+        if loss_func.reduction == "sum" or options.get("prediction") is not None:
+            raise ValueError(
+                "loss_func GaussianNLLLoss: use reduction='mean', leave prediction= out, and let the model return the "
+                "mean and the variance: a tuple of them, or a dict or object with 'mean' and 'variance' (or 'var')"
+            )
+        pair = gaussian_pair(loss_func)
+        super().__init__(pair[MEAN], **options)
+        self.likelihoods, self.weights = pair, dict.fromkeys(pair, 1.0)
+        self.loss_modules = [loss_func]
+        self._other_names = {MEAN: ("0",), VARIANCE: ("var", "1")}
+
     def predictions(self, output: Any) -> dict[str, Tensor]:
         if "" in self.likelihoods:
             return super().predictions(output)
-        if not isinstance(output, Mapping):
-            raise ValueError(f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict")
-        missing = [name for name in self.likelihoods if not isinstance(output.get(name), Tensor)]
+        named = _parts_of(output)
+        if named is None:
+            raise ValueError(
+                f"loss_func names the terms {sorted(self.likelihoods)}, but the model returned no dict (or tuple, or "
+                f"object with such parts): it returned a {type(output).__name__}"
+            )
+        known = {name: (name, *self._other_names.get(name, ())) for name in self.likelihoods}
+        found = {name: named[key] for name, keys in known.items() for key in keys[::-1] if key in named}
+        missing = [name for name in self.likelihoods if not isinstance(found.get(name, 0), Tensor | None)]
         if missing:
-            raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(output)}")
-        return {name: output[name] for name in self.likelihoods}
+            raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(named)}")
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _parts_of(output: Any) -> Mapping[str, Any] | None:
+    """The parts of a model's output by name, or by place as a string; None: it has none.
+
+    >>> _parts_of((1, 2)), _parts_of({"a": 1}), _parts_of(torch.zeros(2))
+    ({'0': 1, '1': 2}, {'a': 1}, None)
+    """
+    if isinstance(output, Tensor):
+        return None
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, (tuple, list)):
+        by_name: dict[str, Any] = output._asdict() if hasattr(output, "_asdict") else {}
+        return by_name | {str(place): part for place, part in enumerate(output)}
+    return vars(output) if hasattr(output, "__dict__") else None
 
 
 def find_prediction(output: Any, select: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-from kfacopt.likelihoods.base import FisherType
+from kfacopt.likelihoods.base import FisherType, Spelled
 
 
-class Curvature(StrEnum):
+class Curvature(Spelled):
     """Which curvature a step divides by.
 
     >>> Curvature("ggn") is Curvature.GGN
@@ -26,7 +25,7 @@ class Curvature(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Curvature | None:
-        return cls.GGN if value == FisherType.TYPE2 else None
+        return cls.GGN if FisherType.TYPE2 in (value, getattr(value, "value", None)) else super()._missing_(value)
 
     @property
     def fisher_type(self) -> FisherType:

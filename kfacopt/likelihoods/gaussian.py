@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms, independent_columns
 from kfacopt.likelihoods.layout import RowLayout
-from kfacopt.likelihoods.precision import check_prediction, check_reduction, widest
+from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction, widest
 
 
 class Gaussian(Likelihood):
@@ -32,6 +32,8 @@ class Gaussian(Likelihood):
     >>> terms.count.item(), terms.scale[0].item(), terms.gradient[0, 0].item()
     (4.0, 0.3333333432674408, -0.6666666865348816)
     """
+
+    loss_nodes: tuple[str, ...] = ("MseLoss",)
 
     def __init__(self, reduction: str = "datum") -> None:
         self.reduction = check_reduction(reduction, ("datum", "mean", "sum", "none"), "Gaussian")
@@ -71,6 +73,14 @@ class Gaussian(Likelihood):
         """Sum of share · scale · (f - y)², from the gradient u = 2 share · scale · (f - y)."""
         squares = gradient.square().sum(-1) / (4.0 * share * terms.scale)
         return squares.sum()
+
+    def factor_of_value(
+        self, terms: LossTerms, gradient: Tensor, share: float, value: float, precision: Precision
+    ) -> float | None:
+        """`Σ u² / (4 share scale L)`: it grows with the factor as `Σ u²` does."""
+        if not value > 0.0:
+            return None
+        return float(self.loss_value(terms, gradient, share)) / value
 
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients at labels from N(f, 1/2): twice the deviation, of variance 2."""

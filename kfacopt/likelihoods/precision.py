@@ -22,6 +22,7 @@ class Precision:
         saturation: A probability this close to 0 or 1 may be rounded to it.
         quantum: Magnitude below which a gradient's entries may be rounded to zero.
         factor: Largest relative distance between two factors of a loss that are taken for the same.
+        rounding: Relative error of a number that was computed in few steps.
         telling: Length of a term's gradient over that of its label, above which rounding leaves its factor that exact.
     """
 
@@ -32,6 +33,7 @@ class Precision:
     quantum: float
     factor: float
     telling: float
+    rounding: float
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Precision:
@@ -51,7 +53,7 @@ class Precision:
         else:
             sums, cosine, target, factor = 2e-2, 2e-2, 3e-2, 6e-2
         telling = limits.eps / factor  # a difference of probabilities is exact to an epsilon, absolutely
-        return cls(sums, cosine, target, 2.0 * limits.eps, quantum, factor, telling)
+        return cls(sums, cosine, target, 2.0 * limits.eps, quantum, factor, telling, 8.0 * limits.eps)
 
     def differ(self, one: float, other: float) -> bool:
         """Whether two numbers, each a sum over a loss' terms, are not the same; none is of what is not finite."""

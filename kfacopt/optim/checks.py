@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from kfacopt.likelihoods import Likelihood
 
 
 def check_model(model: nn.Module) -> None:
@@ -95,6 +97,24 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be positive, or None for no bound, got {group[name]}")
     if not isinstance(group.get("curvature", True), bool):
         raise TypeError(f"a param group's 'curvature' must be True or False, got {group['curvature']!r}")
+
+
+def check_known(likelihoods: Iterable[Likelihood], what: Mapping[str, bool]) -> None:
+    """Refuse a loss of which only the gradient is known where more is needed.
+
+    Args:
+        likelihoods: Of the loss.
+        what: By argument of the optimizer, whether it needs the loss' curvature or its change.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for one in likelihoods:
+        for name in (name for name, needs in what.items() if needs and not one.is_known):
+            raise ValueError(
+                f"{name} needs the curvature of the loss, but of {one!r} only the gradient is known: leave {name} out, "
+                f"or pass a loss whose curvature is known"
+            )
 
 
 def check_params(params: Any) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.damping import LevenbergMarquardt
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
-from kfacopt.likelihoods.fisher import Fisher
+from kfacopt.likelihoods.fisher import Curvature, Fisher
 from kfacopt.linalg.tensors import all_finite, inner_product
 from kfacopt.optim import deprecated
 from kfacopt.optim.capturing import CapturingOptimizer, Params
-from kfacopt.optim.checks import check_group
+from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.step import GridLineSearch, Step, Updates
 from kfacopt.optim.step.acceleration import GeodesicAcceleration
 from kfacopt.optim.step.solved import Solves
@@ -59,6 +59,7 @@ class NaturalGradient(CapturingOptimizer):
         acceleration: A `kfacopt.GeodesicAcceleration`; default: steps are straight.
         damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        extra_terms: See `SecondOrderOptimizer`.
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
@@ -93,6 +94,7 @@ class NaturalGradient(CapturingOptimizer):
         acceleration: GeodesicAcceleration | None = None,
         damping_rule: LevenbergMarquardt | None = None,
         prediction: Callable[[Any], Tensor] | None = None,
+        extra_terms: bool = False,
         **old: Any,
     ) -> None:
         self.fisher = deprecated.fisher_of(type(self), curvature, old)
@@ -102,7 +104,17 @@ class NaturalGradient(CapturingOptimizer):
         self.direction = Solves(self.solver, self.fisher.kind, acceleration, line_search)
         # A preconditioner's statistics are sampled, whatever the curvature is.
         sampled = Fisher("mc", self.fisher.samples, self.fisher.seed)
-        estimator = TermsEstimator(loss_func, fisher=sampled, prediction=prediction)
+        empirical = self.fisher.kind is Curvature.EMPIRICAL and self.solver.backend is None
+        estimator = TermsEstimator(
+            loss_func, fisher=sampled, prediction=prediction, extra_terms=extra_terms, any_loss=empirical
+        )
+        needs = {"line_search": line_search, "acceleration": acceleration, "damping_rule": damping_rule}
+        check_known(estimator.likelihoods.values(), {name: part is not None for name, part in needs.items()})
+        if self.fisher.kind is Curvature.HESSIAN and not all(x.is_hessian for x in estimator.likelihoods.values()):
+            raise ValueError(
+                f"curvature='hessian': what stands for the Hessian of {list(estimator.likelihoods.values())} at the "
+                f"prediction is the Fisher information (the loss' own is zero, or depends on the target): use 'ggn'"
+            )
         if self.solver.backend is not None and "" not in estimator.likelihoods:
             raise ValueError("a preconditioner needs a single loss term, but loss_func is a dict: leave it out of CG()")
         super().__init__(model, estimator, params, {"lr": lr, "damping": damping, "weight_decay": weight_decay})

@@ -64,7 +64,7 @@ class LossScaling:
         candidates = _undone(scale, factor, [p.grad for p in parameters]) if scale.wants_norms else [1.0]
         self.undone = candidates[0]
         if scale.is_open:
-            fits = [one for one in candidates if _is_plain(scale.seen, estimator, one) or _is_mean(tally, one)]
+            fits = [one for one in candidates if _is_plain(scale, estimator, one) or _is_mean(tally, one)]
             self.undone = fits[0] if fits else 1.0
             if not fits:
                 self._doubt(scale.seen, exact)
@@ -165,14 +165,21 @@ def _is_mean(tally: Tally, undone: float) -> bool:
     return True
 
 
-def _is_plain(seen: Sequence[Seen], estimator: FisherEstimator, undone: float) -> bool:
-    """Whether a loss is the plain one times `1 / undone`, by its value; False where that cannot be said."""
+def _is_plain(scale: LossScale, estimator: FisherEstimator, undone: float) -> bool:
+    """Whether a loss is the plain one times `1 / undone`, by its value; False where that cannot be said.
+
+    Of several losses, those that do not tell their factor are taken to have the others'.
+    """
+    seen, first = scale.seen, scale.first
     counts = dict.fromkeys(estimator.likelihoods, 0.0)
     for one in seen:
         counts[one.name] += float(one.terms.count)
     found = 0.0
     for one in seen:
         share = estimator.weights[one.name] * one.likelihood.term_share(counts[one.name])
+        if one.name and first is not None and first.told:
+            share = estimator.weights[one.name] * one.likelihood.term_share(float(one.terms.count))
+            share *= undone * first.weight
         if (value := one.value(share, undone)) is None:
             return True  # a likelihood that does not know its loss is taken at its word
         found += float(value)

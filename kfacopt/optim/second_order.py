@@ -16,12 +16,12 @@ from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDampin
 from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows, retreated
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import names_of, plain_matrices
-from kfacopt.likelihoods import KFACType, Likelihood
-from kfacopt.likelihoods.estimator import FisherEstimator
+from kfacopt.likelihoods import KFACType
+from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params
-from kfacopt.optim.checks import check_group
+from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.sightings import Sightings
 from kfacopt.optim.step import Direction, Preconditioned, QuadraticModel, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.trust import outcome_of_step
@@ -62,7 +62,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     Args:
         model: The model whose parameters are trained; hooks watch every module of it until `close()`.
-        loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`.
+        loss_func: The loss, as torch's module (those of `kfacopt.likelihoods.likelihood_from`) or a `Likelihood`; with
+            `curvature="empirical"` any module or function. Of a model with several outputs a dict of losses by their
+            names, or a tuple of losses by their order, each alone or as `(weight, loss)`; the loop may add them up as
+            it likes, and leave some out.
             It is not called: the loop may use the functional form, multiply the loss and weight its data; the curvature
             is that of the loss that is differentiated (see the notes).
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
@@ -90,6 +93,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
         kfac_approx: `"expand"` or `"reduce"` for layers that share weights (Eschenhagen et al. 2023).
         separate_weight_and_bias: Weight and bias of a layer get a block each, not one together.
         prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        extra_terms: Whether something is added to the loss that depends on the prediction too (a z-loss, an entropy
+            bonus). The gradient there is not read then, and the curvature is that of `loss_func` alone, taken to have
+            no weights; where that depends on the target (class weights, ignored targets), call `loss_func` itself.
         backend: The curvature, with options of its own; default: the class's, with `factor_every`, `refresh_every`.
         direction: Where a step goes; default: `Preconditioned(momentum)`, or the step length's own.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
@@ -107,7 +113,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_func: nn.Module | Likelihood,
+        loss_func: LossFunction,
         params: Params | None = None,
         *,
         lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
@@ -125,6 +131,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         kfac_approx: KFACType | str = KFACType.EXPAND,
         separate_weight_and_bias: bool = False,
         prediction: Callable[[Any], Tensor] | None = None,
+        extra_terms: bool = False,
         backend: CurvatureBackend | None = None,
         direction: Direction | None = None,
         step_length: StepLength | None = None,
@@ -152,13 +159,17 @@ class SecondOrderOptimizer(CapturingOptimizer):
             **self.direction.defaults(),
             **self.step_length.defaults(),
         }
-        estimator = FisherEstimator(
+        estimator = TermsEstimator(
             loss_func,
             fisher=fisher,
             kfac_approx=kfac_approx,
             separate_weight_and_bias=separate_weight_and_bias,
             prediction=prediction,
+            extra_terms=extra_terms,
         )
+        replaying = {"direction": self.direction, "step_length (lr)": self.step_length}
+        needs = {name: part.wants_replays(0) for name, part in replaying.items()}
+        check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
 
     def _backend(self, backend: CurvatureBackend | None, intervals: Mapping[str, Interval]) -> CurvatureBackend:

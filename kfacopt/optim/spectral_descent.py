@@ -9,7 +9,7 @@ from torch import nn
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.backends.kfac import OneSidedKFACBackend
 from kfacopt.damping import RelativeDamping
-from kfacopt.likelihoods import Likelihood
+from kfacopt.likelihoods.estimator import LossFunction
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
 from kfacopt.optim.step import ClippedGradients, Direction, Spectral
@@ -56,7 +56,7 @@ class SpectralDescent(SecondOrderOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_func: nn.Module | Likelihood,
+        loss_func: LossFunction,
         params: Params | None = None,
         *,
         lr: float = 0.02,

@@ -58,6 +58,7 @@ class LossChange:
     Attributes:
         linear: `u·(f' - f)`.
         divergence: `KL(p_f ‖ p_f')`, weighted as the losses are.
+        remainder: What the change has beyond these two, where predictions are no natural parameters.
 
     >>> LossChange(-2.0, 0.5).total
     -1.5
@@ -65,11 +66,12 @@ class LossChange:
 
     linear: float
     divergence: float
+    remainder: float = 0.0
 
     @property
     def total(self) -> float:
         """The change; infinite where it is not finite."""
-        change = self.linear + self.divergence
+        change = self.linear + self.divergence + self.remainder
         return change if math.isfinite(change) else math.inf
 
 
@@ -103,12 +105,14 @@ def loss_change(parts: Sequence[Part], estimator: FisherEstimator) -> LossChange
     Each forward is run again with its own random state; buffers (running statistics of normalisation layers) and the
     generators are left as they are.
     """
-    linear = divergence = 0.0
+    linear = divergence = remainder = 0.0
     for part, new in zip(parts, terms_now(parts, estimator), strict=True):
         difference = new.parameters - part.terms.parameters
         linear += float((part.loss_gradient * difference).sum(dtype=torch.float64))
-        divergence += part.share * float(part.likelihood.divergence(part.terms, new))
-    return LossChange(linear, divergence)
+        apart = part.share * float(part.likelihood.divergence(part.terms, new))
+        divergence += apart
+        remainder += part.share * float(part.likelihood.remainder(part.terms, new)) - apart
+    return LossChange(linear, divergence, remainder)
 
 
 def reduction_ratio(change: float, promised: float) -> float:

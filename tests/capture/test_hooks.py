@@ -33,7 +33,7 @@ def test_close_removes_every_hook(case: Case) -> None:
 def test_a_refused_optimizer_leaves_no_hook() -> None:
     model = fresh()
     for arguments in (
-        {"loss_func": nn.NLLLoss()},
+        {"loss_func": nn.SoftMarginLoss()},
         {"loss_func": nn.CrossEntropyLoss(), "curvature": "type-3"},
         {"loss_func": nn.CrossEntropyLoss(), "lr": -1.0},
         {"loss_func": nn.CrossEntropyLoss(), "factor_every": 0},

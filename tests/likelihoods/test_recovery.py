@@ -255,14 +255,18 @@ def test_soft_binary_targets() -> None:
     for reduction in ("mean", "sum"):
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
         gradient = gradient_of(loss, logits)
-        with pytest.raises(ValueError, match=r"non-binary BCE target.*soft_targets=True"):
-            Bernoulli(reduction=reduction).terms(logits, gradient=gradient)
-        soft = Bernoulli(soft_targets=True, reduction=reduction)
-        exact = soft.terms(logits, target=target)
-        assert_same(soft.terms(logits, gradient=gradient), exact)
-        rescaled = soft.terms(logits, gradient=65536 * gradient)
-        assert rescaled.gradient is None
-        torch.testing.assert_close(rescaled.scale, exact.scale)
+        with pytest.raises(ValueError, match=r"non-binary BCE target.*call the loss_func itself"):
+            Bernoulli(torch.tensor(2.0), reduction=reduction).terms(logits, gradient=gradient)
+        for soft in (
+            Bernoulli(soft_targets=True, reduction=reduction),
+            Bernoulli(reduction=reduction),
+            Bernoulli(torch.ones(5), reduction=reduction),
+        ):
+            exact = soft.terms(logits, target=target)
+            assert_same(soft.terms(logits, gradient=gradient), exact)
+            rescaled = soft.terms(logits, gradient=65536 * gradient)
+            assert rescaled.gradient is None
+            torch.testing.assert_close(rescaled.scale, exact.scale)
     with pytest.raises(ValueError, match="pos_weight"):
         Bernoulli(torch.tensor(2.0), soft_targets=True).terms(logits, gradient=gradient)
     Bernoulli(torch.tensor(2.0), soft_targets=True).terms(logits, target=target)
@@ -271,13 +275,25 @@ def test_soft_binary_targets() -> None:
         Bernoulli(soft_targets=True).terms(logits, target=target + 1)
 
 
-def test_one_soft_target_among_many_is_refused() -> None:
+def test_one_soft_target_among_many_is_refused_where_it_matters() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(64, 100, requires_grad=True), torch.randint(2, (64, 100)).float()
     target[3, 4] = 0.9 * target[3, 4] + 0.05
-    gradient = gradient_of(F.binary_cross_entropy_with_logits(logits, target), logits)
+    weight = torch.tensor(2.0)
+    gradient = gradient_of(F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight), logits)
     with pytest.raises(ValueError, match="1 of 6400 targets"):
-        Bernoulli().terms(logits, gradient=gradient)
+        Bernoulli(weight).terms(logits, gradient=gradient)
+    plain = Bernoulli(reduction="mean")
+    gradient = gradient_of(F.binary_cross_entropy_with_logits(logits, target), logits)
+    assert_same(plain.terms(logits, gradient=gradient), plain.terms(logits, target=target))
+
+
+def test_class_weights_of_one_leave_probability_targets_alone() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 3, requires_grad=True), torch.rand(6, 3).softmax(1)
+    likelihood = Categorical(torch.ones(3))
+    found = likelihood.terms(logits, gradient=gradient_of(F.cross_entropy(logits, target), logits))
+    torch.testing.assert_close(found.scale, likelihood.terms(logits, target=target).scale)
 
 
 def test_numbers_left_out_of_a_binary_loss_have_no_curvature() -> None:

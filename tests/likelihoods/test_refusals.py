@@ -8,13 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfacopt.likelihoods import (
+    AnyLoss,
     Bernoulli,
     Categorical,
     FisherType,
     Gaussian,
+    Huber,
+    KullbackLeibler,
+    Laplace,
     Likelihood,
+    LogCategorical,
+    Poisson,
     likelihood_from,
 )
+from kfacopt.likelihoods.precision import Precision
 
 
 def gradient_of(loss: Tensor, prediction: Tensor) -> Tensor:
@@ -36,8 +43,8 @@ def wrong_gradients() -> list[tuple[str, Likelihood, Tensor, Tensor]]:
         ("mse as weighted cross-entropy", Categorical(weights), logits, mse),
         ("soft as weighted cross-entropy", Categorical(weights), logits, soft),
         ("smoothed and weighted", Categorical(weights, label_smoothing=0.3), logits, softmax),
-        ("mse as binary", Bernoulli(), logits, mse),
-        ("cross-entropy as binary", Bernoulli(), logits, softmax),
+        ("mse as binary with pos_weight", Bernoulli(torch.tensor(2.0)), logits, mse),
+        ("cross-entropy as binary with pos_weight", Bernoulli(torch.tensor(2.0)), logits, softmax),
         ("unweighted as pos_weight", Bernoulli(torch.tensor(4.0)), logits, gradient_of(
             F.binary_cross_entropy_with_logits(logits, (real > 0).float()), logits)),
     ]  # fmt: skip
@@ -62,6 +69,12 @@ def test_the_gradient_of_another_loss_is_refused(
         Bernoulli(torch.ones(4)),
         Bernoulli(soft_targets=True),
         Gaussian(),
+        Huber(),
+        Laplace(),
+        Poisson(),
+        Poisson(log_input=False),
+        LogCategorical(),
+        KullbackLeibler(),
     ],
     ids=repr,
 )
@@ -70,7 +83,11 @@ def test_numbers_that_are_not_finite_raise_nothing(likelihood: Likelihood, bad: 
     torch.manual_seed(0)
     for shape in ((3, 4), (3, 4, 4)):
         prediction, gradient = torch.randn(shape), torch.randn(shape)
-        if isinstance(likelihood, Categorical):
+        if isinstance(likelihood, (LogCategorical, KullbackLeibler)):
+            prediction = prediction.log_softmax(1)
+            gradient = -F.one_hot(torch.zeros(3, 1).long(), 4).view(3, 4, *[1] * (len(shape) - 2)).float()
+            gradient = gradient.expand(shape)
+        elif isinstance(likelihood, Categorical):
             gradient = prediction.softmax(1) - F.one_hot(torch.zeros(3, 1).long(), 4).view(
                 3, 4, *[1] * (len(shape) - 2)
             )
@@ -107,7 +124,7 @@ def test_arguments_are_honoured_or_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"class_weights has shape \[2\]"):
         Categorical(torch.ones(2)).terms(logits, target=torch.zeros(4).long())
     with pytest.raises(ValueError, match="class_weights"):
-        Categorical(torch.ones(3)).terms(logits)
+        Categorical(2.0 * torch.ones(3)).terms(logits)
     with pytest.raises(ValueError, match="class axis"):
         Categorical().terms(torch.zeros(4, 3, 3))
     with pytest.raises(ValueError, match="single number"):
@@ -148,18 +165,70 @@ class Focal(nn.CrossEntropyLoss):
 @pytest.mark.parametrize(
     ("loss_func", "message"),
     [
-        (nn.NLLLoss(), r"NLLLoss is not supported: .*CrossEntropyLoss"),
         (nn.BCELoss(), r"BCELoss is not supported: .*BCEWithLogitsLoss"),
-        (nn.HuberLoss(), r"HuberLoss is not supported.*nn\.MSELoss.*Likelihood"),
+        (nn.SoftMarginLoss(), r"SoftMarginLoss is not supported.*nn\.MSELoss.*Likelihood.*curvature='empirical'"),
+        (nn.CosineEmbeddingLoss(), r"CosineEmbeddingLoss is not supported.*curvature='empirical'"),
         (nn.CrossEntropyLoss, r"class CrossEntropyLoss, not an instance"),
-        (F.cross_entropy, r"cross_entropy is not a module"),
+        (F.cross_entropy, r"cross_entropy is not a module.*curvature='empirical'"),
         ("mse", r"str is not a module"),
-        (Focal(), r"Focal overrides the forward of CrossEntropyLoss"),
+        (Focal(), r"Focal overrides the forward of CrossEntropyLoss.*curvature='empirical'"),
     ],
 )
 def test_unknown_losses_are_refused_by_name(loss_func: object, message: str) -> None:
     with pytest.raises(TypeError, match=f"loss_func (the )?.*{message}"):
-        likelihood_from(loss_func)  # type: ignore[arg-type]
+        likelihood_from(loss_func)
+
+
+def test_any_loss_has_an_empirical_fisher_and_nothing_else() -> None:
+    for loss_func in (nn.SoftMarginLoss(), F.cross_entropy, Focal(), nn.BCELoss()):
+        likelihood = likelihood_from(loss_func, empirical=True)
+        assert isinstance(likelihood, AnyLoss)
+        terms = likelihood.terms(torch.zeros(3, 2), gradient=torch.ones(3, 2))
+        (scores,) = likelihood.cotangents(terms, FisherType.EMPIRICAL)
+        assert torch.equal(scores, torch.full((1, 3, 2), 3.0))
+        for other in (FisherType.MC, FisherType.TYPE2):
+            with pytest.raises(ValueError, match="curvature is not known; use curvature='empirical'"):
+                list(likelihood.cotangents(terms, other))
+    for loss_func in ("mse", nn.MSELoss):
+        with pytest.raises(TypeError, match="loss_func"):
+            likelihood_from(loss_func, empirical=True)
+    assert isinstance(likelihood_from(nn.MSELoss(), empirical=True), Gaussian)
+
+
+@pytest.mark.parametrize("likelihood", [LogCategorical(), KullbackLeibler()], ids=repr)
+def test_logits_are_no_log_probabilities(likelihood: Likelihood) -> None:
+    with pytest.raises(ValueError, match=r"no log-probabilities.*log_softmax.*CrossEntropyLoss"):
+        likelihood.terms(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="axis of classes"):
+        likelihood.terms(torch.tensor(0.0))
+    z = torch.randn(4, 3).log_softmax(1)
+    with pytest.raises(ValueError, match=r"is not that of (NLL|KLDiv)Loss.*loss_func"):
+        likelihood.terms(z, gradient=torch.randn(4, 3))
+    for dtype in (torch.bfloat16, torch.float16):
+        likelihood.terms((3.0 * torch.randn(64, 100)).log_softmax(1).to(dtype))
+
+
+def test_a_threshold_is_found_whatever_the_loss_is_multiplied_with() -> None:
+    """By the value of the loss, where nothing but a constant lies between it and torch's loss."""
+    torch.manual_seed(0)
+    f, y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64)
+    for scale in (0.1, 3.0):  # all within the threshold; most beyond
+        for loss in (nn.HuberLoss(delta=1.5), nn.SmoothL1Loss(beta=1.5), nn.HuberLoss()):
+            likelihood, exact = likelihood_from(loss), likelihood_from(loss).terms(f, target=f.detach() - scale * y)
+            for factor in (1.0, 0.03, 65536.0):
+                value = factor * loss(f, f.detach() - scale * y)
+                (gradient,) = torch.autograd.grad(value, f)
+                plain, precision = likelihood.terms(f, gradient=gradient), Precision.of(f)
+                found = likelihood.factor_of_value(plain, gradient, 1.0 / 6.0, float(value.detach()), precision)
+                assert found == pytest.approx(factor)
+                terms = likelihood.at_share(plain, gradient, found / 6.0)
+                torch.testing.assert_close(terms.output_scale, exact.output_scale)
+
+
+@pytest.mark.parametrize("name", ["threshold", "bend"])
+def test_a_huber_of_no_width_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        Huber(**{name: 0.0})
 
 
 def test_torchs_losses_keep_their_arguments() -> None:

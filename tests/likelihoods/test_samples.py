@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import kfacopt
+from kfacopt import operators
 from kfacopt.likelihoods import (
+    AnyLoss,
     Bernoulli,
     Categorical,
+    Curvature,
+    Fisher,
     FisherType,
     Gaussian,
+    Huber,
     KFACType,
+    KullbackLeibler,
+    Laplace,
     Likelihood,
+    LogCategorical,
+    Poisson,
 )
 
 WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
@@ -24,6 +37,20 @@ WEIGHTS = torch.tensor([0.3, 2.0, 1.0, 0.7], dtype=torch.float64)
 def float64(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5
+
+
+def test_divergence_of_counts_and_absolute_errors_is_the_kullback_leibler_divergence() -> None:
+    old, new = float64(6, 5), float64(6, 5, seed=1)
+    cases: list[tuple[Likelihood, Callable[[Tensor], torch.distributions.Distribution], Tensor, Tensor]] = [
+        (Poisson(), lambda f: torch.distributions.Poisson(f.exp()), old, new),
+        (Poisson(log_input=False, eps=0.0), torch.distributions.Poisson, old.exp(), new.exp()),
+        (Laplace(), lambda f: torch.distributions.Laplace(f, torch.ones_like(f)), old, new),
+    ]
+    for likelihood, distribution, before, after in cases:
+        truth = torch.distributions.kl_divergence(distribution(before), distribution(after)).sum() / 5
+        terms = likelihood.terms(before)
+        torch.testing.assert_close(likelihood.divergence(terms, terms.at(after)), truth, rtol=1e-12, atol=0)
+        assert likelihood.divergence(terms, terms).item() == 0.0
 
 
 @pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
@@ -64,7 +91,7 @@ def test_categorical_samples_have_the_hessian_as_exact_expectation() -> None:
     torch.testing.assert_close(expectation, truth, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()], ids=repr)
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian(), Laplace(), Poisson()], ids=repr)
 def test_samples_follow_the_generator(likelihood: Likelihood) -> None:
     terms = likelihood.terms(float64(3, 4))
     generator = torch.Generator().manual_seed(3)
@@ -113,7 +140,11 @@ def test_statistics_are_wide_and_cotangents_in_the_predictions_dtype(
 
 @pytest.mark.parametrize(
     "likelihood",
-    [Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")],
+    [
+        *(Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")),
+        *(Huber(0.5, 2.0, "sum"), Laplace("none"), Poisson(False, True, 1e-4, "datum"), LogCategorical(WEIGHTS, 2)),
+        *(KullbackLeibler(True, "batchmean"), AnyLoss(torch.nn.BCELoss())),
+    ],
     ids=repr,
 )
 def test_likelihoods_copy_and_pickle(likelihood: Likelihood) -> None:
@@ -125,3 +156,46 @@ def test_enums_are_spelled_as_in_curvlinops() -> None:
     kfac = pytest.importorskip("curvlinops.kfac")
     assert all(kfac.FisherType(member.value).name == member.name for member in FisherType)
     assert all(kfac.KFACType(member.value).name == member.name for member in KFACType)
+
+
+class Theirs(Enum):
+    """An enum that is no str, as another package may have it."""
+
+    TYPE2, MC, EMPIRICAL, FORWARD_ONLY = "type-2", "mc", "empirical", "forward-only"
+    EXPAND, REDUCE = "expand", "reduce"
+    OTHER, NUMBER = "other", 3
+
+
+class AsCurvlinops(str, Enum):  # noqa: UP042 - whose str() is its name, unlike a StrEnum's
+    """An enum that is a str."""
+
+    TYPE2, MC, EMPIRICAL, FORWARD_ONLY = "type-2", "mc", "empirical", "forward-only"
+    EXPAND, REDUCE = "expand", "reduce"
+
+
+@pytest.mark.parametrize("enum", [Theirs, AsCurvlinops])
+def test_enums_of_others_stand_for_ours(enum: Any) -> None:
+    assert [FisherType(enum[member.name]) for member in FisherType] == list(FisherType)
+    assert [KFACType(enum[member.name]) for member in KFACType] == list(KFACType)
+    assert Fisher(enum.TYPE2).kind is Curvature.GGN
+    model, loss = torch.nn.Linear(3, 2), torch.nn.MSELoss()
+    data = [(torch.randn(4, 3), torch.randn(4, 2))]
+    for kind in (operators.KFACLinearOperator, operators.EKFACLinearOperator):
+        for fisher, approx in ((enum.TYPE2, enum.REDUCE), (enum.MC, enum.EXPAND), (enum.EMPIRICAL, enum.EXPAND)):
+            made = [
+                kind(model, loss, list(model.parameters()), data, fisher_type=f, kfac_approx=a)
+                for f, a in ((fisher, approx), (fisher.value, approx.value))
+            ]
+            assert torch.equal(made[0] @ torch.ones(8), made[1] @ torch.ones(8))
+            assert str(made[0].state_dict()) == str(made[1].state_dict())
+    forward = operators.KFACLinearOperator(model, loss, list(model.parameters()), data, fisher_type=enum.FORWARD_ONLY)
+    assert forward.state_dict()["fisher_type"] == "forward-only"
+    kfacopt.KFAC(model, loss, curvature=enum.MC, kfac_approx=enum.REDUCE).close()
+
+
+def test_other_enums_are_refused_as_other_words_are() -> None:
+    for wrong in (Theirs.OTHER, Theirs.NUMBER, Theirs, 3, None):
+        with pytest.raises(ValueError, match="is not a valid FisherType"):
+            FisherType(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="curvature must be one of"):
+            Fisher(wrong)  # type: ignore[arg-type]

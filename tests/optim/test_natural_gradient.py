@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import kfacopt
 from kfacopt import CG, GeodesicAcceleration, Gram, GridLineSearch, LevenbergMarquardt, NaturalGradient, Solver
 from tests import reference
-from tests.cases import BY_NAME, CASES, Case, Squares, backward, train_step
+from tests.cases import BY_NAME, CASES, FISHER_CASES, Case, Squares, backward, train_step
 from tests.solvers import dense
 
 DAMPING = 0.05
-ALL = [pytest.param(case, id=case.name) for case in CASES]
+ALL = [pytest.param(case, id=case.name) for case in (*CASES, *FISHER_CASES)]
 SOLVERS = {"gram": lambda: Gram(), "cg": lambda: CG(tolerance=1e-11, progress=None, max_iterations=2000)}
 
 
@@ -388,7 +388,14 @@ def test_parts_called_one_after_the_other_are_refused() -> None:
         (nn.MSELoss(), {"damping": 0.0}, ValueError, "damping must be positive"),
         (nn.MSELoss(), {"lr": -1.0}, ValueError, "lr must lie in"),
         (nn.MSELoss(), {"curvatur": "ggn"}, TypeError, "unknown keyword argument curvatur"),
-        (nn.L1Loss(), {}, TypeError, "L1Loss is not supported"),
+        (nn.SoftMarginLoss(), {}, TypeError, "SoftMarginLoss is not supported.*curvature='empirical'"),
+        (nn.L1Loss(), {"curvature": "hessian", "solver": CG()}, ValueError, "Laplace.*Fisher information.*use 'ggn'"),
+        (
+            nn.SoftMarginLoss(),
+            {"curvature": "empirical", "line_search": kfacopt.GridLineSearch()},
+            ValueError,
+            "line_search needs the curvature of the loss, but of AnyLoss.SoftMarginLoss. only the gradient",
+        ),
         ({}, {}, ValueError, "empty dict"),
         ({"a": (-1.0, nn.MSELoss())}, {}, ValueError, "weight of loss term 'a' must be positive"),
         ({"a": nn.MSELoss(reduction="sum")}, {}, ValueError, "loss term 'a' has reduction='sum'"),

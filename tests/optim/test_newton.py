@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"the layer '1' \(Dropout\) drops at random",
     ),
-    "loss": (lambda: TrustRegionNewton(deep(), nn.L1Loss()), TypeError, "L1Loss is not supported"),
+    "loss": (lambda: TrustRegionNewton(deep(), nn.SoftMarginLoss()), TypeError, "SoftMarginLoss is not supported"),
     "string": (lambda: TrustRegionNewton(deep(), nn.MSELoss(), "exact"), TypeError, "strategies must be one or"),
     "none": (lambda: TrustRegionNewton(deep(), nn.MSELoss(), ()), TypeError, "strategies must be one or"),
     "radius": (lambda: TrustRegionNewton(deep(), nn.MSELoss(), radius=0.0), ValueError, "0 < radius <= largest_radius"),

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfacopt.likelihoods import FisherType, Likelihood, LossTerms, likelihood_from
+from kfacopt.likelihoods import (
+    Bernoulli,
+    Categorical,
+    FisherType,
+    Gaussian,
+    Likelihood,
+    LossTerms,
+    likelihood_from,
+)
 
 
 class OutputDerivatives(NamedTuple):
@@ -40,7 +48,11 @@ class ModuleLoss:
             raise TypeError(
                 f"loss_func {type(loss_func).__name__} is a Likelihood, whose value is not known: pass torch's loss"
             )
-        likelihood_from(loss_func)
+        if type(likelihood_from(loss_func)) not in (Bernoulli, Categorical, Gaussian):
+            raise TypeError(
+                f"loss_func {type(loss_func).__name__} is not supported here: pass CrossEntropyLoss, MSELoss or "
+                f"BCEWithLogitsLoss"
+            )
         if loss_func.reduction not in ("mean", "sum"):
             raise ValueError(
                 f"loss_func {type(loss_func).__name__} has reduction={loss_func.reduction!r}, which is no number: use "

@@ -85,15 +85,19 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
             raise ValueError(f"uncovered must be 'error' or 'diagonal', got {uncovered!r}")
         if byte_budget < 1:
             raise ValueError(f"byte_budget must be positive, got {byte_budget}")
-        if fisher_type not in {str(known) for known in self.FISHER_TYPES}:
+        try:
+            known_type = FisherType(fisher_type)
+        except ValueError:
+            known_type = None
+        if known_type not in self.FISHER_TYPES:
             known = ", ".join(repr(str(known)) for known in self.FISHER_TYPES)
             raise ValueError(f"fisher_type of {type(self).__name__} must be one of {known}, got {fisher_type!r}")
-        self._forward_only = fisher_type == FisherType.FORWARD_ONLY
+        self._forward_only = known_type is FisherType.FORWARD_ONLY
         self._options: dict[str, Any] = {
-            "fisher_type": str(FisherType.MC if self._forward_only else fisher_type),
+            "fisher_type": str(FisherType.MC if self._forward_only else known_type),
             "mc_samples": mc_samples,
             "seed": seed,
-            "kfac_approx": str(kfac_approx),
+            "kfac_approx": str(getattr(kfac_approx, "value", kfac_approx)),
         }
         self._estimator = self._made_estimator(loss_func)
         self._separate, self._uncovered, self._byte_budget = separate_weight_and_bias, uncovered, byte_budget

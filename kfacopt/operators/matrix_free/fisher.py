@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.likelihoods import Likelihood, LossTerms, likelihood_from
+from kfacopt.likelihoods.divisor import OVER_NUMBERS
 from kfacopt.operators.empirical_risk import Batches, Loss
 from kfacopt.operators.matrix_free.ggn import GaussNewtonLinearOperator
 
@@ -79,11 +80,11 @@ class EFLinearOperator(GaussNewtonLinearOperator):
     """The empirical Fisher: the uncentred second moment of the gradients at the data's own labels.
 
     With the loss written as `c Σ_m ℓ_m` over its terms it is `c Σ_m ∇ℓ_m ∇ℓ_mᵀ`: c is what torch's mean divides by
-    (the outputs too, for `MSELoss` and `BCEWithLogitsLoss`), and one for a sum; class weights belong to ℓ_m. It is not
-    the GGN, and not its estimate (Kunstner et al. 2019, arXiv:1905.12558).
+    (the outputs too, for `MSELoss`, `BCEWithLogitsLoss` and their like), and one for a sum; class weights belong to
+    ℓ_m. It is not the GGN, and not its estimate (Kunstner et al. 2019, arXiv:1905.12558).
 
     Args:
-        loss_func: torch's `CrossEntropyLoss`, `MSELoss` or `BCEWithLogitsLoss`.
+        loss_func: A loss that `likelihood_from` knows; of any other one a term is a datum.
 
     The other arguments are those of `CurvatureLinearOperator`.
 
@@ -105,7 +106,7 @@ class EFLinearOperator(GaussNewtonLinearOperator):
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
     ) -> None:
-        self._likelihood = likelihood_from(loss_func)
+        self._likelihood = likelihood_from(loss_func, empirical=True)
         super().__init__(
             model_func,
             loss_func,
@@ -133,7 +134,7 @@ def empirical_gradients(loss_func: Loss | Likelihood | None, terms: LossTerms) -
     """
     if terms.gradient is None:
         raise ValueError("the empirical Fisher needs each term's gradient, which this loss and target do not give")
-    over_outputs = isinstance(loss_func, (nn.MSELoss, nn.BCEWithLogitsLoss)) and loss_func.reduction == "mean"
+    over_outputs = isinstance(loss_func, OVER_NUMBERS) and loss_func.reduction == "mean"
     factor = terms.parameters.shape[1] ** 0.5 if over_outputs else 1.0
     return factor * terms.gradient[None]
 

@@ -428,8 +428,8 @@ def test_options_that_make_no_sense(options: dict[str, Any], error: type[Excepti
 
 def test_other_losses_and_foreign_or_frozen_parameters_are_refused() -> None:
     model, _, x, y = BY_NAME["mlp-ce"].make()
-    with pytest.raises(TypeError, match="NLLLoss"):
-        KFACLinearOperator(model, nn.NLLLoss(), trained(model), [(x, y)])
+    with pytest.raises(TypeError, match="SoftMarginLoss"):
+        KFACLinearOperator(model, nn.SoftMarginLoss(), trained(model), [(x, y)])
     with pytest.raises(ValueError, match=r"params\[0\].*no parameter"):
         KFACLinearOperator(model, nn.CrossEntropyLoss(), trained(mlp()), [(x, y)])
     first = next(model.parameters()).requires_grad_(False)
