@@ -27,7 +27,7 @@ def trained() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
     x, y = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)).double()
-    optimizer = kfacopt.EKFAC(model, nn.CrossEntropyLoss(), lr=0.3)
+    optimizer = kfacopt.EKFAC(model, nn.CrossEntropyLoss(), lr=0.3, kl_clip=0.03)
     for _ in range(STEPS):
         batch = torch.randint(len(x), (200,))
         optimizer.zero_grad()

@@ -84,7 +84,7 @@ def main() -> None:
     data, criterion = digits(), nn.CrossEntropyLoss()
     x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
     model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 10))
-    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01)
+    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01, kl_clip=0.03)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(STAGES.values()))
     found: dict[str, Densities] = {}
     for step in range(1, max(STAGES.values()) + 1):

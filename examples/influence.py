@@ -40,7 +40,7 @@ def train(x: Tensor, y: Tensor) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(196, 48), nn.Tanh(), nn.Linear(48, 10))
     criterion = nn.CrossEntropyLoss()
-    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01)
+    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01, kl_clip=0.03)
     steps = EPOCHS * len(x) // 100
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for _ in range(steps):

@@ -59,7 +59,7 @@ def train(data: Split) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 10))
     criterion = nn.CrossEntropyLoss()
-    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01)
+    optimizer = kfacopt.EKFAC(model, criterion, lr=0.3, damping=0.01, kl_clip=0.03)
     for _ in range(300):
         batch = torch.randint(len(data.x), (100,))
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """The swap: one plain PyTorch loop on scikit-learn's digits, once with AdamW and once with EKFAC.
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)     # before
-    optimizer = kfacopt.EKFAC(model, loss_func=criterion, lr=0.3)  # after
+    optimizer = kfacopt.EKFAC(model, loss_func=criterion)          # after
 
 Nothing else in the loop changes: no special forward, no second optimizer, no hooks to call.
 """
@@ -38,7 +38,7 @@ def train(name: str) -> float:
     if name == "AdamW":
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)  # the best of a grid
     else:
-        optimizer = kfacopt.EKFAC(model, loss_func=criterion, lr=0.3, damping=0.01)
+        optimizer = kfacopt.EKFAC(model, loss_func=criterion)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
 
     print(f"{name}\n  epoch  seconds  training loss  test accuracy")

@@ -47,7 +47,7 @@ class CurvatureCallback(Callback):
     >>> from functools import partial
     >>> import torch, kfacopt
     >>> callback = CurvatureCallback()
-    >>> ekfac = partial(kfacopt.EKFAC, loss_func=torch.nn.CrossEntropyLoss(), lr=0.1)
+    >>> ekfac = partial(kfacopt.EKFAC, loss_func=torch.nn.CrossEntropyLoss())
     >>> swapping = CurvatureCallback(optimizer=ekfac, module="network")
     """
 

@@ -14,7 +14,7 @@ class EKFAC(SecondOrderOptimizer):
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = EKFAC(model, torch.nn.MSELoss(), lr=0.1)
+    >>> optimizer = EKFAC(model, torch.nn.MSELoss())
     >>> torch.nn.functional.mse_loss(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
     >>> optimizer.step()
     """

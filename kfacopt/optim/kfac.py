@@ -14,7 +14,7 @@ class KFAC(SecondOrderOptimizer):
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = KFAC(model, torch.nn.MSELoss(), lr=0.1)
+    >>> optimizer = KFAC(model, torch.nn.MSELoss())
     >>> torch.nn.functional.mse_loss(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
     >>> optimizer.step()
     """

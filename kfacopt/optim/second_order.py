@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,14 @@ from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.sightings import Sightings
-from kfacopt.optim.step import Direction, Preconditioned, QuadraticModel, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step import Direction, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step.chosen import Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
 
 
 class SecondOrderOptimizer(CapturingOptimizer):
-    r"""Preconditioned gradient descent with momentum, weight decay and a trust region, on any curvature backend.
+    r"""Preconditioned gradient descent with momentum and weight decay, on any curvature backend.
 
     With `g` the gradient in `.grad`, `C` the backend's curvature of the mean loss, and c its factor over the plain one:
 
@@ -37,7 +38,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
         m ← momentum · m + (1 - momentum) g           bias-corrected, with Nesterov's look-ahead
         u ← (C + damping I)⁻¹ m                       the direction: layer by layer, or as the backend will
-        ν ← min(1, sqrt(c kl_clip / Σ lr² uᵀm))       the length: one number for all layers, lr before any schedule
+        u ← sqrt(outputs) u / ‖u‖_F                   its length, layer by layer (`Grafted`); or, with kl_clip=…,
+        ν ← min(1, sqrt(c kl_clip / Σ lr² uᵀm))       one number for all layers, lr before any schedule
         θ ← (1 - lr · weight_decay) θ - lr · ν u
 
     Parameters without curvature (see `coverage`) are updated by AdamW with learning rate `adamw_lr`, which follows
@@ -70,17 +72,21 @@ class SecondOrderOptimizer(CapturingOptimizer):
             is that of the loss that is differentiated (see the notes).
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
-        lr: Learning rate; a float or a tensor without axes. Or `"auto"`, short for `step_length=QuadraticModel()`:
-            learning rate and momentum minimise the exact quadratic model in each step, and `momentum`, `kl_clip` and
-            `relative_clip` are not used. (`lr` is then 1, for schedules to multiply.)
+        lr: Learning rate; a float or a tensor without axes; default: 0.02, by how much a step moves each output of a
+            layer, or 0.3 where `kl_clip` or `step_length` says how long steps are. Let it go to zero over the run. Or
+            `"auto"`, short for `step_length=QuadraticModel()`: learning rate and momentum minimise the exact quadratic
+            model in each step, and `momentum`, `kl_clip` and `relative_clip` are not used. (`lr` is then 1, for
+            schedules to multiply.)
         damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
             each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
             factor, as long as the group's `"relative_damping"` is True).
         momentum: Of the gradient, before it is preconditioned.
         weight_decay: Decoupled.
         ema_decay: Decay of the statistics' running averages, for each update of them.
-        kl_clip: Bound on `lr² uᵀ m / c`, twice the step's Kullback-Leibler divergence, with the `lr` before any
-            schedule (so that a schedule shortens clipped steps too); `None`: no bound. The first group's counts.
+        kl_clip: Default: `"grafted"`, each layer's step has a fixed length (`Grafted`), which needs no bound and no
+            constant to tune. A number: bound on `lr² uᵀ m / c`, twice the step's Kullback-Leibler divergence, with the
+            `lr` before any schedule (so that a schedule shortens clipped steps too). None: the natural gradient times
+            `lr`, whatever its length. The first group's counts.
         relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
             schedule; `None`: no bound.
         adamw_lr: AdamW's learning rate where there is no curvature.
@@ -97,7 +103,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
             bonus). The gradient there is not read then, and the curvature is that of `loss_func` alone, taken to have
             no weights; where that depends on the target (class weights, ignored targets), call `loss_func` itself.
         backend: The curvature, with options of its own; default: the class's, with `factor_every`, `refresh_every`.
-        direction: Where a step goes; default: `Preconditioned(momentum)`, or the step length's own.
+        direction: Where a step goes; default: `Grafted(Preconditioned(momentum))`, without the length where `kl_clip`
+            or `step_length` says it, or the step length's own.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
 
     Raises:
@@ -116,12 +123,12 @@ class SecondOrderOptimizer(CapturingOptimizer):
         loss_func: LossFunction,
         params: Params | None = None,
         *,
-        lr: float | Tensor | QuadraticModel | Literal["auto"] = 0.3,
+        lr: Rate = None,
         damping: float | RelativeDamping = RELATIVE_DAMPING,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
-        kl_clip: float | None = 0.03,
+        kl_clip: Bound = "grafted",
         relative_clip: float | None = None,
         adamw_lr: float = 1e-3,
         factor_every: Interval | None = None,
@@ -142,8 +149,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         intervals = {"factor_every": factor_every, "refresh_every": refresh_every}
         self.backend = self._backend(backend, {k: v for k, v in intervals.items() if v is not None})
         self.damping_rule = damping_rule
-        rate, self.step_length = _rate_and_length(lr, step_length, TrustRegion(kl_clip, relative_clip))
-        self.direction = direction or self.step_length.direction() or Preconditioned(momentum)
+        rate, self.direction, self.step_length = chosen(lr, momentum, kl_clip, relative_clip, direction, step_length)
         self._terms, self._ended_at = 0.0, math.nan
         self._sightings = Sightings()
         defaults = groups.with_plain_damping({"damping": damping}) | {
@@ -151,7 +157,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
-            **TrustRegion(kl_clip, relative_clip).defaults(),
+            **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
             "adamw_lr": adamw_lr,
             "adamw_betas": (0.9, 0.999),
             "adamw_eps": 1e-8,
@@ -379,20 +385,3 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ended_at = math.nan
         super().__setstate__(state)
-
-
-def _rate_and_length(
-    lr: float | Tensor | QuadraticModel | str, step_length: StepLength | None, default: StepLength
-) -> tuple[float | Tensor, StepLength]:
-    """The learning rate and the step length that `lr` and `step_length` stand for."""
-    if isinstance(lr, str):
-        if lr != "auto":
-            raise ValueError(f"lr must be a number, 'auto' or a kfacopt.QuadraticModel, got {lr!r}")
-        lr = QuadraticModel()
-    if isinstance(lr, QuadraticModel):
-        if step_length is not None:
-            raise ValueError("lr='auto' chooses the step length itself: leave step_length out, or give lr a number")
-        return 1.0, lr
-    if isinstance(step_length, QuadraticModel):
-        return 1.0, step_length
-    return lr, default if step_length is None else step_length

@@ -87,7 +87,7 @@ class Grafted(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.get(name, {}))
 
 
 def _named(updates: Updates) -> dict[Any, Tensor]:

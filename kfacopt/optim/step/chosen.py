@@ -1,0 +1,68 @@
+"""Which direction and which step length an optimizer's arguments stand for."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from kfacopt.optim.step.base import Direction, StepLength
+from kfacopt.optim.step.grafted import Grafted
+from kfacopt.optim.step.preconditioned import Preconditioned
+from kfacopt.optim.step.quadratic_model import QuadraticModel
+from kfacopt.optim.step.trust_region import TrustRegion
+
+Rate = float | Tensor | QuadraticModel | Literal["auto"] | None
+"""A learning rate; or who chooses it; None: what fits the step length."""
+Bound = float | None | Literal["grafted"]
+"""On the Kullback-Leibler divergence; None: there is none; "grafted": none, as each layer's step has a fixed length."""
+
+GRAFTED_RATE = 0.02
+"""Default learning rate of steps whose length is fixed layer by layer: by how much a step moves each output."""
+BOUNDED_RATE = 0.3
+"""Default learning rate of a natural gradient that something else bounds."""
+
+
+class Chosen(NamedTuple):
+    """The two decisions of a step, and the learning rate."""
+
+    rate: float | Tensor
+    direction: Direction
+    step_length: StepLength
+
+
+def chosen(
+    lr: Rate,
+    momentum: float,
+    kl_clip: Bound,
+    relative_clip: float | None,
+    direction: Direction | None,
+    step_length: StepLength | None,
+) -> Chosen:
+    """The parts that an optimizer's arguments of these names stand for.
+
+    Raises:
+        ValueError: If they contradict each other, or are none.
+
+    >>> chosen(None, 0.9, "grafted", None, None, None).direction
+    Grafted(Preconditioned(momentum=0.9), length_of=layer_length)
+    >>> chosen(None, 0.9, 0.03, None, None, None)
+    Chosen(rate=0.3, direction=Preconditioned(momentum=0.9), step_length=TrustRegion(kl_clip=0.03, relative_clip=inf))
+    """
+    if isinstance(kl_clip, str) and kl_clip != "grafted":
+        raise ValueError(f"kl_clip must be a number, None for no bound, or 'grafted', got {kl_clip!r}")
+    if isinstance(lr, str):
+        if lr != "auto":
+            raise ValueError(f"lr must be a number, 'auto' or a kfacopt.QuadraticModel, got {lr!r}")
+        lr = QuadraticModel()
+    if isinstance(lr, QuadraticModel):
+        if step_length is not None:
+            raise ValueError("lr='auto' chooses the step length itself: leave step_length out, or give lr a number")
+        step_length = lr
+    rate = 1.0 if isinstance(step_length, QuadraticModel) or isinstance(lr, QuadraticModel) else lr
+    grafted = kl_clip == "grafted" and step_length is None
+    length = step_length or TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip)
+    own = direction or length.direction() or Preconditioned(momentum)
+    if rate is None:
+        rate = GRAFTED_RATE if grafted else BOUNDED_RATE
+    return Chosen(rate, Grafted(own) if grafted and direction is None else own, length)
