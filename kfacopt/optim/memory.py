@@ -16,13 +16,20 @@ State = MutableMapping[Any, Any]
 
 
 def averaged(
-    groups: Groups, state: State, gradients: Mapping[nn.Parameter, Tensor], parameters: Collection[nn.Parameter]
+    groups: Groups,
+    state: State,
+    gradients: Mapping[nn.Parameter, Tensor],
+    parameters: Collection[nn.Parameter],
+    freshness: float = 1.0,
 ) -> dict[nn.Parameter, Tensor]:
-    """Gradients with momentum of some parameters; the running averages move on."""
+    """Gradients with momentum of some parameters; the running averages move on.
+
+    A new gradient weighs `freshness` times `1 - momentum`.
+    """
     covered = {id(p) for p in parameters}
     result: dict[nn.Parameter, Tensor] = {}
     for group in groups:
-        momentum = float(group["momentum"])
+        momentum = max(0.0, 1.0 - freshness * (1.0 - float(group["momentum"])))
         by_weight: dict[float, list[nn.Parameter]] = {}
         for p in group["params"]:
             if p in gradients and id(p) in covered:

@@ -60,7 +60,7 @@ class SpectralDescent(SecondOrderOptimizer):
         params: Params | None = None,
         *,
         lr: float = 0.02,
-        momentum: float = 0.9,
+        momentum: float = 0.95,
         damping: float | RelativeDamping = SPECTRAL_DAMPING,
         kl_clip: float | None = None,
         adamw_lr: float = 3e-3,

@@ -75,10 +75,13 @@ class Step:
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
 
-    def averaged(self) -> dict[nn.Parameter, Tensor]:
+    def averaged(self, freshness: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
 
         The running averages move on once a step, however many ask; their decay is each group's `momentum`.
+
+        Args:
+            freshness: What the new gradient weighs, in units of `1 - momentum`.
 
         Raises:
             RuntimeError: If somebody in the same step averaged other gradients (`UnitGradients` around a part).
@@ -90,7 +93,7 @@ class Step:
                 "UnitGradients around the whole direction, not around a part"
             )
         if not self._averages:
-            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.stepped)
+            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.stepped, freshness)
         return self._averages[key]
 
     @property

@@ -23,6 +23,9 @@ _LONG = 128
 # A row's running mean square is taken for at least this part of the mean over all rows: an output that was idle for
 # long, and has a gradient again, is not to take the whole step of its layer.
 _LEAST_ROW = 1e-2
+# By how many times more a new gradient weighs in the first step: a momentum of 0.95 is one of 0.85 then. With 0.95
+# throughout a character model ended at 1.514, with 0.9 at 1.495, growing at 1.482; a deep chain at 0.484, 0.464, 0.426.
+_FRESH = 2.0
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -90,9 +93,11 @@ class Spectral(Direction):
         layers: Which layers it steps: `dense_layers`, `matrix_layers` (embeddings too), or a function of the layer of
             one's own.
         row_decay: Decay of the running mean square of each row; None: rows stay as they are.
+        warmup: Steps over which the momentum grows: a new gradient weighs three times as much in the first of them, as
+            old ones are soon of another place then. 0: none.
 
     Raises:
-        ValueError: If the momentum or the decay is out of range.
+        ValueError: If a number is out of range.
 
     >>> Spectral(momentum=0.9).defaults()
     {'momentum': 0.9}
@@ -107,11 +112,14 @@ class Spectral(Direction):
         dtype: torch.dtype | Literal["fastest"] = "fastest",
         layers: Callable[[Layer], bool] = dense_layers,
         row_decay: float | None = 0.95,
+        warmup: int = 300,
     ) -> None:
         check_number("momentum", momentum)
+        if warmup < 0:
+            raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
-        self._row_decay = row_decay
+        self._row_decay, self._warmup = row_decay, warmup
         self._momentum, self._layers = momentum, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
@@ -129,7 +137,8 @@ class Spectral(Direction):
         return None if self._layers(layer) else f"left out of the spectral step by {self._layers.__name__}"
 
     def updates(self, step: Step) -> Updates:
-        averaged = step.averaged()
+        fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
+        averaged = step.averaged(1.0 + _FRESH * fresh)
         updates: dict[nn.Parameter, Tensor] = {}
         for stack in stacks(step, averaged):
             device = stack.matrices.device.type

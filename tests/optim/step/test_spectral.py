@@ -532,7 +532,19 @@ def test_the_running_mean_squares_of_rows_are_bias_corrected_and_resume() -> Non
     assert optimizer.state_dict()["state"][0]["row_weight"] == 1.0 - 0.5**3
 
 
-@pytest.mark.parametrize("options", [{"row_decay": 1.0}, {"row_decay": -0.1}, {"momentum": 1.5}])
+def test_the_momentum_grows_over_the_first_steps() -> None:
+    """A new gradient weighs 3, 2 and 1 times `1 - momentum` in steps 0, 1 and 2 of a warmup of 2."""
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    direction = kfacopt.Spectral(momentum=0.8, warmup=2)
+    made = kfacopt.SpectralDescent(model, loss, lr=0.01, momentum=0.8, direction=direction)
+    (p, *_), average = model.parameters(), torch.zeros(())
+    for weight in (0.6, 0.4, 0.2, 0.2):
+        train_step(made, model, loss, x, y)
+        average = average + weight * (p.grad - average)
+        torch.testing.assert_close(made.state[p]["momentum_buffer"], average)
+
+
+@pytest.mark.parametrize("options", [{"row_decay": 1.0}, {"row_decay": -0.1}, {"momentum": 1.5}, {"warmup": -1}])
 def test_refusals_of_spectral(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         kfacopt.Spectral(**options)  # type: ignore[arg-type]
