@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
 from rich.table import Table
 
 
@@ -170,12 +172,32 @@ class Scores:
         return table
 
     def write(self, folder: Path) -> None:
-        """`<ours>.csv`, and `<ours>.md` for a README."""
+        """`<ours>.csv`, and `<ours>.md` and `<ours>.png` for a README."""
         head, *lines = self.cells()
         with (folder / f"{self.ours}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([head, *lines])
         marked = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]]
         (folder / f"{self.ours}.md").write_text("\n".join([*marked, "", self.summary, ""]))
+        self.draw(folder / f"{self.ours}.png")
+
+    def draw(self, path: Path) -> None:
+        """Every rival's loss over ours, a row a task: to the right of the line ours is lower."""
+        figure = Figure(figsize=(8, 0.6 + 0.34 * len(self.rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(1.0, color="black", linewidth=1.5, label=self.ours)
+        for name, marker in zip(self.rivals, itertools.cycle("osD^v")):
+            ratios = [row.rivals[name].loss / row.ours.loss for row in self.rows]
+            axes.plot(ratios, range(len(ratios)), marker, label=f"{name}, at the best of its rates", alpha=0.8)
+        axes.set_yticks(range(len(self.rows)), [row.task for row in self.rows])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        ticks = [0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel(f"validation loss over that of {self.ours} at its defaults, at equal time")
+        axes.grid(axis="x", alpha=0.3)
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+        figure.savefig(path, dpi=120)
 
 
 def best(runs: Sequence[Run], optimizer: str) -> Best | None:

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -42,10 +42,21 @@ def hook_type() -> type[Hook]:
     if "torch._dynamo" not in sys.modules:
         return Hook
 
-    class Uncompiled(Hook):
-        __call__ = torch.compiler.disable(Hook.__call__)
+    if _Uncompiled.in_between is Hook.__call__:
+        _Uncompiled.in_between = torch.compiler.disable(Hook.__call__)
+    return _Uncompiled
 
-    return Uncompiled
+
+class _Uncompiled(Hook):
+    """A hook that a compiled module calls in between its graphs; where nothing is compiled it costs a look."""
+
+    in_between: ClassVar[Callable[..., None]] = Hook.__call__
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            _Uncompiled.in_between(self, *args)
+        else:
+            super().__call__(*args)
 
 
 def drop_inert_hooks(module: nn.Module) -> None:

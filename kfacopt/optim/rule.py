@@ -85,4 +85,6 @@ def adamw_step(
         weight_decay=weight_decay,
         eps=eps,
         maximize=False,
+        # One kernel for all, at a fifth of the time; on an accelerator it would want the step counts there.
+        fused=all(p.device.type == "cpu" for p in parameters),
     )

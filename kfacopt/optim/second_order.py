@@ -23,7 +23,7 @@ from kfacopt.optim import deprecated, groups, memory, rule
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.sightings import Sightings
-from kfacopt.optim.step import Direction, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step import Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
@@ -376,6 +376,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self.backend.load_state_dict(own["backend"])
         super()._load_own_state(own)
+        if "direction" not in own and isinstance(self.direction, Grafted):
+            # 0.1 knew no other than the natural gradient's own length; its bound comes with its param groups.
+            self.direction = self.direction.direction
         self.direction.load_state_dict(own.get("direction", {}))
         # Before 0.2 the quadratic model's state was called "step_rule", and no other length had one.
         if length := own.get("step_length", own.get("step_rule")):

@@ -303,7 +303,7 @@ def test_without_curvature_it_is_torchs_adamw(optimizer: Any, weight_decay: floa
     theirs = case.make()[0]
     groups = [{"params": list(ours.parameters()), "curvature": False}]
     made = optimizer(ours, loss, groups, lr=0.01, weight_decay=weight_decay)
-    torchs = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=weight_decay)
+    torchs = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=weight_decay, fused=True)
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (made, torchs)]
     for _ in range(4):
         for model, used in ((ours, made), (theirs, torchs)):

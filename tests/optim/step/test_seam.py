@@ -94,7 +94,7 @@ def test_half_powers_measure_the_divergence_with_the_curvature_itself() -> None:
     model, loss, x, y = CASE.make()
     backend = kfacopt.EKFACBackend(1, 1, exponent=0.5)
     made = kfacopt.SecondOrderOptimizer(
-        model, loss, lr=0.1, damping=0.1, momentum=0.0, curvature="ggn", backend=backend
+        model, loss, lr=0.1, kl_clip=0.03, damping=0.1, momentum=0.0, curvature="ggn", backend=backend
     )
     before = [p.detach().clone() for p in model.parameters()]
     train_step(made, model, loss, x, y)
