@@ -83,16 +83,20 @@ class OutputBlock(Block):
 
     @staticmethod
     def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
-        roots = _stacked([block._cached_root() for block in blocks if isinstance(block, OutputBlock)])
-        if roots.ndim < matrices.ndim or not isinstance(polar, NewtonSchulz) or not polar.squares(matrices):
-            return _times(roots, polar(_times(roots if roots.ndim < matrices.ndim else roots.mT, matrices)))
-        if matrices.shape[-2] > matrices.shape[-1]:
+        held = [block for block in blocks if isinstance(block, OutputBlock)]
+        dense = held[0]._cached().ndim == matrices.ndim - 1
+        squares = dense and isinstance(polar, NewtonSchulz) and polar.squares(matrices)
+        if squares and isinstance(polar, NewtonSchulz) and matrices.shape[-2] > matrices.shape[-1]:
             # S polar(Sᵀ M) = S Sᵀ M (Mᵀ S Sᵀ M)^(-1/2): the root is not met at all.
-            inverses = _stacked([block._cached() for block in blocks if isinstance(block, OutputBlock)])
-            solved = inverses @ matrices
+            solved = _together(held, "_inverse") @ matrices
             return solved @ polar.inverse_root(matrices.mT @ solved)
-        whitened = roots.mT @ matrices
-        return (roots @ polar.inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
+        for block in held:
+            block._cached_root()
+        roots = _together(held, "_root")
+        if squares and isinstance(polar, NewtonSchulz):
+            whitened = roots.mT @ matrices
+            return (roots @ polar.inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
+        return _times(roots, polar(_times(roots.mT if dense else roots, matrices)))
 
     def matvec(self, matrix: Tensor) -> Tensor:
         return _times(self.factor(), matrix)
@@ -144,8 +148,22 @@ class OutputBlock(Block):
         return self._root
 
 
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0].unsqueeze(0)
+def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
+    """A tensor of each block as one `[b ..]`; the blocks hold views of it then, so that it is made once a refresh."""
+    tensors = [getattr(block, name) for block in blocks]
+    whole: Tensor | None = tensors[0]._base
+    if (
+        whole is None
+        or len(whole) != len(blocks)
+        or any(
+            tensor._base is not whole or tensor.storage_offset() != place * tensor.numel()
+            for place, tensor in enumerate(tensors)
+        )
+    ):
+        whole = torch.stack(tensors)
+        for block, view in zip(blocks, whole.unbind(), strict=True):
+            setattr(block, name, view)
+    return whole
 
 
 def _times(factor: Tensor, matrix: Tensor) -> Tensor:
