@@ -169,6 +169,21 @@ class Encoder(nn.Module):
         return self.head(self.layer(self.embedding(x)).mean(1))
 
 
+class CrossAttention(nn.Module):
+    """Queries, keys and values of different widths and lengths, tokens before data, masked; a head on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_zero_attn=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.transpose(0, 1)
+        mask = torch.ones(2, 3, dtype=torch.bool, device=x.device).triu(2)
+        attended, _ = self.attention(tokens[:2], tokens[1:, :, :3], tokens[1:, :, 2:], attn_mask=mask)
+        return self.head(attended.tanh().mean(0))
+
+
 class ClassesFirst(nn.Module):
     """Logits in torch's layout `[n c t]`."""
 
@@ -385,6 +400,7 @@ CASES = (
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),
+    Case("cross-attention", CrossAttention, MSE, reals(4, 4), reals(2), 4, curvlinops=False),
 )
 
 BY_NAME = {case.name: case for case in CASES}

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.layers.layer import Layer
+from tests.explicit import counterpart
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -57,6 +58,7 @@ def term_gradients(loss: nn.Module, prediction: Tensor, y: Tensor) -> Tensor:
 def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
     """Tensors `[b, *parameter]` as matrices `[b k o i]`."""
     module = layer.modules[0]
+    parts = {role: p if (rows := layer.rows(role)) is None else p[:, rows] for role, p in parts.items()}
     some = next(iter(parts.values()))
     if layer.handler.structure == "elementwise":
         return torch.stack([p.flatten(1) for p in parts.values()], dim=-1).unsqueeze(1)
@@ -71,6 +73,8 @@ def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
 @sdpa_kernel(SDPBackend.MATH)  # the flash kernel has no batching rule
 def jacobian(model: nn.Module, layer: Layer, x: Any) -> Tensor:
     """Jacobian of the prediction with respect to a layer's matrix, `[p k o i]`."""
+    if layer.part is not None:
+        model, layer = counterpart(model, layer)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     chosen = {names[id(p)]: p.detach() for p in layer.parameters.values()}
     roles = {names[id(p)]: role for role, p in layer.parameters.items()}
@@ -161,7 +165,9 @@ class DenseRows:
 @sdpa_kernel(SDPBackend.MATH)
 def dense_rows(model: nn.Module, layer: Layer, x: Any, approx: str) -> DenseRows:
     """A layer's rows, found by differentiating: the layer with respect to its matrix, the model with respect to the
-    layer's outputs."""
+    layer's outputs; of a part of attention, those of the layer that it is in attention written out."""
+    if layer.part is not None:
+        model, layer = counterpart(model, layer)
     calls = _calls(model, layer, x)
     inputs = torch.cat([_input_rows(layer, module, args) for module, args, _ in calls], dim=1)
     perturbed = _jacobian_of_outputs(model, layer, x, [out for _, _, out in calls])

@@ -12,7 +12,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 
 LayerTensors = Mapping[Layer, Mapping[str, Tensor]]
-"""For each layer, tensors shaped as its parameters, by role (`"weight"`, `"bias"`)."""
+"""For each layer, tensors shaped as its share of its parameters (`Layer.share`), by role (`"weight"`, `"bias"`)."""
 
 
 class Settings(NamedTuple):

@@ -96,6 +96,6 @@ class EKFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
-        matrix = layer.pack(dict(layer.parameters))
+        matrix = layer.pack(layer.values())
         cuttable = matrix.ndim == 2 and layer.handler.structure == "outer"
         return PartialEigenBlock(self._tail, self._exponent) if cuttable else CorrectedEigenBlock(self._exponent)

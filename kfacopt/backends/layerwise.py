@@ -234,7 +234,7 @@ class LayerwiseBackend(CurvatureBackend):
         layer = self._layers[name]
         return {
             "kind": type(self.blocks[name]).__name__,
-            "shape": list(layer.pack(dict(layer.parameters)).shape),
+            "shape": list(layer.pack(layer.values()).shape),
             "roles": list(layer.roles),
         }
 

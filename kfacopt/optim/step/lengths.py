@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import LayerTensors
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_parameter
 
 
 def layer_length(layer: Layer) -> float:
@@ -26,7 +26,7 @@ def layer_length(layer: Layer) -> float:
     >>> layer_length(layer(nn.Embedding(9, 4))), layer_length(layer(nn.LayerNorm(9)))
     (6.0, 3.0)
     """
-    shape = layer.pack(dict(layer.parameters)).shape
+    shape = layer.pack(layer.values()).shape
     return math.sqrt(shape.numel() if layer.handler.structure == "one-hot" else shape[:-1].numel())
 
 
@@ -48,8 +48,4 @@ def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
 
 def times(factors: Mapping[Layer, Tensor], tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
     """Each layer's tensors times its factor, by parameter."""
-    return {
-        layer.parameters[role]: tensor * factors[layer]
-        for layer, parts in tensors.items()
-        for role, tensor in parts.items()
-    }
+    return by_parameter({layer: {r: t * factors[layer] for r, t in parts.items()} for layer, parts in tensors.items()})

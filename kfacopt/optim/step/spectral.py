@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kfacopt.backends.base import LayerTensors
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.fast_dtype import fast_dtype
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, polar_factors
 from kfacopt.optim.checks import check_number
-from kfacopt.optim.step.base import ByParameter, Direction, Step, Updates
+from kfacopt.optim.step.base import Direction, Step, Updates
 from kfacopt.optim.step.lengths import layer_length, with_length
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
@@ -105,30 +106,27 @@ class Spectral(Direction):
         return None if self._layers(layer) else f"left out of the spectral step by {self._layers.__name__}"
 
     def updates(self, step: Step) -> Updates:
-        averaged = step.averaged()
-        short: dict[nn.Parameter, Tensor] = {}
-        long: dict[nn.Parameter, Tensor] = {}
-        for layer, parts in step.by_layer(averaged).items():
+        short: dict[Layer, Mapping[str, Tensor]] = {}
+        long: dict[Layer, Mapping[str, Tensor]] = {}
+        for layer, parts in step.by_layer(step.averaged()).items():
             sides = layer.pack(parts).shape[-2:]
-            chosen = long if min(sides) >= _LONG else short
-            chosen.update({p: averaged[p] for p in layer.parameters.values()})
-        updates = self._orthogonalized(step, short)
+            (long if min(sides) >= _LONG else short)[layer] = parts
+        steps = self._orthogonalized(step, short)
         if long:
-            device = next(iter(long)).device.type
+            device = next(iter(next(iter(long.values())).values())).device.type
             dtype = self._products(device)
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                updates |= self._orthogonalized(step, long)
-        return Updates(updates)
+                steps |= self._orthogonalized(step, long)
+        return Updates(with_length(steps, {layer: layer_length(layer) for layer in steps}))
 
-    def _orthogonalized(self, step: Step, momentum: ByParameter) -> dict[nn.Parameter, Tensor]:
+    def _orthogonalized(self, step: Step, momentum: LayerTensors) -> dict[Layer, dict[str, Tensor]]:
         whitened = step.whiten(momentum)
         factors = polar_factors([layer.pack(parts) for layer, parts in whitened.items()], self._polar)
         unpacked = {layer: layer.unpack(factor) for layer, factor in zip(whitened, factors, strict=True)}
-        steps = {
-            layer: {role: tensor.to(momentum[layer.parameters[role]].dtype) for role, tensor in parts.items()}
+        return {
+            layer: {role: tensor.to(momentum[layer][role].dtype) for role, tensor in parts.items()}
             for layer, parts in step.unwhiten(unpacked).items()
         }
-        return with_length(steps, {layer: layer_length(layer) for layer in steps})
 
     def _products(self, device: str) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too."""

@@ -45,7 +45,8 @@ class UnitGradients(Direction):
         return self.direction.refusal(layer)
 
     def updates(self, step: Step) -> Updates:
-        covered = [p for layer in step.layers for p in layer.parameters.values() if p in step.gradients]
+        held = dict.fromkeys(p for layer in step.layers for p in layer.parameters.values())
+        covered = [p for p in held if p in step.gradients]
         gradients = [step.gradients[p] for p in covered]
         if not gradients:
             return self.direction.updates(step)
