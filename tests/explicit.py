@@ -20,7 +20,8 @@ class ExplicitAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.outer_batch_first = attention.num_heads, attention.batch_first
-        self.add_zero, self.bias_k, self.bias_v = attention.add_zero_attn, attention.bias_k, attention.bias_v
+        self.add_zero = attention.add_zero_attn
+        self.bias_k, self.bias_v = deepcopy(attention.bias_k), deepcopy(attention.bias_v)
         self.batch_first, self.in_proj_bias = attention.batch_first, None  # what TransformerEncoderLayer looks at
         size, packed = attention.embed_dim, attention.in_proj_weight
         separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
