@@ -96,6 +96,20 @@ class TiedEmbedding(nn.Module):
         return self.head(self.inner(self.embedding(x)).tanh())
 
 
+class TiedLanguage(nn.Module):
+    """A language model of positions `[n t]` that are each on their own, logits `[n c t]`; the embedding is the head."""
+
+    def __init__(self, padding_idx: int | None = None, width: int = 4) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(5, width, padding_idx), nn.Linear(width, width)
+        self.head = nn.Linear(width, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(self.embedding(x)).tanh())
+        return logits.transpose(1, 2)
+
+
 class WithUnused(nn.Module):
     """A module in the tree that no forward calls."""
 
@@ -369,6 +383,7 @@ CASES = (
     Case("shared-twice", Shared, MSE, reals(3), reals(2), curvlinops=False),
     Case("tied", Tied, MSE, reals(3), reals(2), curvlinops=False),
     Case("tied-embedding", TiedEmbedding, CE, classes(5), classes(5), curvlinops=False),
+    Case("tied-language", lambda: TiedLanguage(1), CE, classes(5, 3), classes(5, 3), curvlinops=False),
     Case("sequence-linear-mse", deep_linear, MSE, reals(3, 4), reals(3, 2), kfac_exact=("expand",)),
     Case("sequence-ce", ClassesFirst, CE, reals(4, 3), classes(3, 4)),
     Case("sequence-bce", mlp, BCE, reals(2, 4), bits(2, 3), curvlinops=False),  # curvlinops misreads it

@@ -1,4 +1,4 @@
-"""Attention written out: four linear layers and a softmax, as `torch.nn.MultiheadAttention` is defined."""
+"""Models written out: attention as four linear layers and a softmax, a tied weight as two weights."""
 
 from __future__ import annotations
 
@@ -95,3 +95,20 @@ def counterpart(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer]:
     handler = handler_for(linear)
     assert handler is not None
     return written, Layer(layer.name, (linear,), handler, {role: linear.get_parameter(role) for role in layer.roles})
+
+
+def untied(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer, Layer]:
+    """A copy of a model whose linear layers have a weight of their own; the embeddings, and those linear layers."""
+    copy = deepcopy(model)
+    paths = {path: module for path, module in model.named_modules() if module in layer.modules}
+    heads = [copy.get_submodule(path) for path, module in paths.items() if isinstance(module, nn.Linear)]
+    words = [copy.get_submodule(path) for path, module in paths.items() if isinstance(module, nn.Embedding)]
+    own = nn.Parameter(layer.parameters["weight"].detach().clone())
+    layers = []
+    for modules in (words, heads):
+        for module in modules if modules is heads else ():
+            module.weight = own
+        handler = handler_for(modules[0])
+        assert handler is not None
+        layers.append(Layer(layer.name, tuple(modules), handler, {"weight": modules[0].get_parameter("weight")}))
+    return copy, layers[0], layers[1]

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.layers.layer import Layer
-from tests.explicit import counterpart
+from tests.explicit import counterpart, untied
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -196,6 +196,26 @@ def sampled_gradient_factor(rows: DenseRows, cotangents: Tensor, terms: float) -
     """G of given cotangents `[v p]`, `[k o o]`."""
     g = torch.einsum("vp,pnsko->vnsko", cotangents, rows.outputs)
     return torch.einsum("vnsko,vnskr->kor", g, g) / terms
+
+
+def factors(
+    model: nn.Module, layer: Layer, x: Any, approx: str, gradients: Callable[[DenseRows], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """G `[k o o]` and A `[k i i]`, with `gradients` for the former; of a tied weight those of both uses together.
+
+    These have the partial traces of the dense sum of both uses' curvature.
+    """
+    if layer.handler.structure != "tied":
+        rows = dense_rows(model, layer, x, approx)
+        return gradients(rows), input_factor(rows)
+    apart, words, head = untied(model, layer)
+    looked_up, multiplied = dense_rows(apart, words, x, approx), dense_rows(apart, head, x, approx)
+    pairs = [(gradients(looked_up), input_factor(looked_up)), (input_factor(multiplied), gradients(multiplied))]
+    whole = sum(torch.einsum("kor,kij->oirj", left, right) for left, right in pairs)
+    assert isinstance(whole, Tensor)
+    root = torch.einsum("oioi->", whole).sqrt()
+    left, right = torch.einsum("oiri->or", whole) / root, torch.einsum("oioj->ij", whole) / root
+    return left.unsqueeze(0), right.unsqueeze(0)
 
 
 def _calls(model: nn.Module, layer: Layer, x: Any) -> list[tuple[nn.Module, tuple[Any, ...], Tensor]]:

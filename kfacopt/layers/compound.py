@@ -74,7 +74,8 @@ class PartCall:
     def arrange(self, gradient: Tensor) -> Tensor:
         """What arrived at `edge`, `[v (s n) columns]`, as the gradient of the part's output, `[v n s o]`."""
         data, places = self.inputs.shape[:2]
-        return gradient[..., self.columns].unflatten(-2, (places, data)).transpose(-2, -3)
+        apart: Tensor = gradient[..., self.columns].unflatten(-2, (places, data))
+        return apart.transpose(-2, -3)
 
 
 class CompoundHandler(RefusedHandler):

@@ -11,6 +11,7 @@ from kfacopt.layers import handler_for
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, Part
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.tied import TiedEmbeddingHandler
 
 Place = tuple[str, nn.Module, str]
 """Where a parameter is held: module path, module, the parameter's name in it."""
@@ -109,7 +110,10 @@ def covered_rows(layers: Iterable[Layer], treatments: Iterable[str]) -> list[Cov
     """Rows of the table for the layers that do get curvature."""
     rows = []
     for layer, treatment in zip(layers, treatments, strict=True):
-        why = f"{type(layer.handler).__name__} on {type(layer.modules[0]).__name__}"
+        kinds = dict.fromkeys(type(module).__name__ for module in layer.modules)
+        why = f"{type(layer.handler).__name__} on {' and '.join(kinds)}"
+        if layer.handler.structure == "tied":
+            why += ", one block for the sum of both uses"
         if layer.part is not None:
             why += f", {layer.part.what}"
         if len(layer.modules) > 1:
@@ -203,7 +207,7 @@ def _reason_against(
     if len(held) > 1:
         others = ", ".join(f"{p}.{n}" for p, _, n in held[1:])
         same = all(_alike(handler, held[0], place) for place in held[1:])
-        if not same:
+        if not same and _tied(held) is None:
             return "AdamW", f"tied to {others}, a layer of another kind or shape"
     return "", ""
 
@@ -230,9 +234,19 @@ def _alike(handler: LayerHandler, first: Place, other: Place) -> bool:
     )
 
 
+def _tied(held: Iterable[Place]) -> TiedEmbeddingHandler | None:
+    """The handler of a weight that embeddings and linear layers hold; None if it is another tie."""
+    places = list(held)
+    if any(name != "weight" for _, _, name in places):
+        return None
+    return TiedEmbeddingHandler.of({module: handler_for(module) for _, module, _ in places})
+
+
 def _layer(modules: list[nn.Module], members: list[Place]) -> Layer:
     path, module, _ = members[0]
     handler = handler_for(module)
+    if len(modules) > 1 and (tied := _tied((path, m, name) for m in modules for _, _, name in members)) is not None:
+        handler = tied
     assert handler is not None
     covered = {name: module._parameters[name] for _, _, name in members}
     roles = [role for role in handler.roles(module) if role in covered]

@@ -103,7 +103,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
             excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
             excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
-            self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
+            self._layers, self._rest = find_layers(
+                self.model, wanted, excluded, separate, lambda layer: self._refusal(layer) or backend.refusal(layer)
+            )
             backend.attach(self._layers)
             deliver, discard, all_places = self._deliver, self._discard, backend.all_places
         is_paused = False

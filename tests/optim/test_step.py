@@ -379,7 +379,7 @@ def test_coverage_lists_every_parameter_once(case: Case) -> None:
 
 def test_coverage_says_why() -> None:
     expected = {
-        "tied-embedding": ("embedding", "AdamW", "tied"),
+        "tied-embedding": ("embedding", "EKFAC", "one block for the sum of both uses"),
         "transformer": ("layer.self_attn.k_proj", "EKFAC", "projection of the keys"),
         "frozen": ("first", "frozen", "requires_grad"),
     }

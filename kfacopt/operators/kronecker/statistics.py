@@ -120,7 +120,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         frozen = [names[id(p)] for p in self._params if not p.requires_grad]
         if frozen:
             raise ValueError(f"params {', '.join(frozen)} are frozen: leave them out, or set requires_grad")
-        layers, rest = find_layers(self._model_func, self._params, {}, self._separate)
+        layers, rest = find_layers(self._model_func, self._params, {}, self._separate, _refusal)
         held = {id(p) for layer in layers for p in layer.parameters.values()}
         loose = [p for p in self._params if id(p) not in held]
         if loose and self._uncovered == "error":
@@ -390,3 +390,10 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     ) -> Self:
         """An operator with the loss, options and statistics of a state; see `load_state_dict`."""
         return state.from_state(cls, state_dict, model_func, params, data, check_deterministic, batch_size_fn)
+
+
+def _refusal(layer: Layer) -> str | None:
+    tied = layer.handler.structure == "tied"
+    return (
+        "tied: an embedding's weight and a linear layer's, of which one operator has no factors yet" if tied else None
+    )

@@ -17,7 +17,8 @@ def layer_length(layer: Layer) -> float:
 
     `E ‖U x‖² = ‖U‖_F²` for white inputs with entries of size one, which is one for each output where `‖U‖_F² =
     outputs`: the norm of Muon's step, an orthogonal matrix times `sqrt(max(1, o / i))`. Of an embedding's inputs only
-    one entry is not zero, so that `‖U‖_F² = outputs · words`. Elementwise layers have an output for each channel.
+    one entry is not zero, so that `‖U‖_F² = outputs · words`; of a tied one the shorter of both, that of a linear
+    layer whose outputs are the words. Elementwise layers have an output for each channel.
 
     >>> from kfacopt.layers import handler_for
     >>> def layer(module): return Layer("", (module,), handler_for(module), dict(module.named_parameters()))
@@ -27,7 +28,8 @@ def layer_length(layer: Layer) -> float:
     (6.0, 3.0)
     """
     shape = layer.pack(layer.values()).shape
-    return math.sqrt(shape.numel() if layer.handler.structure == "one-hot" else shape[:-1].numel())
+    numbers = {"one-hot": shape.numel(), "tied": shape[-1]}
+    return math.sqrt(numbers.get(layer.handler.structure, shape[:-1].numel()))
 
 
 def with_length(steps: LayerTensors, lengths: Mapping[Layer, float | Tensor]) -> dict[nn.Parameter, Tensor]:

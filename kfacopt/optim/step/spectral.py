@@ -21,8 +21,8 @@ _LONG = 128
 
 
 def dense_layers(layer: Layer) -> bool:
-    """Linear layers and convolutions: those that multiply all kinds of inputs by a matrix."""
-    return layer.handler.structure == "outer"
+    """Linear layers (a tied embedding is one, too) and convolutions: they multiply all kinds of inputs by a matrix."""
+    return layer.handler.structure in ("outer", "tied")
 
 
 def matrix_layers(layer: Layer) -> bool:
