@@ -39,14 +39,18 @@ class FactoredBlock(Block):
 
     @property
     def estimated(self) -> bool:
-        return self.gradient_factor.value is not None and self.input_factor.value is not None
+        own = self.gradient_factor.value is not None and self.input_factor.value is not None
+        return own or (self.transposed is not None and self.transposed.estimated)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """G `[*k o o]` and A `[*k i i]` or `[i]`."""
-        if self.gradient_factor.value is None or self.input_factor.value is None:
+        own = None
+        if self.gradient_factor.value is not None and self.input_factor.value is not None:
+            own = self.gradient_factor.value, self.input_factor.value
+        found = own if self.transposed is None else self.transposed.joined_with(own)
+        if found is None:
             raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        left, right = self.gradient_factor.value, self.input_factor.value
-        return (left, right) if self.transposed is None else self.transposed.joined(left, right)
+        return found
 
     def update(self, rows: Rows) -> None:
         if rows.first:

@@ -42,13 +42,22 @@ class TransposedFactors:
         else:
             self.gradient_factor.add(some.gradients.square().sum((0, -3, -2)), rows.new_terms)
 
-    def joined(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of both uses, `[o o]` and `[V V]` or `[V]`, where the other has `left` `[o o]`, `right` `[V]`."""
-        if is_dense(len(right)):
-            right = right.diag()
-        if self.input_factor.value is None or self.gradient_factor.value is None:
-            return left, right
-        return kronecker.product_of_sum([(left, right), (self.input_factor.value, self.gradient_factor.value)])
+    @property
+    def estimated(self) -> bool:
+        """Whether this use has been seen."""
+        return self.input_factor.value is not None and self.gradient_factor.value is not None
+
+    def joined_with(self, other: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The factors of both uses, `[o o]` and `[V V]` or `[V]`, where the other's are `[o o]` and `[V]`.
+
+        None for a use that was never seen.
+        """
+        pairs = []
+        if other is not None:
+            pairs.append((other[0], other[1].diag() if is_dense(len(other[1])) else other[1]))
+        if self.input_factor.value is not None and self.gradient_factor.value is not None:
+            pairs.append((self.input_factor.value, self.gradient_factor.value))
+        return kronecker.product_of_sum(pairs) if len(pairs) > 1 else pairs[0] if pairs else None
 
 
 def is_dense(words: int) -> bool:
