@@ -3,9 +3,9 @@
 from kfacopt import operators as operators
 from kfacopt import schedules as schedules
 from kfacopt.backends import CurvatureBackend as CurvatureBackend
+from kfacopt.backends import EigenKFACBackend as EigenKFACBackend
 from kfacopt.backends import EKFACBackend as EKFACBackend
-from kfacopt.backends import ExactEKFACBackend as ExactEKFACBackend
-from kfacopt.backends import ExactKFACBackend as ExactKFACBackend
+from kfacopt.backends import FullEKFACBackend as FullEKFACBackend
 from kfacopt.backends import KFACBackend as KFACBackend
 from kfacopt.backends import LayerTensors as LayerTensors
 from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
@@ -50,6 +50,7 @@ from kfacopt.optim import TrustRegionNewton as TrustRegionNewton
 from kfacopt.optim import TrustRegionStrategy as TrustRegionStrategy
 from kfacopt.optim import UnitGradients as UnitGradients
 from kfacopt.optim import Updates as Updates
+from kfacopt.optim import deprecated
 from kfacopt.solvers import CG as CG
 from kfacopt.solvers import Gram as Gram
 from kfacopt.solvers import Problem as Problem
@@ -57,3 +58,7 @@ from kfacopt.solvers import Solved as Solved
 from kfacopt.solvers import Solver as Solver
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    return globals()[deprecated.new_name(name)]

@@ -431,8 +431,8 @@ def made_of(backend: type[kfacopt.LayerwiseBackend]) -> Callable[..., Optimizer]
     return make
 
 
-exact_kfac = made_of(kfacopt.ExactKFACBackend)
-exact_ekfac = made_of(kfacopt.ExactEKFACBackend)
+exact_kfac = made_of(kfacopt.EigenKFACBackend)
+exact_ekfac = made_of(kfacopt.FullEKFACBackend)
 
 OPTIMIZERS = {"kfac": kfacopt.KFAC, "ekfac": kfacopt.EKFAC, "exact-kfac": exact_kfac, "exact-ekfac": exact_ekfac}
 

@@ -204,7 +204,7 @@ def test_an_optimizer_with_max_overhead_stays_within_it(
 
 
 @pytest.mark.parametrize("stagger", [True, False])
-@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactEKFACBackend])
+@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.FullEKFACBackend])
 def test_refreshes_in_an_optimizer(backend: Any, stagger: bool) -> None:
     torch.manual_seed(0)
     widths = (4, 5, 6, 5, 4, 3)

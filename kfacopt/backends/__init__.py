@@ -4,7 +4,7 @@ from kfacopt.backends.base import CurvatureBackend as CurvatureBackend
 from kfacopt.backends.base import LayerTensors as LayerTensors
 from kfacopt.backends.base import Settings as Settings
 from kfacopt.backends.ekfac import EKFACBackend as EKFACBackend
-from kfacopt.backends.ekfac import ExactEKFACBackend as ExactEKFACBackend
-from kfacopt.backends.kfac import ExactKFACBackend as ExactKFACBackend
+from kfacopt.backends.ekfac import FullEKFACBackend as FullEKFACBackend
+from kfacopt.backends.kfac import EigenKFACBackend as EigenKFACBackend
 from kfacopt.backends.kfac import KFACBackend as KFACBackend
 from kfacopt.backends.layerwise import LayerwiseBackend as LayerwiseBackend

@@ -13,7 +13,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
 
 
-class ExactEKFACBackend(LayerwiseBackend):
+class FullEKFACBackend(LayerwiseBackend):
     """Amortised eigenbasis, corrected eigenvalues updated with every batch of rows (George et al. 2018).
 
     Args:
@@ -67,7 +67,7 @@ class EKFACBackend(LayerwiseBackend):
 
     Eigenvectors whose eigenvalue is at most `tail` times the factor's mean are not rotated into; they share the mean of
     their eigenvalues (`kfacopt.blocks.PartialEigenBlock`). Layers that cannot be cut (grouped convolutions, embeddings,
-    and any side of at most 64) keep everything. `ExactEKFACBackend` cuts nothing.
+    and any side of at most 64) keep everything. `FullEKFACBackend` cuts nothing.
 
     Args:
         factor_every: Steps between two updates of the factors and of the corrected eigenvalues.
@@ -90,7 +90,7 @@ class EKFACBackend(LayerwiseBackend):
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
         if not 0.0 < tail < 1.0:
-            raise ValueError(f"tail must lie between 0 and 1, got {tail}; ExactEKFACBackend cuts nothing")
+            raise ValueError(f"tail must lie between 0 and 1, got {tail}; FullEKFACBackend cuts nothing")
         self._tail, self._exponent = tail, check_exponent(exponent)
         self.newton = exponent == 1.0
 

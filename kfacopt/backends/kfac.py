@@ -35,7 +35,7 @@ class KFACBackend(LayerwiseBackend):
         return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent)
 
 
-class ExactKFACBackend(LayerwiseBackend):
+class EigenKFACBackend(LayerwiseBackend):
     """KFAC whose damping is added to the eigenvalues of the Kronecker product instead of to its factors.
 
     An eigendecomposition for each factor instead of an inverse, and four products a layer and step instead of two;

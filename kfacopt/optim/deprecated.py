@@ -9,7 +9,20 @@ from typing import Any
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.likelihoods.fisher import Curvature, Fisher
 
+_RENAMED = {"ExactKFACBackend": "EigenKFACBackend", "ExactEKFACBackend": "FullEKFACBackend"}
 _FISHER = {"fisher_type": "type", "mc_samples": "samples", "seed": "seed"}
+
+
+def new_name(name: str) -> str:
+    """What `kfacopt.name` of 0.1 is called now.
+
+    Raises:
+        AttributeError: If there was no such name.
+    """
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'kfacopt' has no attribute {name!r}")
+    warnings.warn(f"kfacopt.{name} is now kfacopt.{_RENAMED[name]}", DeprecationWarning, stacklevel=3)
+    return _RENAMED[name]
 
 
 def fisher_of(owner: type, curvature: Fisher | Curvature | str, old: dict[str, Any]) -> Fisher:

@@ -149,7 +149,7 @@ def test_refinements_resume(way: Callable[..., Pair]) -> None:
     case = BY_NAME["mlp-ce"]
 
     def make(model: nn.Module, loss: nn.Module, **options: Any) -> Any:
-        backend = kfacopt.ExactEKFACBackend(1, 6, refine_every=2)
+        backend = kfacopt.FullEKFACBackend(1, 6, refine_every=2)
         return kfacopt.SecondOrderOptimizer(model, loss, backend=backend, lr=0.1)
 
     model, loss, _, _ = case.make()

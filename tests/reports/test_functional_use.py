@@ -139,7 +139,7 @@ def test_operators_hold_both_uses_or_refuse(name: str, operator: Any) -> None:
 def test_an_optimizers_block_holds_both_uses_or_the_layer_is_named(name: str) -> None:
     model, loss, x, y, want = made(name)
     optimizer = kfacopt.SecondOrderOptimizer(
-        model, loss, backend=kfacopt.ExactEKFACBackend(1, 1), lr=0.0, adamw_lr=0.0, damping=0.1, ema_decay=0.0, **TYPE2
+        model, loss, backend=kfacopt.FullEKFACBackend(1, 1), lr=0.0, adamw_lr=0.0, damping=0.1, ema_decay=0.0, **TYPE2
     )
 
     def stepped() -> list[str]:

@@ -130,7 +130,7 @@ def test_with_absolute_damping_the_step_is_the_dense_one(name: str, factor: floa
 
     def run() -> Tensor:
         options = {"lr": 1.0, "damping": 0.05, "momentum": 0.0, "kl_clip": None} | TYPE2
-        optimizer = kfacopt.SecondOrderOptimizer(model, loss, backend=kfacopt.ExactKFACBackend(1, 1), **options)
+        optimizer = kfacopt.SecondOrderOptimizer(model, loss, backend=kfacopt.EigenKFACBackend(1, 1), **options)
         before = flat(model.parameters())
         (factor * loss(model(x), y)).backward()
         optimizer.step()

@@ -159,7 +159,7 @@ def check_blocks(optimizer: Any, said: list[str], want: dict[str, float], prefix
 def test_blocks_of_a_residual_module_are_whole_or_named(name: str) -> None:
     model = MODULES[name]()
     want = block_traces(model, gauss_newton(model))
-    optimizer = kfacopt.SecondOrderOptimizer(model, MSE, backend=kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
+    optimizer = kfacopt.SecondOrderOptimizer(model, MSE, backend=kfacopt.FullEKFACBackend(1, 1), **EKFAC)
 
     def check(said: list[str]) -> None:
         check_blocks(optimizer, said, want)
@@ -286,7 +286,7 @@ def test_blocks_of_a_raw_network_are_those_of_the_residual_or_named(name: str) -
     net = network()
     model = Residual(RESIDUALS[name])
     whole = block_traces(model, gauss_newton(model))
-    optimizer = kfacopt.SecondOrderOptimizer(net, MSE, backend=kfacopt.ExactEKFACBackend(1, 1), **EKFAC)
+    optimizer = kfacopt.SecondOrderOptimizer(net, MSE, backend=kfacopt.FullEKFACBackend(1, 1), **EKFAC)
 
     def run() -> list[str]:
         return stepped(optimizer, lambda: RESIDUALS[name](net, inputs().requires_grad_()).square().mean())

@@ -44,8 +44,8 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "kfac": lambda m, **kw: kfacopt.KFAC(m, CE, **kw),
     "ekfac": lambda m, **kw: kfacopt.EKFAC(m, CE, **kw),
-    "exact-kfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.ExactKFACBackend(1, 1), **kw),
-    "exact-ekfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.ExactEKFACBackend(1, 1), **kw),
+    "exact-kfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.EigenKFACBackend(1, 1), **kw),
+    "exact-ekfac": lambda m, **kw: kfacopt.SecondOrderOptimizer(m, CE, backend=kfacopt.FullEKFACBackend(1, 1), **kw),
 }
 RULES: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": lambda: {},
@@ -131,7 +131,7 @@ def test_a_layer_used_functionally_beside_the_damping_rule(rule: str) -> None:
     assert optimizer.health()["skipped_steps"] == 0.0
 
 
-@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactEKFACBackend])
+@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.FullEKFACBackend])
 def test_a_preconditioner_of_natural_gradient_without_curvature_of_a_layer(backend: Any) -> None:
     torch.manual_seed(0)
     model = Heads().double()
@@ -156,7 +156,7 @@ def test_a_preconditioner_of_natural_gradient_without_curvature_of_a_layer(backe
     assert losses[-1] < losses[0]
 
 
-BACKENDS = (kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactKFACBackend, kfacopt.ExactEKFACBackend)
+BACKENDS = (kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.EigenKFACBackend, kfacopt.FullEKFACBackend)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

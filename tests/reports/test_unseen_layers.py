@@ -195,7 +195,7 @@ def test_layers_without_any_gradient_are_no_reason_to_warn() -> None:
     assert treatment(optimizer, "first").startswith("EKFAC")
 
 
-@pytest.mark.parametrize("backend", [kfacopt.ExactEKFACBackend, kfacopt.ExactKFACBackend, kfacopt.EKFACBackend])
+@pytest.mark.parametrize("backend", [kfacopt.FullEKFACBackend, kfacopt.EigenKFACBackend, kfacopt.EKFACBackend])
 def test_any_backend_says_so(backend: Any) -> None:
     model = Net(UNSEEN["layer.forward(x)"]).double()
     optimizer = kfacopt.SecondOrderOptimizer(model, CE, backend=backend(1, 1), lr=0.0, **TYPE2)

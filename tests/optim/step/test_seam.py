@@ -63,7 +63,7 @@ def test_a_direction_and_a_length_of_ones_own() -> None:
     assert other.step_length.state_dict() == {"count": 4}
 
 
-@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactKFACBackend])
+@pytest.mark.parametrize("backend", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.EigenKFACBackend])
 @pytest.mark.parametrize("direction", [Gradient(), None])
 def test_a_trust_region_bounds_the_divergence_of_any_direction(
     direction: kfacopt.Direction | None, backend: type[kfacopt.LayerwiseBackend]

@@ -97,7 +97,7 @@ def test_kfac_against_symmetric_roots_and_svd(case: Case, exponent: float) -> No
 
 
 @families
-@pytest.mark.parametrize("backend_type", [kfacopt.ExactKFACBackend, kfacopt.ExactEKFACBackend, kfacopt.EKFACBackend])
+@pytest.mark.parametrize("backend_type", [kfacopt.EigenKFACBackend, kfacopt.FullEKFACBackend, kfacopt.EKFACBackend])
 def test_eigenbases_against_the_dense_root(backend_type: Callable[..., Any], case: Case) -> None:
     """S as the symmetric root of the inverse, from the block's solve of each unit matrix."""
     backend = backend_type(1, 1)
@@ -139,7 +139,7 @@ def test_without_curvature_it_is_muon(case: Case) -> None:
 
 
 @families
-@pytest.mark.parametrize("optimizer", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.ExactKFACBackend])
+@pytest.mark.parametrize("optimizer", [kfacopt.KFACBackend, kfacopt.EKFACBackend, kfacopt.EigenKFACBackend])
 def test_the_frobenius_norm_gives_the_natural_gradient(optimizer: Callable[..., Any], case: Case) -> None:
     def frobenius(matrix: Tensor) -> Tensor:
         assert matrix.ndim == 3
