@@ -23,7 +23,7 @@ def rows_of_layer(
     kfac_approx: KFACType,
     all_places: bool = False,
     inputs: Tensor | OneHot | None = None,
-    transposed: bool = False,
+    one_use: bool = False,
 ) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
 
@@ -36,17 +36,17 @@ def rows_of_layer(
         kfac_approx: Expand, or reduce.
         all_places: Leave reducing to `Rows.for_factors`.
         inputs: The rows' inputs where they are known: those of the rows that other cotangents gave for the same calls.
-        transposed: Of a tied layer, the calls are all of one use: rows of that alone.
+        one_use: Of a tied layer, the calls are all of one use: rows of that alone.
 
     Raises:
         ValueError: If the calls had different numbers of data.
     """
-    if isinstance(layer.handler, TiedEmbeddingHandler) and not transposed:
+    if isinstance(layer.handler, TiedEmbeddingHandler) and not one_use:
         return _rows_of_both_uses(layer, layer.handler, reached, terms, kfac_approx, all_places, inputs)
     if layer.handler.structure == "elementwise":
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
-        whole = rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs, transposed=transposed)
+        whole = rows_of_layer(layer, reached, terms, KFACType.EXPAND, inputs=inputs, one_use=one_use)
         return replace(whole, reduce=True)
     gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
     if len(reached) > 1:
@@ -71,9 +71,9 @@ def _rows_of_both_uses(
     """Rows of an embedding's calls, and of the linear layer's with the same weight, of which either may be missing."""
     heads = [(site, g) for site, g in reached if handler.transposes(site.module)]
     lookups = [(site, g) for site, g in reached if not handler.transposes(site.module)]
-    other = rows_of_layer(layer, heads, terms, kfac_approx, all_places, transposed=True) if heads else None
+    other = rows_of_layer(layer, heads, terms, kfac_approx, all_places, one_use=True) if heads else None
     if lookups:
-        own = rows_of_layer(layer, lookups, terms, kfac_approx, all_places, inputs, transposed=True)
+        own = rows_of_layer(layer, lookups, terms, kfac_approx, all_places, inputs, one_use=True)
         return replace(own, transposed=other)
     assert other is not None
     words, width = next(iter(layer.parameters.values())).shape

@@ -58,13 +58,14 @@ class Layer:
         Raises:
             KeyError: If a parameter is missing.
         """
-        return {role: self._rows_of(role, tensors[p]) for role, p in self.parameters.items()}
+        return {role: self.own_rows(role, tensors[p]) for role, p in self.parameters.items()}
 
     def values(self) -> dict[str, Tensor]:
         """By role, the layer's share of the parameters themselves, without a graph."""
-        return {role: self._rows_of(role, p.detach()) for role, p in self.parameters.items()}
+        return {role: self.own_rows(role, p.detach()) for role, p in self.parameters.items()}
 
-    def _rows_of(self, role: str, tensor: Tensor) -> Tensor:
+    def own_rows(self, role: str, tensor: Tensor) -> Tensor:
+        """The layer's share of one tensor, shaped as the parameter of that role: a view."""
         rows = self.rows(role)
         return tensor if rows is None else tensor[rows]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.base import LayerHandler, OneHot, Structure
 from kfacopt.layers.embedding import EmbeddingHandler
+from kfacopt.layers.linear import LinearHandler
 from kfacopt.likelihoods import KFACType
 
 
@@ -38,7 +39,7 @@ class TiedEmbeddingHandler(LayerHandler):
             kinds.setdefault(type(module), set()).add((module.extra_repr(), handler))
         found = [(kind, next(iter(described))[1]) for kind, described in kinds.items() if len(described) == 1]
         embeddings = [h for kind, h in found if issubclass(kind, nn.Embedding) and isinstance(h, EmbeddingHandler)]
-        linears = [h for kind, h in found if issubclass(kind, nn.Linear) and h is not None and h.structure == "outer"]
+        linears = [h for kind, h in found if issubclass(kind, nn.Linear) and isinstance(h, LinearHandler)]
         whole = len(kinds) == 2 and len(embeddings) == len(linears) == 1
         return cls(embeddings[0], linears[0]) if whole else None
 

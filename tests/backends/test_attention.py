@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
-from kfacopt.optim.step import Spectral
 from tests.cases import exact_ekfac, still
 from tests.explicit import explicit_model
 
@@ -62,12 +61,12 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def spectral(model: nn.Module, loss: nn.Module, **options: Any) -> Any:
-    """Without unit gradients, which are by parameter: packed ones have one length together."""
-    return kfacopt.SpectralDescent(model, loss, direction=Spectral(0.9), **options)
-
-
-OPTIMIZERS = {"kfac": kfacopt.KFAC, "ekfac": kfacopt.EKFAC, "exact-ekfac": exact_ekfac, "spectral": spectral}
+OPTIMIZERS = {
+    "kfac": kfacopt.KFAC,
+    "ekfac": kfacopt.EKFAC,
+    "exact-ekfac": exact_ekfac,
+    "spectral": kfacopt.SpectralDescent,
+}
 
 
 def batch() -> tuple[Tensor, Tensor]:
