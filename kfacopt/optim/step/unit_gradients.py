@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from kfacopt.layers.layer import Layer, by_parameter
+from kfacopt.layers.layer import Layer
 from kfacopt.optim.step.base import Direction, Step, Updates
 
 
 class UnitGradients(Direction):
-    """Another direction, of gradients that are divided by their norm before they are averaged.
-
-    Each parameter of each layer has a norm of its own; so does each layer's share of packed ones.
+    """Another direction, of gradients that are divided by their norm, parameter by parameter, before they are averaged.
 
     A batch then counts in the momentum for where it points, however steep the loss is there: one outlier among the
     targets turns it no further than any other batch does (normalised momentum, Cutkosky & Mehta 2020). For directions
@@ -47,22 +45,17 @@ class UnitGradients(Direction):
         return self.direction.refusal(layer)
 
     def updates(self, step: Step) -> Updates:
-        given = {
-            layer: [
-                (role, layer.own_rows(role, step.gradients[p]))
-                for role, p in layer.parameters.items()
-                if p in step.gradients
-            ]
-            for layer in step.layers
-        }
-        gradients = [gradient for parts in given.values() for _, gradient in parts]
+        # Packed parameters have one norm together: a key's bias, on which no output depends, has rounding for gradient,
+        # and would be as long as the others.
+        held = dict.fromkeys(p for layer in step.layers for p in layer.parameters.values())
+        covered = [p for p in held if p in step.gradients]
+        gradients = [step.gradients[p] for p in covered]
         if not gradients:
             return self.direction.updates(step)
         norms = torch._foreach_norm(gradients)
         torch._foreach_clamp_min_(norms, torch.finfo(norms[0].dtype).tiny)
-        units = iter(torch._foreach_div(gradients, norms))
-        unit = {layer: {role: next(units) for role, _ in parts} for layer, parts in given.items()}
-        changed = {**step.gradients, **by_parameter(unit)}
+        units = torch._foreach_div(gradients, norms)
+        changed = {**step.gradients, **dict(zip(covered, units, strict=True))}
         # The image of a direction, where it has one, is what it was told, not the gradient: nobody is to trust it.
         return replace(self.direction.updates(replace(step, gradients=changed)), image=None)
 
