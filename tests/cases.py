@@ -97,6 +97,20 @@ class TiedEmbedding(nn.Module):
         return self.head(self.inner(self.embedding(x)).tanh())
 
 
+class TiedLanguage(nn.Module):
+    """A language model of positions `[n t]` that are each on their own, logits `[n c t]`; the embedding is the head."""
+
+    def __init__(self, padding_idx: int | None = None, width: int = 4) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(5, width, padding_idx), nn.Linear(width, width)
+        self.head = nn.Linear(width, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(self.embedding(x)).tanh())
+        return logits.transpose(1, 2)
+
+
 class WithUnused(nn.Module):
     """A module in the tree that no forward calls."""
 
@@ -168,6 +182,21 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(self.embedding(x)).mean(1))
+
+
+class CrossAttention(nn.Module):
+    """Queries, keys and values of different widths and lengths, tokens before data, masked; a head on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_zero_attn=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.transpose(0, 1)
+        mask = torch.ones(2, 3, dtype=torch.bool, device=x.device).triu(2)
+        attended, _ = self.attention(tokens[:2], tokens[1:, :, :3], tokens[1:, :, 2:], attn_mask=mask)
+        return self.head(attended.tanh().mean(0))
 
 
 class ClassesFirst(nn.Module):
@@ -377,6 +406,7 @@ CASES = (
     Case("shared-twice", Shared, MSE, reals(3), reals(2), curvlinops=False),
     Case("tied", Tied, MSE, reals(3), reals(2), curvlinops=False),
     Case("tied-embedding", TiedEmbedding, CE, classes(5), classes(5), curvlinops=False),
+    Case("tied-language", lambda: TiedLanguage(1), CE, classes(5, 3), classes(5, 3), curvlinops=False),
     Case("sequence-linear-mse", deep_linear, MSE, reals(3, 4), reals(3, 2), kfac_exact=("expand",)),
     Case("sequence-ce", ClassesFirst, CE, reals(4, 3), classes(3, 4)),
     Case("sequence-bce", mlp, BCE, reals(2, 4), bits(2, 3), curvlinops=False),  # curvlinops misreads it
@@ -408,6 +438,7 @@ CASES = (
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),
+    Case("cross-attention", CrossAttention, MSE, reals(4, 4), reals(2), 4, curvlinops=False),
 )
 
 # Losses whose own Hessian is zero or depends on the target: the Fisher information stands for it (`reference.bent`).

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.layers.layer import Layer
+from tests.explicit import counterpart, untied
 
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -91,6 +92,7 @@ def term_gradients(loss: nn.Module, prediction: Tensor, y: Tensor) -> Tensor:
 def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
     """Tensors `[b, *parameter]` as matrices `[b k o i]`."""
     module = layer.modules[0]
+    parts = {role: p if (rows := layer.rows(role)) is None else p[:, rows] for role, p in parts.items()}
     some = next(iter(parts.values()))
     if layer.handler.structure == "elementwise":
         return torch.stack([p.flatten(1) for p in parts.values()], dim=-1).unsqueeze(1)
@@ -105,6 +107,8 @@ def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
 @sdpa_kernel(SDPBackend.MATH)  # the flash kernel has no batching rule
 def jacobian(model: nn.Module, layer: Layer, x: Any) -> Tensor:
     """Jacobian of the prediction with respect to a layer's matrix, `[p k o i]`."""
+    if layer.part is not None:
+        model, layer = counterpart(model, layer)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     chosen = {names[id(p)]: p.detach() for p in layer.parameters.values()}
     roles = {names[id(p)]: role for role, p in layer.parameters.items()}
@@ -195,7 +199,9 @@ class DenseRows:
 @sdpa_kernel(SDPBackend.MATH)
 def dense_rows(model: nn.Module, layer: Layer, x: Any, approx: str) -> DenseRows:
     """A layer's rows, found by differentiating: the layer with respect to its matrix, the model with respect to the
-    layer's outputs."""
+    layer's outputs; of a part of attention, those of the layer that it is in attention written out."""
+    if layer.part is not None:
+        model, layer = counterpart(model, layer)
     calls = _calls(model, layer, x)
     inputs = torch.cat([_input_rows(layer, module, args) for module, args, _ in calls], dim=1)
     perturbed = _jacobian_of_outputs(model, layer, x, [out for _, _, out in calls])
@@ -224,6 +230,26 @@ def sampled_gradient_factor(rows: DenseRows, cotangents: Tensor, terms: float) -
     """G of given cotangents `[v p]`, `[k o o]`."""
     g = torch.einsum("vp,pnsko->vnsko", cotangents, rows.outputs)
     return torch.einsum("vnsko,vnskr->kor", g, g) / terms
+
+
+def factors(
+    model: nn.Module, layer: Layer, x: Any, approx: str, gradients: Callable[[DenseRows], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """G `[k o o]` and A `[k i i]`, with `gradients` for the former; of a tied weight those of both uses together.
+
+    These have the partial traces of the dense sum of both uses' curvature.
+    """
+    if layer.handler.structure != "tied":
+        rows = dense_rows(model, layer, x, approx)
+        return gradients(rows), input_factor(rows)
+    apart, words, head = untied(model, layer)
+    looked_up, multiplied = dense_rows(apart, words, x, approx), dense_rows(apart, head, x, approx)
+    pairs = [(gradients(looked_up), input_factor(looked_up)), (input_factor(multiplied), gradients(multiplied))]
+    whole = sum(torch.einsum("kor,kij->oirj", left, right) for left, right in pairs)
+    assert isinstance(whole, Tensor)
+    root = torch.einsum("oioi->", whole).sqrt()
+    left, right = torch.einsum("oiri->or", whole) / root, torch.einsum("oioj->ij", whole) / root
+    return left.unsqueeze(0), right.unsqueeze(0)
 
 
 def _calls(model: nn.Module, layer: Layer, x: Any) -> list[tuple[nn.Module, tuple[Any, ...], Tensor]]:

@@ -14,7 +14,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import PolarFactor
 
 LayerTensors = Mapping[Layer, Mapping[str, Tensor]]
-"""For each layer, tensors shaped as its parameters, by role (`"weight"`, `"bias"`)."""
+"""For each layer, tensors shaped as its share of its parameters (`Layer.share`), by role (`"weight"`, `"bias"`)."""
 
 
 class Settings(NamedTuple):
@@ -53,6 +53,14 @@ class CurvatureBackend(ABC):
 
     newton: bool = True
     """Whether `solve` is `(C + damping I)⁻¹`: a trust region then takes `uᵀm` for `uᵀ (C + damping I) u`."""
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not.
+
+        By default such layers as have rows of a kind that one must know of (`Rows.transposed`).
+        """
+        tied = layer.handler.structure == "tied"
+        return f"tied, and {type(self).__name__} takes no transposed rows" if tied else None
 
     def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
         """Take note of the layers to come. Called again when parameters are frozen, unfrozen or added."""

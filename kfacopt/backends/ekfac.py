@@ -8,6 +8,7 @@ from typing import Any
 from kfacopt.backends.base import Settings
 from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
+from kfacopt.blocks.tied import is_dense
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
 
@@ -96,6 +97,7 @@ class EKFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
-        matrix = layer.pack(dict(layer.parameters))
-        cuttable = matrix.ndim == 2 and layer.handler.structure == "outer"
+        matrix = layer.pack(layer.values())
+        dense = layer.handler.structure == "tied" and is_dense(matrix.shape[-1])
+        cuttable = matrix.ndim == 2 and (dense or layer.handler.structure == "outer")
         return PartialEigenBlock(self._tail, self._exponent) if cuttable else CorrectedEigenBlock(self._exponent)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
 from kfacopt.blocks.base import Block
+from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.blocks.tied import TransposedFactors
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import PolarFactor
@@ -51,6 +53,16 @@ class LayerwiseBackend(CurvatureBackend):
     def make_block(self, layer: Layer) -> Block:
         """A fresh block for a layer."""
 
+    def refusal(self, layer: Layer) -> str | None:
+        able = layer.handler.structure != "tied" or isinstance(self.make_block(layer), FactoredBlock)
+        return None if able else super().refusal(layer)
+
+    def _new_block(self, layer: Layer) -> Block:
+        block = self.make_block(layer)
+        if layer.handler.structure == "tied" and isinstance(block, FactoredBlock):
+            block.transposed = TransposedFactors()
+        return block
+
     def treatment(self, layer: Layer) -> str:
         return self.blocks[layer.name].title
 
@@ -66,7 +78,7 @@ class LayerwiseBackend(CurvatureBackend):
             if name in old and known[name].roles == layer.roles:
                 self.blocks[name] = old[name]
                 continue
-            self.blocks[name] = self.make_block(layer)
+            self.blocks[name] = self._new_block(layer)
             if waiting is not None and self._mismatch(name, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
 
@@ -236,7 +248,7 @@ class LayerwiseBackend(CurvatureBackend):
             if name in chosen:
                 self.blocks[name].load_state_dict(chosen[name], _device(layer))
             else:
-                self.blocks[name] = self.make_block(layer)
+                self.blocks[name] = self._new_block(layer)
         self._dormant = {key: kept for key, kept in waiting.items() if not _without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
@@ -250,7 +262,7 @@ class LayerwiseBackend(CurvatureBackend):
         layer = self._layers[name]
         return {
             "kind": type(self.blocks[name]).__name__,
-            "shape": list(layer.pack(dict(layer.parameters)).shape),
+            "shape": list(layer.pack(layer.values()).shape),
             "roles": list(layer.roles),
         }
 

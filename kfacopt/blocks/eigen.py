@@ -8,6 +8,7 @@ from torch import Tensor
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
@@ -193,6 +194,9 @@ def squared_coordinates(
         right: Q_A, `[*k i r]`, or None for the identity.
         budget: Elements that a temporary may have.
     """
+    if rows.transposed is not None:
+        assert left is not None
+        return squared_tied_coordinates(rows, left, right, budget)
     if isinstance(rows.inputs, OneHot):
         return _squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
     places, outputs, columns = rows.gradients.shape[-2], rows.gradients.shape[-1], rows.inputs.shape[-1]

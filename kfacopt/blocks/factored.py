@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
 from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.blocks.tied import TransposedFactors
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
 
@@ -24,10 +25,13 @@ class FactoredBlock(Block):
         self.gradient_factor = RunningAverage()
         self.owner: FactoredBlock | None = None
         """The block of the same module whose gradient factor this one uses."""
+        self.transposed: TransposedFactors | None = None
+        """For a matrix that is used transposed, too: the factors of that use."""
 
     def averages(self) -> dict[str, RunningAverage]:
         own = {} if self.owner is not None else {"gradient_factor": self.gradient_factor}
-        return {"input_factor": self.input_factor} | own
+        transposed = {} if self.transposed is None else self.transposed.averages()
+        return {"input_factor": self.input_factor} | own | transposed
 
     def share_gradient_factor(self, owner: FactoredBlock) -> None:
         """Use the gradient factor of another block of the same module (its weight's, for a bias), which updates it."""
@@ -35,18 +39,25 @@ class FactoredBlock(Block):
 
     @property
     def estimated(self) -> bool:
-        return self.gradient_factor.value is not None and self.input_factor.value is not None
+        own = self.gradient_factor.value is not None and self.input_factor.value is not None
+        return own or (self.transposed is not None and self.transposed.estimated)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """G `[*k o o]` and A `[*k i i]` or `[i]`."""
-        if self.gradient_factor.value is None or self.input_factor.value is None:
+        own = None
+        if self.gradient_factor.value is not None and self.input_factor.value is not None:
+            own = self.gradient_factor.value, self.input_factor.value
+        found = own if self.transposed is None else self.transposed.joined_with(own)
+        if found is None:
             raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        return self.gradient_factor.value, self.input_factor.value
+        return found
 
     def update(self, rows: Rows) -> None:
         if rows.first:
             self.input_factor.add(*input_covariance(rows.for_factors().inputs, rows.gradients.dtype))
         self.update_gradient_factor(rows)
+        if self.transposed is not None and rows.transposed is not None:
+            self.transposed.update(rows.transposed)
 
     def update_gradient_factor(self, rows: Rows) -> None:
         """`update` of G alone."""
@@ -55,7 +66,7 @@ class FactoredBlock(Block):
 
     def rescale(self, factor: float) -> None:
         for name, average in self.averages().items():
-            if name != "input_factor":
+            if name not in ("input_factor", "transposed_input_factor"):
                 average.rescale(factor)
 
     def mean_eigenvalue(self) -> Tensor:

@@ -66,6 +66,11 @@ def rows_in_chunks(
             sites = tuple(site for site, _ in reached)
             made = rows_of_layer(layer, reached, terms, kfac_approx, all_places, needs_inputs, inputs.get(sites))
             inputs[sites] = made.inputs
-            rows[layer] = replace(made, first=False) if layer in counted else made
+            rows[layer] = _not_first(made) if layer in counted else made
             counted.add(layer)
         yield some, rows
+
+
+def _not_first(rows: Rows) -> Rows:
+    other = None if rows.transposed is None else replace(rows.transposed, first=False)
+    return replace(rows, first=False, transposed=other)

@@ -34,7 +34,7 @@ from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type, is_recorded, may_hook
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
-from kfacopt.capture.recording import goes_unnoticed, site_of, unnoticed, without_autocast
+from kfacopt.capture.recording import goes_unnoticed, layers_of_modules, sites_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Site, Tally
 from kfacopt.capture.roots import OpenCall, returns_losses
 from kfacopt.capture.targets import Targets
@@ -83,10 +83,7 @@ class Capture:
         self._estimator = estimator
         self.passes = CurvaturePass(layers, estimator, self._loss_graph)
         self._deliver, self._discard = deliver, discard
-        self._layers: dict[nn.Module, list[Layer]] = {}
-        for layer in layers:
-            for module in layer.modules:
-                self._layers.setdefault(module, []).append(layer)
+        self._layers = layers_of_modules(layers)
         self._open: list[OpenCall] = []
         self._root: nn.Module | None = None
         self.is_paused = False
@@ -159,11 +156,13 @@ class Capture:
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None
         if self.wants_rows and listens:
-            for tensor in (*inputs, output):
-                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            for tensor in tensors_of((inputs, kwargs, output)):
+                if tensor.grad_fn is not None:
                     self._passed[tensor] = None
-            for layer in self._layers.get(module, ()):
-                self._keep_site(layer, module, inputs, kwargs, output)
+            for site, edge in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output):
+                mark = leave_mark(edge.node)
+                self._within[mark] = site.uses
+                self._sites[site] = weakref.ref(mark)
         if self._open:
             self._open[-1].note(found)
             return
@@ -171,20 +170,6 @@ class Capture:
         self._sites, self._call = {}, None
         if listens and (self.wants_rows or self.wants_terms or self.wants_replays):
             self._keep_forward(module, sites, call, output, ended)
-
-    def _keep_site(
-        self,
-        layer: Layer,
-        module: nn.Module,
-        inputs: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        site = site_of(layer, module, inputs, kwargs, output)
-        if site is not None:
-            mark = leave_mark(output.grad_fn)
-            self._within[mark] = site.uses
-            self._sites[site] = weakref.ref(mark)
 
     def _keep_forward(
         self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any, ended: OpenCall

@@ -39,7 +39,7 @@ class CotangentPass:
         """
         result: dict[Layer, list[tuple[Site, Tensor]]] = {}
         for site, gradient in self._gradients(root, edges, cotangents, guard).items():
-            result.setdefault(site.layer, []).append((site, gradient))
+            result.setdefault(site.layer, []).append((site, site.arranged(gradient)))
         return result
 
     def _gradients(

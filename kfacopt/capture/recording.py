@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from kfacopt.capture.graph import uses_within
+from kfacopt.capture.graph import Uses, uses_within
 from kfacopt.capture.records import Site
 from kfacopt.capture.tensor_hooks import own
 from kfacopt.layers.layer import Layer
@@ -50,16 +49,12 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
     """
     edges: dict[Site, GradientEdge] = {}
 
-    def keep(layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        site = site_of(layer, module, inputs, kwargs, output)
-        if site is not None:
-            edges[site] = get_gradient_edge(output)
+    held = layers_of_modules(layers)
 
-    handles = [
-        own(module.register_forward_hook(partial(keep, layer), with_kwargs=True))
-        for layer in layers
-        for module in layer.modules
-    ]
+    def keep(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        edges.update(sites_of(held[module], module, inputs, kwargs, output))
+
+    handles = [own(module.register_forward_hook(keep, with_kwargs=True)) for module in held]
     try:
         with unnoticed():
             yield edges
@@ -68,19 +63,58 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
             handle.remove()
 
 
-def site_of(
-    layer: Layer, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Site | None:
-    """A call of a covered module, unless it ran with other parameters (functional_call) or without a graph."""
-    own = all(module._parameters.get(role) is p for role, p in layer.parameters.items())
-    if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
-        return None
-    own_ids = {id(p) for p in layer.parameters.values()}
-    above = [x.grad_fn for x in tensors_of((inputs, kwargs)) if x.grad_fn is not None]
-    uses = Counter({key: n for key, n in uses_within(output.grad_fn, above).items() if key in own_ids})
+def layers_of_modules(layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
+    """The layers that a call of each module is a call of."""
+    result: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        for module in layer.modules:
+            result.setdefault(module, []).append(layer)
+    return result
+
+
+def sites_of(
+    layers: Iterable[Layer], module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> list[tuple[Site, GradientEdge]]:
+    """One call of a module as calls of its layers, and where the gradients of their outputs arrive.
+
+    Layers whose parameters the call did not use (functional_call) or of which the graph shows nothing are left out.
+    """
+    own = [layer for layer in layers if layer.held_by(module)]
+    first = output[0] if own and own[0].part is not None and isinstance(output, tuple) else output
+    if not (own and isinstance(first, Tensor) and first.requires_grad and first.grad_fn is not None):
+        return []
+    above = {x.grad_fn for x in tensors_of((inputs, kwargs)) if x.grad_fn is not None}
+    uses = uses_within(first.grad_fn, above)
+    if own[0].part is not None:
+        return _sites_of_parts(own, module, output, above, uses)
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     named = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-    return Site(layer, module, detached, named, output.output_nr, output.shape, uses)
+    edge = get_gradient_edge(first)
+    return [
+        (Site(layer, module, detached, named, edge.output_nr, first.shape, _uses_of([layer], uses)), edge)
+        for layer in own
+    ]
+
+
+def _sites_of_parts(
+    layers: Sequence[Layer], module: nn.Module, output: Any, above: Collection[Node], uses: Uses
+) -> list[tuple[Site, GradientEdge]]:
+    assert layers[0].part is not None
+    calls = layers[0].part.compound.calls(module, output, above)
+    result: list[tuple[Site, GradientEdge]] = []
+    for layer in layers:
+        if layer.part is None or (call := calls.get(layer.part.name)) is None:
+            continue
+        read = Counter[int]() if result else _uses_of(layers, uses)
+        shape = torch.Size((*call.inputs.shape[:-1], call.columns.stop - call.columns.start))
+        number = call.edge.output_nr
+        result.append((Site(layer, module, (call.inputs,), {}, number, shape, read, call.arrange), call.edge))
+    return result
+
+
+def _uses_of(layers: Iterable[Layer], uses: Uses) -> Uses:
+    held = {id(p) for layer in layers for p in layer.parameters.values()}
+    return Counter({key: count for key, count in uses.items() if key in held})
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ from kfacopt.likelihoods import LossTerms
 class Site:
     """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at.
 
-    `uses` counts how often the call itself read the layer's parameters.
+    `uses` counts how often the call itself read the layer's parameters; of a module with several parts, the first site
+    counts for all. `arrange` makes of what arrives at the node the gradient of an output of the given shape.
     """
 
     layer: Layer
@@ -30,6 +32,11 @@ class Site:
     output_nr: int
     shape: torch.Size
     uses: Uses
+    arrange: Callable[[Tensor], Tensor] | None = None
+
+    def arranged(self, arrived: Tensor) -> Tensor:
+        """What arrived at the node, `[v ...]`, as the gradient of the output, `[v, *shape]`."""
+        return arrived if self.arrange is None else self.arrange(arrived)
 
 
 @dataclass(eq=False)

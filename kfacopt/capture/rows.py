@@ -11,6 +11,7 @@ from torch import Tensor
 from kfacopt.capture.records import Site
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.tied import TiedEmbeddingHandler
 from kfacopt.likelihoods import KFACType
 from kfacopt.linalg.tensors import as_statistic
 
@@ -23,6 +24,7 @@ def rows_of_layer(
     all_places: bool = False,
     needs_inputs: bool = True,
     inputs: Tensor | OneHot | None = None,
+    one_use: bool = False,
 ) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
 
@@ -36,14 +38,17 @@ def rows_of_layer(
         all_places: Leave reducing to `Rows.for_factors`.
         needs_inputs: Whether rows of layers with outer products are to have inputs; where not, these have no columns.
         inputs: The rows' inputs where they are known: those of the rows that other cotangents gave for the same calls.
+        one_use: Of a tied layer, the calls are all of one use: rows of that alone.
 
     Raises:
         ValueError: If the calls had different numbers of data.
     """
+    if isinstance(layer.handler, TiedEmbeddingHandler) and not one_use:
+        return _rows_of_both_uses(layer, layer.handler, reached, terms, kfac_approx, all_places, inputs)
     if layer.handler.structure == "elementwise":
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
-        every = rows_of_layer(layer, reached, terms, KFACType.EXPAND, False, needs_inputs, inputs)
+        every = rows_of_layer(layer, reached, terms, KFACType.EXPAND, False, needs_inputs, inputs, one_use)
         return replace(every, reduce=True)
     gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
     if len(reached) > 1:
@@ -56,6 +61,29 @@ def rows_of_layer(
     if len(reached) > 1 and kfac_approx == KFACType.REDUCE and isinstance(inputs, Tensor):
         joint = joint.sum(-2, keepdim=True)
     return _same_dtype(inputs, joint, terms)
+
+
+def _rows_of_both_uses(
+    layer: Layer,
+    handler: TiedEmbeddingHandler,
+    reached: Sequence[tuple[Site, Tensor]],
+    terms: Tensor,
+    kfac_approx: KFACType,
+    all_places: bool,
+    inputs: Tensor | OneHot | None,
+) -> Rows:
+    """Rows of an embedding's calls, and of the linear layer's with the same weight, of which either may be missing."""
+    heads = [(site, g) for site, g in reached if handler.transposes(site.module)]
+    lookups = [(site, g) for site, g in reached if not handler.transposes(site.module)]
+    other = rows_of_layer(layer, heads, terms, kfac_approx, all_places, one_use=True) if heads else None
+    if lookups:
+        own = rows_of_layer(layer, lookups, terms, kfac_approx, all_places, inputs=inputs, one_use=True)
+        return replace(own, transposed=other)
+    assert other is not None
+    words, width = next(iter(layer.parameters.values())).shape
+    nothing = OneHot(torch.zeros(0, 1, dtype=torch.long, device=other.gradients.device), words)
+    gradients = other.gradients.new_zeros(other.gradients.shape[0], 0, 1, width)
+    return Rows(nothing, gradients, other.terms, transposed=other)
 
 
 def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot:

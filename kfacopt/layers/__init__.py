@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kfacopt.layers.attention import multihead_attention_handler, output_projection_handler
+from kfacopt.layers.attention import MultiheadAttentionHandler, output_projection_handler
 from kfacopt.layers.base import LayerHandler as LayerHandler
 from kfacopt.layers.base import OneHot as OneHot
 from kfacopt.layers.base import Rows as Rows
@@ -51,7 +51,7 @@ _REGISTRY = HandlerRegistry(
         nn.InstanceNorm1d: InstanceNormHandler(),
         nn.InstanceNorm2d: InstanceNormHandler(),
         nn.InstanceNorm3d: InstanceNormHandler(),
-        nn.MultiheadAttention: multihead_attention_handler(),
+        nn.MultiheadAttention: MultiheadAttentionHandler(LinearHandler()),
         NonDynamicallyQuantizableLinear: output_projection_handler(),
     }
 )

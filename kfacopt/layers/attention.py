@@ -1,42 +1,99 @@
-"""`torch.nn.MultiheadAttention`: why no module hook sees its projections, and where they are.
+"""`torch.nn.MultiheadAttention`: its four projections, which no module hook sees, and where they are in the graph.
 
 Its forward hands all parameters to `torch.nn.functional.multi_head_attention_forward` and calls no submodule, so a
-module hook sees neither the input of the output projection nor the gradients of the input projections: the handlers
-here refuse them. (The same layer written with four `torch.nn.Linear` is covered.) `projection_edges` finds the products
-in the autograd graph instead.
+module hook sees neither the input of the output projection nor the gradients of the input projections.
+`projection_edges` finds the products in the autograd graph instead, and `MultiheadAttentionHandler` makes of them four
+linear layers: queries, keys, values (each with a third of the packed weight and bias, or a weight of its own) and the
+output. Their rows are those of the same attention written with four `torch.nn.Linear`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from einops import rearrange
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.compound import CompoundHandler, Part, PartCall
 from kfacopt.layers.registry import RefusedHandler
 
+_WHATS = ("queries", "keys", "values")
+_BIASES = {"out_proj.weight": "out_proj.bias", "in_proj_weight": "in_proj_bias"}
 
-def multihead_attention_handler() -> RefusedHandler:
-    """Refuses the projections that a `torch.nn.MultiheadAttention` holds itself.
 
-    >>> multihead_attention_handler().roles(nn.MultiheadAttention(4, 2))
-    ('in_proj_weight', 'in_proj_bias')
+class MultiheadAttentionHandler(CompoundHandler):
+    """The projections of a `torch.nn.MultiheadAttention` as linear layers.
+
+    Handled exactly: packed and separate weights (`kdim`, `vdim`), any masks, dropout, `need_weights`, `batch_first` or
+    not, unbatched inputs, self-attention and cross-attention, several calls in a forward; `add_zero_attn` acts on no
+    parameter. `bias_k` and `bias_v` are joined to the keys and values and are in no product: they train by AdamW. Where
+    the forward makes no such graph (compiled as a whole, within `torch.utils.checkpoint` or other hooks on saved
+    tensors), no products are found, and the optimizer says so.
+
+    Args:
+        linear: The handler of linear layers.
+
+    >>> from kfacopt.layers import handler_for
+    >>> attention = nn.MultiheadAttention(4, 2, kdim=3)
+    >>> [(part.name, part.label("weight")) for part in handler_for(attention).parts(attention)]
+    [('q_proj', 'q_proj_weight'), ('k_proj', 'k_proj_weight'), ('v_proj', 'v_proj_weight'), ('out_proj', 'weight')]
     """
-    return RefusedHandler(
-        "computed inside multi_head_attention_forward, where no module hook sees it",
-        ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"),
-    )
+
+    def __init__(self, linear: LayerHandler) -> None:
+        names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        super().__init__("treated as its four projections", names)
+        self._linear = linear
+
+    def roles(self, module: nn.Module) -> tuple[str, ...]:
+        return tuple(n for n in self.parameter_names if module._parameters.get(n) is not None)
+
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        assert isinstance(module, nn.MultiheadAttention)
+        packed, size = module._qkv_same_embed_dim, module.embed_dim
+        parts = []
+        for number, (letter, what) in enumerate(zip("qkv", _WHATS, strict=True)):
+            rows = slice(number * size, (number + 1) * size)
+            paths = {"weight": "in_proj_weight" if packed else f"{letter}_proj_weight", "bias": "in_proj_bias"}
+            own = {"weight": rows, "bias": rows} if packed else {"bias": rows}
+            parts.append(self._part(module, f"{letter}_proj", f"projection of the {what}", paths, own))
+        paths = {"weight": "out_proj.weight", "bias": "out_proj.bias"}
+        return (*parts, self._part(module, "out_proj", "projection of the output", paths, {}))
+
+    def _part(self, module: nn.Module, name: str, what: str, paths: dict[str, str], rows: dict[str, slice]) -> Part:
+        whole = Part(name, what, self, self._linear, paths, rows)
+        held = {role: path for role, path in paths.items() if whole.parameter(module, role) is not None}
+        return Part(name, what, self, self._linear, held, {role: rows[role] for role in held if role in rows})
+
+    def calls(self, module: nn.Module, output: Any, above: Collection[Node]) -> dict[str, PartCall]:
+        assert isinstance(module, nn.MultiheadAttention)
+        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return {}
+        found: dict[str, list[Projection]] = {}
+        for product in projection_edges(module, output[0], above):
+            found.setdefault(product.names[0], []).append(product)
+        calls = {}
+        for part in self.parts(module):
+            rows = part.rows.get("weight")
+            for product in found.get(part.paths.get("weight", ""), ()):
+                start, stop = (0, product.outputs) if rows is None else (rows.start, rows.stop)
+                if product.first <= start and stop <= product.first + product.rows:
+                    columns = slice(start - product.first, stop - product.first)
+                    calls[part.name] = PartCall(product.inputs, product.edge, columns)
+        return calls
 
 
 def output_projection_handler() -> RefusedHandler:
-    """Refuses `out_proj` of an attention module: a Linear whose forward is never called.
+    """Refuses `out_proj` of an attention module whose own handler is refused: a Linear that may never be called.
 
     >>> output_projection_handler().roles(nn.MultiheadAttention(4, 2).out_proj)
     ('weight', 'bias')
     """
-    return RefusedHandler("its forward is never called: multi_head_attention_forward uses its parameters directly")
+    return RefusedHandler("its forward is never called: the attention module uses its parameters directly")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +122,12 @@ class Projection:
         Zero where the weight's rows took no part, so that the products of one weight are places of one layer: their sum
         of `g aᵀ` is the weight's gradient.
         """
-        places = rearrange(gradient, "v (s n) o -> v n s o", n=self.inputs.shape[0])
+        data, tokens = self.inputs.shape[:2]
+        places = gradient.unflatten(1, (tokens, data)).transpose(1, 2)
         return nn.functional.pad(places, (self.first, self.outputs - self.first - self.rows))
 
 
-def projection_edges(module: nn.MultiheadAttention, output: Tensor) -> list[Projection]:
+def projection_edges(module: nn.MultiheadAttention, output: Tensor, above: Collection[Node] = ()) -> list[Projection]:
     """Find the products with `module`'s weights in the graph of its attention `output`.
 
     A weight has one product (self-attention: all of `in_proj_weight`) or several, each with a part of its rows. Frozen
@@ -79,6 +137,7 @@ def projection_edges(module: nn.MultiheadAttention, output: Tensor) -> list[Proj
     Args:
         module: The attention module.
         output: The first output of its forward (not the attention weights), with its graph.
+        above: The nodes that made its inputs, where the search ends.
 
     Returns:
         The products; an empty list if the graph has not the form that torch's own forward gives it (compiled,
@@ -94,11 +153,12 @@ def projection_edges(module: nn.MultiheadAttention, output: Tensor) -> list[Proj
     weights = _trained_weights(module)
     found: dict[str, list[Projection]] = {name: [] for name in weights}
     owners = {weight: name for name, weight in weights.items()}
-    for node, weight, first, rows, mat1 in _products(output.grad_fn, owners):
+    for node, weight, first, rows, mat1 in _products(output.grad_fn, owners, above):
         name = owners[weight]
         if mat1.shape[0] % max(data, 1):
             return []
-        inputs = rearrange(mat1.detach(), "(s n) i -> n s i", n=data)
+        places = mat1.shape[0] // max(data, 1)  # of an empty batch nobody can tell them
+        inputs = mat1.detach().unflatten(0, (places, data)).transpose(0, 1)
         names = (name, *_trained_bias(module, name))
         edge = GradientEdge(node, 0)
         found[name].append(Projection(names, inputs, edge, first, rows, weight.shape[0]))
@@ -115,7 +175,7 @@ def _trained_weights(module: nn.MultiheadAttention) -> dict[str, Tensor]:
 
 
 def _trained_bias(module: nn.MultiheadAttention, weight: str) -> tuple[str, ...]:
-    bias = {"out_proj.weight": "out_proj.bias", "in_proj_weight": "in_proj_bias"}.get(weight)
+    bias = _BIASES.get(weight)
     parameter = dict(module.named_parameters()).get(bias or "")
     return (bias,) if bias is not None and parameter is not None and parameter.requires_grad else ()
 
@@ -130,9 +190,11 @@ def _is_partition(products: list[Projection]) -> bool:
     return bool(products) and end == products[0].outputs
 
 
-def _products(root: Node | None, weights: dict[Tensor, str]) -> Iterator[tuple[Node, Tensor, int, int, Tensor]]:
+def _products(
+    root: Node | None, weights: dict[Tensor, str], above: Collection[Node]
+) -> Iterator[tuple[Node, Tensor, int, int, Tensor]]:
     """Products `mat1 @ weight[first : first + rows]ᵀ` above the module's inputs."""
-    queue, seen = [root], {root}
+    queue, seen = [root], {root, *above}
     while queue:
         node = queue.pop()
         if node is None:

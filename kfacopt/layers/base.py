@@ -72,6 +72,8 @@ class Rows:
             the batch's terms (`new_terms`) and its inputs.
         reduce: Whether KFAC-reduce is still to be applied (`for_factors`): rows of every place, for a block that needs
             them (EKFAC's corrected eigenvalues are those of the per-datum gradients).
+        transposed: Rows of the same matrix transposed, for a weight that is used both ways: their `a gᵀ` add to the
+            gradient. A backend gets them only if it asks for such layers (`CurvatureBackend.refusal`).
 
     `*k` are leading axes of independent groups (grouped convolutions); most layers have none.
     """
@@ -81,6 +83,7 @@ class Rows:
     terms: Tensor
     first: bool = True
     reduce: bool = False
+    transposed: Rows | None = None
 
     def for_factors(self) -> Rows:
         """The rows whose second moments are the Kronecker factors: these, or under KFAC-reduce their ā and ĝ."""
@@ -100,6 +103,9 @@ class Rows:
             object.__setattr__(self, "gradients", masked)
 
 
+Structure = Literal["outer", "one-hot", "elementwise", "tied"]
+
+
 class LayerHandler(ABC):
     """How layers of one type become rows and a matrix.
 
@@ -113,9 +119,9 @@ class LayerHandler(ABC):
     A handler keeps no state; one instance serves every layer of its type.
     """
 
-    structure: ClassVar[Literal["outer", "one-hot", "elementwise"]] = "outer"
-    """Whether the gradient sums outer products (Kronecker factors; with `OneHot` inputs one factor is diagonal) or
-    elementwise products."""
+    structure: ClassVar[Structure] = "outer"
+    """Whether the gradient sums outer products (Kronecker factors; with `OneHot` inputs one factor is diagonal),
+    elementwise products, or outer products of two kinds (`kfacopt.layers.tied`)."""
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
     """The parameters that a layer of this type may have, in the order of the matrix's columns."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kfacopt.layers.base import LayerHandler, OneHot, input_tensor
+from kfacopt.layers.base import LayerHandler, OneHot, Structure, input_tensor
 from kfacopt.likelihoods import KFACType
 
 
@@ -25,7 +25,7 @@ class EmbeddingHandler(LayerHandler):
     tensor([[1, 6, 0]])
     """
 
-    structure: ClassVar[Literal["outer", "one-hot", "elementwise"]] = "one-hot"
+    structure: ClassVar[Structure] = "one-hot"
     parameter_names: tuple[str, ...] = ("weight",)
 
     def refusal(self, module: nn.Module) -> str | None:

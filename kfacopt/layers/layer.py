@@ -2,39 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.compound import Part
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One place that gets a block: a module, or several that share their parameters.
+    """One place that gets a block: a module, or several that share their parameters, or a part of a module.
+
+    Of parameters that several parts share (the packed projections of attention) it has some rows: its *share*.
 
     Args:
         name: The module's path in the model; with the parameter's name where a module has several blocks.
         modules: The module, or all modules that hold the very same parameters.
         handler: Brings inputs and cotangents to rows.
         parameters: The covered parameters by the name the handler gives them (`"weight"`, `"bias"`).
+        part: Which part of the module it is; None: the module.
     """
 
     name: str
     modules: tuple[nn.Module, ...]
     handler: LayerHandler
     parameters: Mapping[str, nn.Parameter]
+    part: Part | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The names under which the handler knows the covered parameters."""
         return tuple(self.parameters)
 
+    @property
+    def outputs(self) -> tuple[tuple[nn.Module, ...], str]:
+        """What tells its outputs from another layer's: a weight and its bias in layers of their own have the same."""
+        return self.modules, "" if self.part is None else self.part.name
+
+    def held_by(self, module: nn.Module) -> bool:
+        """Whether `module` holds the very parameters at present (`functional_call` puts others in their place)."""
+        if self.part is None:
+            return all(module._parameters.get(role) is p for role, p in self.parameters.items())
+        return all(self.part.parameter(module, role) is p for role, p in self.parameters.items())
+
+    def rows(self, role: str) -> slice | None:
+        """Which rows of a parameter are the layer's; None: all."""
+        return None if self.part is None else self.part.rows.get(role)
+
+    def share(self, tensors: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+        """By role, the layer's share of tensors shaped as the parameters: views.
+
+        Raises:
+            KeyError: If a parameter is missing.
+        """
+        return {role: self.own_rows(role, tensors[p]) for role, p in self.parameters.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """By role, the layer's share of the parameters themselves, without a graph."""
+        return {role: self.own_rows(role, p.detach()) for role, p in self.parameters.items()}
+
+    def own_rows(self, role: str, tensor: Tensor) -> Tensor:
+        """The layer's share of one tensor, shaped as the parameter of that role: a view."""
+        rows = self.rows(role)
+        return tensor if rows is None else tensor[rows]
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors by role, shaped as the parameters, as the block's matrix `[*k o i]`."""
+        """Tensors by role, shaped as the layer's share of the parameters, as the block's matrix `[*k o i]`."""
         return self.handler.pack(self.modules[0], tensors)
 
     def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The block's matrix as tensors by role, shaped as the parameters."""
+        """The block's matrix as tensors by role, shaped as the layer's share of the parameters."""
         return self.handler.unpack(self.modules[0], matrix, self.roles)
+
+
+def by_layer(layers: Iterable[Layer], tensors: Mapping[nn.Parameter, Tensor]) -> dict[Layer, dict[str, Tensor]]:
+    """Each layer's share of tensors by parameter; layers of which a parameter is missing are left out."""
+    return {layer: layer.share(tensors) for layer in layers if all(p in tensors for p in layer.parameters.values())}
+
+
+def by_parameter(tensors: Mapping[Layer, Mapping[str, Tensor]]) -> dict[nn.Parameter, Tensor]:
+    """Shares of layers as tensors by parameter: the inverse of `by_layer`.
+
+    A parameter of which some rows are missing, as the layer that has them was left out, is left out as a whole.
+
+    >>> from kfacopt.layers.coverage import find_layers
+    >>> attention = nn.MultiheadAttention(4, 2, bias=False)
+    >>> layers, _ = find_layers(attention, list(attention.parameters()), {}, separate=False)
+    >>> shares = by_layer(layers, {p: p.detach() for p in attention.parameters()})
+    >>> torch.equal(by_parameter(shares)[attention.in_proj_weight], attention.in_proj_weight)
+    True
+    >>> by_parameter({layers[0]: shares[layers[0]]})
+    {}
+    """
+    result: dict[nn.Parameter, Tensor] = {}
+    pieces: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
+    for layer, parts in tensors.items():
+        for role, tensor in parts.items():
+            rows = layer.rows(role)
+            if rows is None:
+                result[layer.parameters[role]] = tensor
+            else:
+                pieces.setdefault(layer.parameters[role], []).append((rows.start, tensor))
+    for parameter, held in pieces.items():
+        ordered = [tensor for _, tensor in sorted(held, key=lambda piece: piece[0])]
+        if sum(len(tensor) for tensor in ordered) == len(parameter):
+            result[parameter] = torch.cat(ordered)
+    return result

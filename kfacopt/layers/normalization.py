@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kfacopt.layers.base import LayerHandler, input_tensor
+from kfacopt.layers.base import LayerHandler, Structure, input_tensor
 from kfacopt.likelihoods import KFACType
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -26,7 +26,7 @@ class NormalizationHandler(LayerHandler):
     Subclasses say how an input is normalised (`normalized`) and where its channels are (`channel_rows`).
     """
 
-    structure: ClassVar[Literal["outer", "one-hot", "elementwise"]] = "elementwise"
+    structure: ClassVar[Structure] = "elementwise"
 
     @abstractmethod
     def normalized(self, module: nn.Module, x: Tensor) -> Tensor:

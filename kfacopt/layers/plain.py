@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 
 from torch import nn
+
+from kfacopt.layers.coverage import CoverageRow, retreated
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -53,12 +55,23 @@ def _matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int,
     return None
 
 
-def names_of(model: nn.Module, parameters: Mapping[nn.Parameter, object]) -> set[tuple[str, str]]:
-    """Module path and own name of each place that holds one of the parameters."""
-    wanted = {id(p) for p in parameters}
-    return {
-        (path, name)
-        for path, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in wanted
-    }
+def plain_matrices_in(
+    rows: Sequence[CoverageRow], model: nn.Module, parameters: Collection[nn.Parameter], treatment: str
+) -> tuple[dict[nn.Parameter, tuple[int, ...]], list[CoverageRow]]:
+    """Of some parameters the plain matrices that stand in the table of coverage by themselves; the table with them.
+
+    What stands there by a layer that is refused, or lost its partner, is not among them: it trains as is said there.
+
+    Args:
+        rows: Of the parameters without curvature.
+        model: Holds them.
+        parameters: Which to look at.
+        treatment: Of the plain matrices, from now on.
+    """
+    listed = {(row.module, name) for row in rows for name in row.parameters}
+    places: dict[int, set[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            places.setdefault(id(parameter), set()).add((path, name))
+    found = {p: shape for p, shape in plain_matrices(model, parameters).items() if places[id(p)] & listed}
+    return found, retreated(rows, set().union(*(places[id(p)] for p in found)), treatment)

@@ -7,6 +7,8 @@ An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,29 @@ def sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
 def transposed_sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ @ matrix @ right`, the adjoint of `sandwich`."""
     return left.mT @ (matrix * right if right.ndim == 1 else matrix @ right)
+
+
+def product_of_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of the Kronecker product with the partial traces of `F = Σ_j G_j ⊗ A_j`, of equal traces.
+
+    `G ⊗ A` with `G = Σ_j tr(A_j) G_j / √tr F` and `A = Σ_j tr(G_j) A_j / √tr F`. It is F where the G_j, or the A_j, are
+    multiples of each other.
+
+    Args:
+        pairs: G_j `[o o]` and A_j `[i i]`, or all diagonal `[i]`; positive semi-definite.
+
+    >>> left, right = product_of_sum([(torch.eye(2), torch.ones(3)), (2 * torch.eye(2), torch.arange(3.0))])
+    >>> torch.kron(left, right.diag()).diagonal().round()
+    tensor([1., 3., 5., 1., 3., 5.])
+    """
+    traces = [(trace(left), trace(right)) for left, right in pairs]
+    whole = torch.stack([on_left * on_right for on_left, on_right in traces]).sum()
+    root = torch.where(whole > 0, whole, 1.0).sqrt()
+    joint_left = sum(left * (on_right / root) for (left, _), (_, on_right) in zip(pairs, traces, strict=True))
+    joint_right = sum(right * (on_left / root) for (_, right), (on_left, _) in zip(pairs, traces, strict=True))
+    assert isinstance(joint_left, Tensor)
+    assert isinstance(joint_right, Tensor)
+    return joint_left, joint_right
 
 
 def pi_split(left: Tensor, right: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _refusal(self, layer: Layer) -> str | None:
         """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not."""
-        return None
+        return None if self._fed is None else self._fed.refusal(layer)
 
     def _wants_terms(self) -> bool:
         """Whether the coming step has to know the number of loss terms."""

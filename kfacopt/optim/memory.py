@@ -14,6 +14,9 @@ from kfacopt.optim.groups import Groups
 State = MutableMapping[Any, Any]
 """`torch.optim.Optimizer.state`: a dict for each parameter."""
 
+Key = tuple[nn.Parameter, slice | None]
+"""A parameter, or some rows of it."""
+
 
 def averaged(
     groups: Groups,
@@ -54,17 +57,18 @@ def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> 
     return weight
 
 
-def row_squares(state: State, parameters: Sequence[nn.Parameter], squares: Tensor, decay: float) -> Tensor:
-    """Running averages of rows' mean squares `[b *k o]`, one of each parameter's, after these; bias-corrected."""
+def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float) -> Tensor:
+    """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected."""
     averages = []
-    for parameter, now in zip(parameters, squares.unbind(), strict=True):
-        own = state[parameter]
-        if "row_squares" not in own:
+    for (parameter, rows), now in zip(keys, squares.unbind(), strict=True):
+        own, place = state[parameter], "" if rows is None else f"[{rows.start}:{rows.stop}]"
+        held, weight = f"row_squares{place}", f"row_weight{place}"
+        if held not in own:
             # In the parameter's dtype, which is what torch makes of it when a state is loaded.
-            own["row_squares"], own["row_weight"] = torch.zeros_like(now, dtype=parameter.dtype), 0.0
-        own["row_squares"].lerp_(now.to(parameter.dtype), 1.0 - decay)
-        own["row_weight"] = rule.next_weight(decay, own["row_weight"])
-        averages.append(own["row_squares"].to(now.dtype) / own["row_weight"])
+            own[held], own[weight] = torch.zeros_like(now, dtype=parameter.dtype), 0.0
+        own[held].lerp_(now.to(parameter.dtype), 1.0 - decay)
+        own[weight] = rule.next_weight(decay, own[weight])
+        averages.append(own[held].to(now.dtype) / own[weight])
     return torch.stack(averages)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
-from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows, retreated
+from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
-from kfacopt.layers.plain import names_of, plain_matrices
+from kfacopt.layers.plain import plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
@@ -205,7 +205,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _refusal(self, layer: Layer) -> str | None:
-        why = self.direction.refusal(layer)
+        why = self.direction.refusal(layer) or super()._refusal(layer)
         if why is not None:
             self._refused.update(layer.parameters.values())
         return why
@@ -219,13 +219,12 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _find_plain(self) -> None:
         """Matrices without curvature that the direction steps all the same."""
-        self._plain = {}
+        self._plain: dict[nn.Parameter, tuple[int, ...]] = {}
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
         wanted = [p for p in self._parameters(curvature=True) if p.requires_grad and p not in taken]
-        self._plain = plain_matrices(self.model, wanted)
-        self._rest = retreated(self._rest, names_of(self.model, self._plain), treatment)
+        self._plain, self._rest = plain_matrices_in(self._rest, self.model, wanted, treatment)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.capture.records import Replay
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import inner_product
 from kfacopt.replay.loss_change import loss_change, parts_of, reduction_ratio
@@ -61,13 +61,9 @@ def outcome_of_step(
     told = all(replay.terms.weights is not None for replay in replays)
     if not told and promised < 0.0 and change.linear < _LARGEST_RATIO * promised:
         return Outcome(math.nan, change.divergence, comparable=False)
-    by_layer = {
-        layer: {role: step[p] for role, p in layer.parameters.items()}
-        for layer in settings
-        if all(p in step for p in layer.parameters.values())
-    }
-    for layer, products in backend.multiply(by_layer).items():
+    moves = by_layer(settings, step)
+    for layer, products in backend.multiply(moves).items():
         for role, product in products.items():
-            delta = by_layer[layer][role]
+            delta = moves[layer][role]
             promised += 0.5 * float((delta * (product + settings[layer].damping * delta)).sum())
     return Outcome(reduction_ratio(change.total, promised), change.divergence)

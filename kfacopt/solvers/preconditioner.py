@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_layer, by_parameter
 from kfacopt.linalg.tensors import inner_product
 
 
@@ -27,25 +27,14 @@ class Preconditioner:
         self, backend: CurvatureBackend, settings: Mapping[Layer, Settings], parameters: Sequence[nn.Parameter]
     ) -> None:
         self._backend = backend
-        self._places = {id(p): i for i, p in enumerate(parameters)}
-        self._settings = {
-            layer: setting
-            for layer, setting in settings.items()
-            if all(id(p) in self._places for p in layer.parameters.values())
-        }
+        self._parameters, self._settings = list(parameters), settings
         self._scale: float | None = None
 
     @torch.no_grad()
     def __call__(self, vectors: list[Tensor]) -> list[Tensor]:
-        by_layer = {
-            layer: {role: vectors[self._places[id(p)]] for role, p in layer.parameters.items()}
-            for layer in self._settings
-        }
-        found: dict[int, Tensor] = {}
-        for layer, parts in self._backend.solve(by_layer, self._settings).items():
-            for role, solved in parts.items():
-                place = self._places[id(layer.parameters[role])]
-                found[place] = solved.to(vectors[place].dtype)
+        given = dict(zip(self._parameters, vectors, strict=True))
+        solved = by_parameter(self._backend.solve(by_layer(self._settings, given), self._settings))
+        found = {i: solved[p].to(vectors[i].dtype) for i, p in enumerate(self._parameters) if p in solved}
         if self._scale is None:
             before = [vectors[i] for i in found]
             length = inner_product(before, before)

@@ -1,4 +1,4 @@
-"""Multi-head attention is refused by name; its products can be found in the graph."""
+"""The projections of multi-head attention: layers in the table, products in the graph."""
 
 from __future__ import annotations
 
@@ -9,57 +9,89 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfacopt.layers import handler_for
 from kfacopt.layers.attention import projection_edges
+from kfacopt.layers.coverage import covered_rows, find_layers
+from kfacopt.layers.layer import by_parameter
 
 
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("options", "labels"),
     [
-        ({}, ("in_proj_weight", "in_proj_bias")),
-        ({"bias": False}, ("in_proj_weight",)),
-        (
-            {"kdim": 3, "vdim": 2, "add_bias_kv": True},
-            (
-                "in_proj_bias",
-                "q_proj_weight",
-                "k_proj_weight",
-                "v_proj_weight",
-                "bias_k",
-                "bias_v",
-            ),
-        ),
+        ({}, ["in_proj_weight[0:4]", "in_proj_bias[0:4]"]),
+        ({"bias": False}, ["in_proj_weight[0:4]"]),
+        ({"kdim": 3, "vdim": 2, "add_bias_kv": True}, ["q_proj_weight", "in_proj_bias[0:4]"]),
     ],
 )
-def test_projections_are_refused(options: dict[str, object], names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("separate", [False, True])
+def test_projections_are_layers(options: dict[str, Any], labels: list[str], separate: bool) -> None:
     attention = nn.MultiheadAttention(4, 2, **options)
-    handler = handler_for(attention)
-    assert handler is not None
-    assert "multi_head_attention_forward" in str(handler.refusal(attention))
-    assert handler.roles(attention) == names
-    assert set(names) == {n for n, _ in attention.named_parameters(recurse=False)}
+    layers, rest = find_layers(attention, list(attention.parameters()), {}, separate)
+    rows = covered_rows(layers, [""] * len(layers))
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row.module.removesuffix(".weight").removesuffix(".bias"), []).extend(row.parameters)
+    assert list(found) == ["q_proj", "k_proj", "v_proj", "out_proj"] or not options
+    assert found["q_proj"] == labels
+    assert found["out_proj"] == (["weight"] if options.get("bias") is False else ["weight", "bias"])
+    assert len({layer.name for layer in layers}) == len(layers) == len(found) * (len(labels) if separate else 1)
+    left = [] if "kdim" not in options else [("bias_k", "bias_v")]
+    assert [row.parameters for row in rest] == left
+    assert all("in no part of MultiheadAttention" in row.why for row in rest)
+    held = by_parameter({layer: layer.values() for layer in layers})
+    assert all(torch.equal(value, p) for p, value in held.items())
+    assert len(held) == len(list(attention.parameters())) - 2 * len(left)
 
 
-def test_the_output_projection_is_refused_for_its_own_reason() -> None:
-    projection = nn.MultiheadAttention(4, 2).out_proj
-    handler = handler_for(projection)
-    assert handler is not None
-    assert "never called" in str(handler.refusal(projection))
-    assert handler.roles(projection) == ("weight", "bias")
+def test_the_output_projection_alone_is_refused() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return super().forward(*args, **options)
+
+    attention = Own(4, 2)
+    layers, rest = find_layers(attention, list(attention.parameters()), {}, separate=False)
+    assert layers == []
+    assert {p for row in rest for p in row.parameters} == {"in_proj_weight", "in_proj_bias", "weight", "bias"}
+    why = {row.module: row.why for row in rest}
+    assert "forward of its own" in why[""]
+    assert "never called" in why["out_proj"]
 
 
-def test_every_parameter_of_a_transformer_layer_is_told_apart() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8)
-    treated: set[str] = set()
-    refused: set[str] = set()
-    for path, module in layer.named_modules():
-        handler = handler_for(module)
-        if handler is not None:
-            names = {f"{path}.{role}" for role in handler.roles(module)}
-            (refused if handler.refusal(module) else treated).update(names)
-    assert treated | refused == {name for name, _ in layer.named_parameters()}
-    assert all(name.startswith("self_attn") for name in refused)
-    assert torch.is_grad_enabled()
+@pytest.mark.parametrize(
+    ("options", "frozen", "left"),
+    [
+        ({}, ["in_proj_weight"], {"in_proj_bias"}),
+        ({}, ["out_proj.weight"], {"bias"}),
+        ({"kdim": 3}, ["k_proj_weight"], {"in_proj_bias"}),
+    ],
+)
+def test_a_bias_whose_weight_is_frozen_is_refused(options: dict[str, Any], frozen: list[str], left: set[str]) -> None:
+    attention = nn.MultiheadAttention(4, 2, **options)
+    for name in frozen:
+        attention.get_parameter(name).requires_grad_(False)
+    _, rest = find_layers(attention, list(attention.parameters()), {}, separate=False)
+    assert {p for row in rest if row.treatment == "AdamW" for p in row.parameters} == left
+    assert all("does not show the product" in row.why for row in rest if row.treatment == "AdamW")
+
+
+def test_projections_tied_between_modules_are_refused() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)})
+    model["b"].in_proj_weight = model["a"].in_proj_weight
+    layers, rest = find_layers(model, list(model.parameters()), {}, separate=False)
+    assert [(row.module, row.parameters, row.why) for row in rest] == [
+        ("a", ("in_proj_weight",), "tied to b.in_proj_weight")
+    ]
+    assert {layer.roles for layer in layers if layer.name.startswith("a.q")} == {("bias",)}
+
+
+def test_a_layer_that_shares_a_parameter_with_a_refused_one_is_refused() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    refusal = {"k_proj": "it is Tuesday"}
+    layers, rest = find_layers(
+        attention, list(attention.parameters()), {}, separate=False, refusal=lambda layer: refusal.get(layer.name)
+    )
+    assert [layer.name for layer in layers] == ["out_proj"]
+    assert {row.module: row.why for row in rest}["k_proj"] == "it is Tuesday"
+    assert {row.module for row in rest} == {"q_proj", "k_proj", "v_proj"}
 
 
 # What torch's own attention can be asked for: options of the module, of the call, and how many
@@ -187,13 +219,16 @@ def test_frozen_parameters_are_in_no_product(frozen: str) -> None:
     assert covered == {n for n, _ in attention.named_parameters()} - with_its_bias
 
 
-def test_two_calls_that_cannot_be_told_apart_have_no_products() -> None:
+def test_two_calls_are_told_apart_by_their_inputs() -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
-    attention.in_proj_weight.requires_grad_(False)  # the walk finds no end above the second call
+    attention.in_proj_weight.requires_grad_(False)  # without `above` the walk finds no end above the second call
     x = torch.randn(3, 5, 4)
     first = attention(x, x, x)[0]
     assert len(projection_edges(attention, first)) == 1
-    assert projection_edges(attention, attention(first, first, first)[0]) == []
+    second = attention(first, first, first)[0]
+    assert projection_edges(attention, second) == []
+    assert first.grad_fn is not None
+    assert [p.names[0] for p in projection_edges(attention, second, above=[first.grad_fn])] == ["out_proj.weight"]
 
 
 def test_under_autocast_rows_are_half() -> None:

@@ -101,3 +101,25 @@ def test_factors_of_very_different_scale_are_balanced() -> None:
     ratio_left = on_left / (kronecker.trace(left) / 3)
     ratio_right = on_right / (kronecker.trace(right) / 4)
     torch.testing.assert_close(ratio_left, ratio_right, rtol=1e-9, atol=0.0)
+
+
+def test_the_product_of_a_sum_has_its_partial_traces() -> None:
+    def factor(size: int) -> Tensor:
+        root = torch.randn(size, size + 1, dtype=torch.float64)
+        return root @ root.mT
+
+    pairs = [(factor(3), factor(4)) for _ in range(3)]
+    whole = sum((torch.einsum("or,ij->oirj", *pair) for pair in pairs), start=torch.zeros(3, 4, 3, 4).double())
+    left, right = kronecker.product_of_sum(pairs)
+    product = torch.einsum("or,ij->oirj", left, right)
+    for traced in ("oioj->ij", "oiri->or", "oioi->"):
+        torch.testing.assert_close(torch.einsum(traced, product), torch.einsum(traced, whole))
+    torch.testing.assert_close(left.trace(), right.trace())
+    proportional = [(left, right), (2 * left, factor(4))]
+    truth = sum((torch.kron(*pair) for pair in proportional), start=torch.zeros(12, 12).double())
+    torch.testing.assert_close(torch.kron(*kronecker.product_of_sum(proportional)), truth)
+
+
+def test_the_product_of_a_sum_of_nothing_is_nothing() -> None:
+    nothing = kronecker.product_of_sum([(torch.zeros(2, 2), 100 * torch.eye(3)), (torch.eye(2), torch.zeros(3, 3))])
+    assert bool((torch.kron(*nothing) == 0).all())

@@ -366,7 +366,10 @@ def test_coverage_lists_every_parameter_once(case: Case) -> None:
         (f"{row.module}.{name}".lstrip("."), row.treatment) for row in made.coverage().rows for name in row.parameters
     ]
     names = [name.split("+")[0] for name, _ in places]
-    assert len(places) == len(set(names)) == len(list(model.parameters()))
+    whole = [name for name in names if "[" not in name]  # of the others some rows each: tests/layers/test_attention.py
+    packed = {id(p) for layer in made._layers for r, p in layer.parameters.items() if layer.rows(r) is not None}
+    assert len(names) == len(set(names))
+    assert len(whole) == len(list(model.parameters())) - len(packed)
     for row in made.coverage().rows:
         assert row.treatment
         assert row.why
@@ -376,8 +379,8 @@ def test_coverage_lists_every_parameter_once(case: Case) -> None:
 
 def test_coverage_says_why() -> None:
     expected = {
-        "tied-embedding": ("embedding", "AdamW", "tied"),
-        "transformer": ("layer.self_attn", "AdamW", "multi_head_attention_forward"),
+        "tied-embedding": ("embedding", "EKFAC", "one block for the sum of both uses"),
+        "transformer": ("layer.self_attn.k_proj", "EKFAC", "projection of the keys"),
         "frozen": ("first", "frozen", "requires_grad"),
     }
     for name, (module, treatment, why) in expected.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.blocks import Block
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_parameter
 from kfacopt.operators.empirical_risk import CurvatureLinearOperator
 
 
@@ -66,17 +66,23 @@ class BlockDiagonalLinearOperator(CurvatureLinearOperator):
         odd = {m.dtype for m in M} - {self.dtype}
         if odd:
             raise ValueError(f"{type(self).__name__} is of {self.dtype}, but is applied to {odd.pop()}: convert one")
-        result = list(M)
+        result, pieces = list(M), dict[Layer, dict[str, Tensor]]()
         for layer in self._layers:
-            where = {role: self._position[id(p)] for role, p in layer.parameters.items()}
-            columns = [layer.pack({role: M[i][..., k] for role, i in where.items()}) for k in range(M[0].shape[-1])]
+            given = {p: M[self._position[id(p)]] for p in layer.parameters.values()}
+            shares = layer.share(given)
+            columns = [layer.pack({r: m[..., k] for r, m in shares.items()}) for k in range(M[0].shape[-1])]
             matrices = columns[0].unsqueeze(0) if len(columns) == 1 else torch.stack(columns)
             wide = torch.promote_types(matrices.dtype, torch.float32)
             product = by_block(self.blocks[layer.name], matrices.to(wide)).to(matrices.dtype)
             unpacked = [layer.unpack(one) for one in product]
-            for role, i in where.items():
-                parts = [one[role] for one in unpacked]
-                result[i] = parts[0].unsqueeze(-1) if len(parts) == 1 else torch.stack(parts, dim=-1)
+            pieces[layer] = {
+                role: unpacked[0][role].unsqueeze(-1)
+                if len(unpacked) == 1
+                else torch.stack([one[role] for one in unpacked], dim=-1)
+                for role in layer.roles
+            }
+        for p, whole in by_parameter(pieces).items():
+            result[self._position[id(p)]] = whole
         for i, diagonal in zip(self._loose, self._diagonals, strict=True):
             result[i] = by_diagonal(diagonal.unsqueeze(-1), M[i])
         return result

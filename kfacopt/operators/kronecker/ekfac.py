@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfacopt.blocks.data_set import DataSetEigenBlock
 from kfacopt.blocks.factored import FactoredBlock
@@ -98,7 +98,7 @@ class EKFACLinearOperator(KroneckerLinearOperator):
     def _correct(self, rows: Mapping[Layer, Rows], known: Collection[Layer]) -> None:
         """Add rows to the corrected eigenvalues; `known` have coordinates for inputs already."""
         blocks = self._eigen_blocks()
-        rotated: dict[tuple[nn.Module, ...], Tensor] = {}
+        rotated: dict[object, Tensor] = {}
         for layer, block in blocks.items():
             if layer not in rows:
                 continue
@@ -106,10 +106,10 @@ class EKFACLinearOperator(KroneckerLinearOperator):
             these, (left, right) = rows[layer], block.basis()
             if these.gradients.shape[-2] == 1 and not isinstance(these.inputs, OneHot):
                 # Weight and bias of a module have the same gradients: rotate them once.
-                if layer.modules not in rotated:
+                if layer.outputs not in rotated:
                     groups = left if left.ndim == 2 else left.unsqueeze(-3)
-                    rotated[layer.modules] = these.gradients @ groups
-                these, left = replace(these, gradients=rotated[layer.modules]), None
+                    rotated[layer.outputs] = these.gradients @ groups
+                these, left = replace(these, gradients=rotated[layer.outputs]), None
             block.correct(these, left, None if layer in known else right)
 
     def _finish_corrections(self) -> None:

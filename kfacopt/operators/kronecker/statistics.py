@@ -20,7 +20,7 @@ from kfacopt.operators.empirical_risk import Batches, Chained
 from kfacopt.operators.kronecker import state
 from kfacopt.operators.kronecker.block_diagonal import BlockDiagonalLinearOperator
 from kfacopt.operators.kronecker.sweep import Chunk, Sweep
-from kfacopt.operators.kronecker.uncovered import DiagonalOfUncovered
+from kfacopt.operators.kronecker.uncovered import DiagonalOfUncovered, refusal
 from kfacopt.operators.matrix_free.products import parameter_names
 
 Uncovered = Literal["error", "diagonal"]
@@ -124,7 +124,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         frozen = [names[id(p)] for p in self._params if not p.requires_grad]
         if frozen:
             raise ValueError(f"params {', '.join(frozen)} are frozen: leave them out, or set requires_grad")
-        layers, rest = find_layers(self._model_func, self._params, {}, self._separate)
+        layers, rest = find_layers(self._model_func, self._params, {}, self._separate, refusal)
         held = {id(p) for layer in layers for p in layer.parameters.values()}
         loose = [p for p in self._params if id(p) not in held]
         if loose and self._uncovered == "error":
@@ -150,15 +150,15 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     def _reset(self) -> None:
         """Forget all statistics."""
         self.blocks: dict[str, Block] = {}
-        owners: dict[tuple[nn.Module, ...], FactoredBlock] = {}
+        owners: dict[object, FactoredBlock] = {}
         for layer in self._layers:
             if layer.handler.structure == "elementwise":
                 self.blocks[layer.name] = DiagonalBlock()
                 continue
             block = self._make_block()
-            if layer.modules in owners:
-                block.share_gradient_factor(owners[layer.modules])
-            owners.setdefault(layer.modules, block)
+            if layer.outputs in owners:
+                block.share_gradient_factor(owners[layer.outputs])
+            owners.setdefault(layer.outputs, block)
             self.blocks[layer.name] = block
         loose = [self._params[i] for i in self._loose]
         self._diagonal = DiagonalOfUncovered(self._model_func, loose, self._elements_at_once)
@@ -237,7 +237,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
                 self._fill_with_zeros(layer, block)
             elif isinstance(block, DiagonalBlock):
                 if block.diagonal.value is None:
-                    block.diagonal.value = torch.zeros_like(layer.pack(_values(layer)))
+                    block.diagonal.value = torch.zeros_like(layer.pack(layer.values()))
                 block.refresh(0.0)
             if isinstance(block, FactoredBlock) and self._forward_only and block.gradient_factor.value is not None:
                 value = block.gradient_factor.value
@@ -247,7 +247,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
 
     @staticmethod
     def _fill_with_zeros(layer: Layer, block: FactoredBlock) -> None:
-        matrix = layer.pack(_values(layer))
+        matrix = layer.pack(layer.values())
         diagonal = layer.handler.structure == "one-hot"
         shape = matrix.shape[-1:] if diagonal else (*matrix.shape[:-2], matrix.shape[-1], matrix.shape[-1])
         if block.input_factor.value is None:
@@ -312,7 +312,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     def _described(self) -> dict[str, Any]:
         own = {name: value for name, value in self._options.items() if name != "seed"}
         own["separate_weight_and_bias"] = self._separate
-        own["blocks"] = [(layer.name, layer.roles, layer.pack(_values(layer)).shape) for layer in self._layers]
+        own["blocks"] = [(layer.name, layer.roles, layer.pack(layer.values()).shape) for layer in self._layers]
         own["loss_func"] = repr(self._estimator.likelihood)
         return own
 
@@ -394,7 +394,3 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     ) -> Self:
         """An operator with the loss, options and statistics of a state; see `load_state_dict`."""
         return state.from_state(cls, state_dict, model_func, params, data, check_deterministic, batch_size_fn)
-
-
-def _values(layer: Layer) -> dict[str, Tensor]:
-    return {role: p.detach() for role, p in layer.parameters.items()}

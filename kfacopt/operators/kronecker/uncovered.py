@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfacopt.blocks.base import chunks_of_data
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.capture.buffers import copied_buffers
+from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import find_prediction
 from kfacopt.operators.kronecker.sweep import Chunk
 from kfacopt.operators.matrix_free.products import parameter_names
@@ -104,3 +105,9 @@ def _require_batch(X: Any, data: int) -> Any:
                 f"the number of data {data}: got {what}"
             )
     return X
+
+
+def refusal(layer: Layer) -> str | None:
+    """Why an operator has no factors of a layer that an optimizer has, as a phrase; None: it has."""
+    tied = layer.handler.structure == "tied"
+    return "tied: an embedding's weight and a linear layer's, of which operators have no factors yet" if tied else None

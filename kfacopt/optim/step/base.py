@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.capture.records import Replay
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_layer, by_parameter
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.polar import PolarFactor
@@ -98,26 +98,26 @@ class Step:
 
     @property
     def stepped(self) -> list[nn.Parameter]:
-        """The parameters of the layers with curvature, and the plain matrices."""
-        return [*(p for layer in self.layers for p in layer.parameters.values()), *self.plain]
+        """The parameters of the layers with curvature, each once however many layers share it, and plain matrices."""
+        return list(dict.fromkeys([*(p for layer in self.layers for p in layer.parameters.values()), *self.plain]))
 
     # -- the curvature ---------------------------------------------------------------------------------------------
 
     def solve(self, tensors: ByParameter) -> dict[nn.Parameter, Tensor]:
         """`(C + damping I)⁻¹ tensors`, of the layers that are there as a whole and have curvature."""
         with torch.enable_grad():  # a backend of the user's may differentiate
-            return _by_parameter(self._backend.solve(self.by_layer(tensors), self.settings))
+            return by_parameter(self._backend.solve(self.by_layer(tensors), self.settings))
 
     def multiply(self, tensors: ByParameter) -> dict[nn.Parameter, Tensor]:
         """`(C + damping I) tensors`, likewise."""
-        by_layer = self.by_layer(tensors)
+        shares = self.by_layer(tensors)
         with torch.enable_grad():
-            products = self._backend.multiply(by_layer)
+            products = self._backend.multiply(shares)
         damped = {
-            layer: {role: c + self.settings[layer].damping * by_layer[layer][role] for role, c in parts.items()}
+            layer: {role: c + self.settings[layer].damping * shares[layer][role] for role, c in parts.items()}
             for layer, parts in products.items()
         }
-        return _by_parameter(damped)
+        return by_parameter(damped)
 
     def ready(self, layer: Layer) -> bool:
         """Whether a layer has curvature by now."""
@@ -136,11 +136,7 @@ class Step:
 
     def by_layer(self, tensors: ByParameter) -> dict[Layer, dict[str, Tensor]]:
         """Tensors by layer and role; layers of which a parameter is missing are left out."""
-        return {
-            layer: {role: tensors[p] for role, p in layer.parameters.items()}
-            for layer in self.layers
-            if all(p in tensors for p in layer.parameters.values())
-        }
+        return by_layer(self.layers, tensors)
 
     @property
     def _backend(self) -> CurvatureBackend:
@@ -259,10 +255,6 @@ class StepLength(_Part, ABC):
     @abstractmethod
     def scaled(self, step: Step, updates: Updates) -> Updates | None:
         """The updates at their length; None: the step is not taken (and counted as skipped)."""
-
-
-def _by_parameter(tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
-    return {layer.parameters[role]: t for layer, parts in tensors.items() for role, t in parts.items()}
 
 
 def _times(tensors: ByParameter, factors: Mapping[nn.Parameter, float]) -> dict[nn.Parameter, Tensor]:

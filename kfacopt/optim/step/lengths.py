@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import LayerTensors
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_parameter
 
 
 def layer_length(layer: Layer) -> float:
@@ -17,7 +17,8 @@ def layer_length(layer: Layer) -> float:
 
     `E ‖U x‖² = ‖U‖_F²` for white inputs with entries of size one, which is one for each output where `‖U‖_F² =
     outputs`: the norm of Muon's step, an orthogonal matrix times `sqrt(max(1, o / i))`. Of an embedding's inputs only
-    one entry is not zero, so that `‖U‖_F² = outputs · words`. Elementwise layers have an output for each channel.
+    one entry is not zero, so that `‖U‖_F² = outputs · words`; of a tied one the shorter of both, that of a linear
+    layer whose outputs are the words. Elementwise layers have an output for each channel.
 
     >>> from kfacopt.layers import handler_for
     >>> def layer(module): return Layer("", (module,), handler_for(module), dict(module.named_parameters()))
@@ -26,13 +27,9 @@ def layer_length(layer: Layer) -> float:
     >>> layer_length(layer(nn.Embedding(9, 4))), layer_length(layer(nn.LayerNorm(9)))
     (6.0, 3.0)
     """
-    shape = layer.pack(dict(layer.parameters)).shape
-    return math.sqrt(shape.numel() if layer.handler.structure == "one-hot" else shape[:-1].numel())
-
-
-def with_length(steps: LayerTensors, lengths: Mapping[Layer, float | Tensor]) -> dict[nn.Parameter, Tensor]:
-    """Each layer's step times what gives it a Frobenius norm, by parameter; zero stays zero."""
-    return times({layer: lengths[layer] / norm for layer, norm in norms(steps).items()}, steps)
+    shape = layer.pack(layer.values()).shape
+    numbers = {"one-hot": shape.numel(), "tied": shape[-1]}
+    return math.sqrt(numbers.get(layer.handler.structure, shape[:-1].numel()))
 
 
 def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
@@ -48,8 +45,4 @@ def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
 
 def times(factors: Mapping[Layer, Tensor], tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
     """Each layer's tensors times its factor, by parameter."""
-    return {
-        layer.parameters[role]: tensor * factors[layer]
-        for layer, parts in tensors.items()
-        for role, tensor in parts.items()
-    }
+    return by_parameter({layer: {r: t * factors[layer] for r, t in parts.items()} for layer, parts in tensors.items()})

@@ -33,7 +33,11 @@ class RescaledGradients(Direction):
 
     @abstractmethod
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients of some parameters, rescaled; they are not to be written to."""
+        """The gradients of some parameters, rescaled; they are not to be written to.
+
+        Packed parameters have one number together: a key's bias, on which no output depends, has rounding for gradient,
+        and would be as long as the others.
+        """
 
     def defaults(self) -> dict[str, float]:
         return self.direction.defaults()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.fast_dtype import fast_dtype
@@ -16,7 +16,7 @@ from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
 from kfacopt.optim.step.lengths import layer_length
-from kfacopt.optim.step.stacks import Stack, stacks
+from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
 _LONG = 128
@@ -29,8 +29,8 @@ _FRESH = 2.0
 
 
 def dense_layers(layer: Layer) -> bool:
-    """Linear layers and convolutions: those that multiply all kinds of inputs by a matrix."""
-    return layer.handler.structure == "outer"
+    """Linear layers (a tied embedding is one, too) and convolutions: they multiply all kinds of inputs by a matrix."""
+    return layer.handler.structure in ("outer", "tied")
 
 
 def matrix_layers(layer: Layer) -> bool:
@@ -139,7 +139,7 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates: dict[nn.Parameter, Tensor] = {}
+        updates = Unstacked(averaged)
         for stack in stacks(step, averaged):
             device = stack.matrices.device.type
             long = min(stack.matrices.shape[-2:]) >= _LONG
@@ -149,8 +149,8 @@ class Spectral(Direction):
             found = found.to(stack.matrices.dtype)
             if self._row_decay is not None:
                 found = self._evened(step, stack, found)
-            updates.update(stack.unstacked(_with_length(stack, found), averaged))
-        return Updates(updates)
+            updates.add(stack, _with_length(stack, found))
+        return Updates(updates.by_parameter())
 
     def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
         """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""
@@ -159,13 +159,13 @@ class Spectral(Direction):
         return step.steepest(stack.layers, stack.matrices, self._polar)
 
     def _evened(self, step: Step, stack: Stack, matrices: Tensor) -> Tensor:
-        """Each row over the root of its running mean square, in units of the mean over all rows of its layer."""
-        squares = matrices.square().mean(-1)
+        """Each output's row over the root of its running mean square, in units of the mean over its layer's rows."""
+        squares = matrices.square().mean(stack.inputs)
         whole = squares.flatten(1).mean(-1).clamp_min(torch.finfo(squares.dtype).tiny)
         squares = squares / _column(whole, squares)
         assert self._row_decay is not None
-        averages = memory.row_squares(step.state, stack.parameters, squares, self._row_decay)
-        return matrices * averages.clamp_min(_LEAST_ROW).rsqrt().unsqueeze(-1)
+        averages = memory.row_squares(step.state, stack.keys, squares, self._row_decay)
+        return matrices * averages.clamp_min(_LEAST_ROW).rsqrt().unsqueeze(stack.inputs)
 
     def _products(self, device: str) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too."""

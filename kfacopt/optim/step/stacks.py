@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, by_parameter
 from kfacopt.linalg.tensors import as_statistic
+from kfacopt.optim.memory import Key
 from kfacopt.optim.step.base import ByParameter, Step
 
 Holder = Layer | nn.Parameter
@@ -24,11 +25,14 @@ class Stack:
         holders: Of what each is.
         matrices: In their order; in float32 at least.
         curved: Whether they are of layers that have curvature.
+        inputs: Which axis is that of the inputs: the last, but for tied embeddings, whose outputs are the words, as
+            those of the head are.
     """
 
     holders: tuple[Holder, ...]
     matrices: Tensor
     curved: bool
+    inputs: int = -1
 
     @property
     def layers(self) -> list[Layer]:
@@ -36,34 +40,59 @@ class Stack:
         return [holder for holder in self.holders if isinstance(holder, Layer)]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """One of each holder's parameters, by which to remember what belongs to it."""
-        return [next(iter(h.parameters.values())) if isinstance(h, Layer) else h for h in self.holders]
+    def keys(self) -> list[Key]:
+        """For each holder a parameter of its own, and which of its rows are: what is remembered of it belongs there."""
+        return [_key(holder) for holder in self.holders]
 
-    def unstacked(self, matrices: Tensor, like: ByParameter) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Other matrices of the holders by parameter, shaped and typed as the parameters' tensors in `like`."""
-        for holder, matrix in zip(self.holders, matrices.unbind(), strict=True):
+
+class Unstacked:
+    """Matrices of stacks' holders by parameter: shares of packed parameters meet again.
+
+    Args:
+        like: Tensors as which the parameters' are shaped and typed.
+    """
+
+    def __init__(self, like: ByParameter) -> None:
+        self._like = like
+        self._shares: dict[Layer, dict[str, Tensor]] = {}
+        self._plain: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, stack: Stack, matrices: Tensor) -> None:
+        """Take over other matrices of the stack's holders."""
+        for holder, matrix in zip(stack.holders, matrices.unbind(), strict=True):
             if isinstance(holder, Layer):
-                for role, tensor in holder.unpack(matrix).items():
-                    parameter = holder.parameters[role]
-                    yield parameter, tensor.to(like[parameter].dtype)
+                dtypes = {role: self._like[p].dtype for role, p in holder.parameters.items()}
+                self._shares[holder] = {role: t.to(dtypes[role]) for role, t in holder.unpack(matrix).items()}
             else:
-                yield holder, matrix.reshape(holder.shape).to(like[holder].dtype)
+                self._plain[holder] = matrix.reshape(holder.shape).to(self._like[holder].dtype)
+
+    def by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """All of them, but for parameters of which a layer's share is missing."""
+        return by_parameter(self._shares) | self._plain
 
 
 def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     """All layers and plain matrices of which there are tensors, stacked; those with and without curvature apart."""
-    found: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[tuple[Holder, Tensor]]] = {}
+    found: dict[tuple[torch.Size, torch.dtype, torch.device, bool, int], list[tuple[Holder, Tensor]]] = {}
     held: list[tuple[Holder, Tensor, bool]] = [
         (layer, layer.pack(parts), step.ready(layer)) for layer, parts in step.by_layer(tensors).items()
     ]
     held += [(p, tensors[p].reshape(tuple(shape)), False) for p, shape in step.plain.items() if p in tensors]
     for holder, matrix, curved in held:
-        found.setdefault((matrix.shape, matrix.dtype, matrix.device, curved), []).append((holder, matrix))
+        tied = isinstance(holder, Layer) and holder.handler.structure == "tied"
+        key = matrix.shape, matrix.dtype, matrix.device, curved, -2 if tied else -1
+        found.setdefault(key, []).append((holder, matrix))
     return [
-        Stack(tuple(h for h, _ in members), as_statistic(_stacked([m for _, m in members])), curved)
-        for (_, _, _, curved), members in found.items()
+        Stack(tuple(h for h, _ in members), as_statistic(_stacked([m for _, m in members])), curved, inputs)
+        for (_, _, _, curved, inputs), members in found.items()
     ]
+
+
+def _key(holder: Holder) -> Key:
+    if not isinstance(holder, Layer):
+        return holder, None
+    role, parameter = next(iter(holder.parameters.items()))
+    return parameter, holder.rows(role)
 
 
 def _stacked(matrices: Sequence[Tensor]) -> Tensor:

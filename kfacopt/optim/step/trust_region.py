@@ -96,7 +96,11 @@ def _relative_factors(step: Step, group: dict[str, Any], updates: Updates) -> di
     lists = [[updates.tensors[p] for p in part] for part in parts]
     clip = float(group["relative_clip"])
     scales = relative_scales(parts, lists, lr=peak_rate(group), relative_clip=clip)
-    return {p: scale for part, scale in zip(parts, scales, strict=True) for p in part}
+    factors: dict[nn.Parameter, float] = {}
+    for part, scale in zip(parts, scales, strict=True):
+        # What several layers have rows of is bounded by the strictest of them.
+        factors |= {p: min(scale, factors.get(p, scale)) for p in part}
+    return factors
 
 
 def relative_scales(

@@ -58,7 +58,7 @@ def of(backend: kfacopt.LayerwiseBackend, direction: kfacopt.Direction, case: Ca
     before = {p: p.detach().clone() for p in model.parameters()}
     train_step(made, model, loss, x, y)
     steps = {
-        layer: layer.pack({role: before[p] - p.detach() for role, p in layer.parameters.items()})
+        layer: layer.pack(layer.share({p: before[p] - p.detach() for p in layer.parameters.values()}))
         for layer in made._layers
     }
     return made, steps
@@ -66,8 +66,7 @@ def of(backend: kfacopt.LayerwiseBackend, direction: kfacopt.Direction, case: Ca
 
 def momentum_of(layer: Layer) -> Tensor:
     """The gradient as a matrix: without memory it is the momentum."""
-    gradients = {role: p.grad for role, p in layer.parameters.items() if p.grad is not None}
-    return layer.pack(gradients)
+    return layer.pack(layer.share({p: p.grad for p in layer.parameters.values() if p.grad is not None}))
 
 
 def power(factor: Tensor, damping: Tensor, exponent: float) -> Tensor:

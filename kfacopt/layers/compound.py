@@ -1,0 +1,106 @@
+"""Modules that hold several layers without calling them as modules, such as the projections of an attention module.
+
+A hook on such a module sees one call; what its layers multiplied is in the autograd graph of the output. A
+`CompoundHandler` names the parts, and finds their products there.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.registry import RefusedHandler
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer within a module, which is no module itself or is never called.
+
+    Args:
+        name: Where the layer would be, had it been a module of its own (`"q_proj"`).
+        what: What it is, as a phrase for `coverage()`.
+        compound: The handler of the module.
+        handler: Brings what `CompoundHandler.calls` found to rows, and the parameters to a matrix and back.
+        paths: Where the module holds its parameters, by the name that `handler` gives them
+            (`{"weight": "out_proj.weight"}`).
+        rows: By the same names, which rows of a parameter are its own; left out: all.
+    """
+
+    name: str
+    what: str
+    compound: CompoundHandler
+    handler: LayerHandler
+    paths: Mapping[str, str]
+    rows: Mapping[str, slice] = field(default_factory=dict)
+
+    def parameter(self, module: nn.Module, role: str) -> Tensor | None:
+        """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""
+        *owners, name = self.paths[role].split(".")
+        held = module.get_submodule(".".join(owners))._parameters.get(name)
+        return held
+
+    def label(self, role: str) -> str:
+        """The parameter's name, with the rows that are the part's.
+
+        >>> from kfacopt.layers import handler_for
+        >>> attention = nn.MultiheadAttention(4, 2)
+        >>> [part.label("weight") for part in handler_for(attention).parts(attention)]
+        ['in_proj_weight[0:4]', 'in_proj_weight[4:8]', 'in_proj_weight[8:12]', 'weight']
+        """
+        name, rows = self.paths[role].removeprefix(f"{self.name}."), self.rows.get(role)
+        return name if rows is None else f"{name}[{rows.start}:{rows.stop}]"
+
+
+@dataclass(frozen=True, eq=False)
+class PartCall:
+    """What a part did in one call of its module, as though it had been called itself.
+
+    Args:
+        inputs: Its input, `[n s i]`; the rows of the gradient are `(s n)`, places before data.
+        edge: Where the gradient of its output arrives in the graph.
+        columns: Which columns of that gradient are the part's.
+    """
+
+    inputs: Tensor
+    edge: GradientEdge
+    columns: slice
+
+    def arrange(self, gradient: Tensor) -> Tensor:
+        """What arrived at `edge`, `[v (s n) columns]`, as the gradient of the part's output, `[v n s o]`."""
+        data, places = self.inputs.shape[:2]
+        apart: Tensor = gradient[..., self.columns].unflatten(-2, (places, data))
+        return apart.transpose(-2, -3)
+
+
+class CompoundHandler(RefusedHandler):
+    """What a module has to say that is made of several layers which no module hook sees.
+
+    It has no rows itself. A parameter of one of its modules is in parts that together hold each row of it once, or in
+    none.
+    """
+
+    def refusal(self, module: nn.Module) -> str | None:
+        return None
+
+    @abstractmethod
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        """The layers that `module` is made of; parameters that do not exist are left out."""
+
+    @abstractmethod
+    def calls(self, module: nn.Module, output: Any, above: Collection[Node]) -> dict[str, PartCall]:
+        """What the parts did in the call that returned `output`, by name.
+
+        Args:
+            module: The module, right after the call.
+            output: What its forward returned, with its graph.
+            above: The nodes that made the inputs of the call: the graph ends there.
+
+        Returns:
+            The calls that can be found. A part that is left out has no rows then, which the optimizer says.
+        """

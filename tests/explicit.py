@@ -1,0 +1,114 @@
+"""Models written out: attention as four linear layers and a softmax, a tied weight as two weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from kfacopt.layers import handler_for
+from kfacopt.layers.layer import Layer
+
+
+class ExplicitAttention(nn.Module):
+    """What a `torch.nn.MultiheadAttention` computes, with its parameters in modules of their own; without dropout.
+
+    The projections see `[n t e]`, whatever the layout outside.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads, self.outer_batch_first = attention.num_heads, attention.batch_first
+        self.add_zero = attention.add_zero_attn
+        self.bias_k, self.bias_v = deepcopy(attention.bias_k), deepcopy(attention.bias_v)
+        self.batch_first, self.in_proj_bias = attention.batch_first, None  # what TransformerEncoderLayer looks at
+        size, packed = attention.embed_dim, attention.in_proj_weight
+        separate = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        weights = separate if packed is None else packed.chunk(3)
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        assert self.out_proj.weight.shape == (size, size)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.ndim == 3
+        swap = batched and not self.outer_batch_first
+        inputs = [t.transpose(0, 1) if swap else t if batched else t.unsqueeze(0) for t in (query, key, value)]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(t) for layer, t in zip(projections, inputs, strict=True))
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], 1)
+        if self.add_zero:
+            k, v = (torch.cat([t, torch.zeros_like(t[:, :1])], 1) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        for mask, axes in ((attn_mask, (0, 0)), (key_padding_mask, (1, 1))):
+            if mask is not None:
+                if mask.dtype == torch.bool:
+                    mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -torch.inf)
+                whole = nn.functional.pad(mask, (0, scores.shape[-1] - mask.shape[-1]))
+                scores = scores + (whole if axes == (0, 0) else whole.reshape(-1, 1, 1, whole.shape[-1]))
+        weights = scores.softmax(-1)
+        output = self.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        output = output.transpose(0, 1) if swap else output if batched else output.squeeze(0)
+        return output, weights.mean(1) if need_weights else None
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def explicit_model(model: nn.Module) -> nn.Module:
+    """A copy of a model, each `torch.nn.MultiheadAttention` in it written out."""
+    if isinstance(model, nn.MultiheadAttention):
+        return ExplicitAttention(model)
+    copy = deepcopy(model)
+    for module in list(copy.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, ExplicitAttention(child))
+    return copy
+
+
+def counterpart(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer]:
+    """The model written out, and the linear layer there that is the same as a part of an attention module."""
+    assert layer.part is not None
+    written = explicit_model(model)
+    (path,) = (path for path, module in model.named_modules() if module is layer.modules[0])
+    linear = written.get_submodule(".".join(filter(None, [path, layer.part.name])))
+    handler = handler_for(linear)
+    assert handler is not None
+    return written, Layer(layer.name, (linear,), handler, {role: linear.get_parameter(role) for role in layer.roles})
+
+
+def untied(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer, Layer]:
+    """A copy of a model whose linear layers have a weight of their own; the embeddings, and those linear layers."""
+    copy = deepcopy(model)
+    paths = {path: module for path, module in model.named_modules() if module in layer.modules}
+    heads = [copy.get_submodule(path) for path, module in paths.items() if isinstance(module, nn.Linear)]
+    words = [copy.get_submodule(path) for path, module in paths.items() if isinstance(module, nn.Embedding)]
+    own = nn.Parameter(layer.parameters["weight"].detach().clone())
+    layers = []
+    for modules in (words, heads):
+        for module in modules if modules is heads else ():
+            module.weight = own
+        handler = handler_for(modules[0])
+        assert handler is not None
+        layers.append(Layer(layer.name, tuple(modules), handler, {"weight": modules[0].get_parameter("weight")}))
+    return copy, layers[0], layers[1]
