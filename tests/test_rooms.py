@@ -16,6 +16,7 @@ ROOMS = [
     "optional",
     "schedules",
     "linalg",
+    "sharding",
     "likelihoods",
     "layers",
     "damping",
@@ -82,7 +83,7 @@ def test_files_are_short(path: Path) -> None:
 
 def test_the_top_level_holds_rooms() -> None:
     files = {path.stem for path in PACKAGE.glob("*.py")}
-    assert files <= {"__init__", "schedules", "damping", "optional"}
+    assert files <= {"__init__", "schedules", "damping", "optional", "sharding"}
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"} <= set(ROOMS)
 
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
+from kfacopt.sharding import Processes
 
 
 class LayerwiseBackend(CurvatureBackend):
@@ -42,6 +44,7 @@ class LayerwiseBackend(CurvatureBackend):
         """By layer name: updates that were not finite and left its statistics as they were."""
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
+        self._processes, self._averaged = Processes(), True
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
 
@@ -67,6 +70,9 @@ class LayerwiseBackend(CurvatureBackend):
             if waiting is not None and self._mismatch(name, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
 
+    def join(self, processes: Processes, averaged: bool) -> None:
+        self._processes, self._averaged = processes, averaged
+
     @staticmethod
     def _key(layer: Layer) -> str:
         return f"{layer.name} {'+'.join(layer.roles)}"
@@ -87,6 +93,7 @@ class LayerwiseBackend(CurvatureBackend):
 
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
+        reduce_pending(self.blocks, self._processes, self._averaged)
         found = {name: block.pending_checksum() for name, block in self.blocks.items()}
         checks = {name: check for name, check in found.items() if check is not None}
         if not checks:
@@ -166,10 +173,14 @@ class LayerwiseBackend(CurvatureBackend):
         }
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:
+        whole = sum(self._refresh_seconds.values())
+        if any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
+            # All have to do the same in the same step, and the slowest is waited for.
+            times = [factor_seconds, step_seconds, whole, self._last_refresh_seconds]
+            factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
         if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
             self._factor_interval.observe("factors", factor_seconds, step_seconds)
         if isinstance(self._refresh_interval, MaxOverhead) and self._last_refresh_seconds > 0.0:
-            whole = sum(self._refresh_seconds.values())
             self._refresh_interval.observe("refresh", whole, step_seconds)
 
     def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:

@@ -30,6 +30,10 @@ class Block(ABC):
 
     title: ClassVar[str]
     """What `coverage()` calls it."""
+    symmetric: ClassVar[frozenset[str]] = frozenset()
+    """Which of the averages are symmetric matrices, of which half is enough to send."""
+    of_inputs: ClassVar[frozenset[str]] = frozenset()
+    """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
     def __init__(self) -> None:
         self.retries = 0
@@ -95,8 +99,9 @@ class Block(ABC):
 
     def rescale(self, factor: float) -> None:
         """Multiply what waits to be folded and comes from cotangents: the loss turns out to have a factor."""
-        for average in self.averages().values():
-            average.rescale(factor)
+        for name, average in self.averages().items():
+            if name not in self.of_inputs:
+                average.rescale(factor)
 
     def fold(self, decay: float) -> None:
         """Average what `update` added into the running averages (`decay` 0: replace them)."""

@@ -18,6 +18,9 @@ class FactoredBlock(Block):
         gradient_factor: Running average of G, `[*k o o]`.
     """
 
+    symmetric = frozenset({"input_factor", "gradient_factor"})
+    of_inputs = frozenset({"input_factor"})
+
     def __init__(self) -> None:
         super().__init__()
         self.input_factor = RunningAverage()
@@ -52,11 +55,6 @@ class FactoredBlock(Block):
         """`update` of G alone."""
         if self.owner is None:
             self.gradient_factor.add(gradient_covariance(rows.for_factors().gradients), rows.new_terms)
-
-    def rescale(self, factor: float) -> None:
-        for name, average in self.averages().items():
-            if name != "input_factor":
-                average.rescale(factor)
 
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, _engine_run_backward
 
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Alias", "ToCopy"}
+_VIEWS |= {"_DDPSink"}  # of DistributedDataParallel: hands its outputs on, which may be several
 
 
 @dataclass(eq=False)

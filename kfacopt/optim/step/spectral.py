@@ -14,6 +14,7 @@ from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, polar_factors
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import ByParameter, Direction, Step, Updates
 from kfacopt.optim.step.lengths import layer_length, with_length
+from kfacopt.sharding import Processes
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
 _LONG = 128
@@ -115,7 +116,7 @@ class Spectral(Direction):
         updates = self._orthogonalized(step, short)
         if long:
             device = next(iter(long)).device.type
-            dtype = self._products(device)
+            dtype = self._products(device, step.processes)
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 updates |= self._orthogonalized(step, long)
         return Updates(updates)
@@ -130,11 +131,13 @@ class Spectral(Direction):
         }
         return with_length(steps, {layer: layer_length(layer) for layer in steps})
 
-    def _products(self, device: str) -> torch.dtype:
-        """The dtype of long products; once measured it stays, for a resumed run, too."""
+    def _products(self, device: str, processes: Processes) -> torch.dtype:
+        """The dtype of long products; once measured it stays, for a resumed run, too. Of several processes one says."""
         if self._dtype != "fastest":
             return self._dtype
-        return self._measured.setdefault(device, fast_dtype(device))
+        if device not in self._measured:
+            self._measured[device] = processes.gathered(fast_dtype(device))[0]
+        return self._measured[device]
 
     def state_dict(self) -> dict[str, Any]:
         return {"measured": {device: str(dtype).removeprefix("torch.") for device, dtype in self._measured.items()}}
