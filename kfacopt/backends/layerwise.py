@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.backends.ownership import Work, done_by_owners, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.layers.base import Rows
@@ -45,6 +45,7 @@ class LayerwiseBackend(CurvatureBackend):
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
         self._processes, self._averaged = Processes(), True
+        self._owners: dict[str, int] = {}
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
 
@@ -129,17 +130,24 @@ class LayerwiseBackend(CurvatureBackend):
         by_name = {layer.name: setting for layer, setting in settings.items()}
         able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
         due = self._refreshes.due(step, able)
-        for name in due:
-            self._refresh_seconds[name] = self._timed_refresh(self.blocks[name], by_name[name].damping)
+        if due:
+            self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
+        took = self._by_owners(due, lambda name, block: block.refresh(by_name[name].damping))
+        self._refresh_seconds |= took
         # Without a cache a layer trains by AdamW: it stays due until it has one.
-        self._refreshes.done(step, [name for name in due if self.blocks[name].ready])
-        self._last_refresh_seconds = sum(self._refresh_seconds[name] for name in due)
+        self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
+        self._last_refresh_seconds = self._longest(took)
 
-    @staticmethod
-    def _timed_refresh(block: Block, damping: float) -> float:
-        start = time.perf_counter()
-        block.refresh(damping)
-        return time.perf_counter() - start
+    def _by_owners(self, names: Sequence[str], work: Work) -> dict[str, float]:
+        """Work on some blocks, each in one process; what it took, by name."""
+        return done_by_owners({name: self.blocks[name] for name in names}, self._owners, self._processes, work)
+
+    def _longest(self, seconds: Mapping[str, float]) -> float:
+        """What the owner that worked longest took."""
+        by_owner: defaultdict[int, float] = defaultdict(float)
+        for name, took in seconds.items():
+            by_owner[self._owners.get(name, 0)] += took
+        return max(by_owner.values(), default=0.0)
 
     def ready(self, layer: Layer) -> bool:
         return self.blocks[layer.name].ready
@@ -173,7 +181,7 @@ class LayerwiseBackend(CurvatureBackend):
         }
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:
-        whole = sum(self._refresh_seconds.values())
+        whole = self._longest(self._refresh_seconds)
         if any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
             # All have to do the same in the same step, and the slowest is waited for.
             times = [factor_seconds, step_seconds, whole, self._last_refresh_seconds]

@@ -82,6 +82,14 @@ class Block(ABC):
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         """Take over what `cache` returned."""
 
+    def renewed(self) -> dict[str, Tensor | None]:
+        """All tensors that `refresh` writes: the cache, and statistics that it brings to new coordinates."""
+        return self.cache()
+
+    def take_renewed(self, renewed: dict[str, Tensor | None]) -> None:
+        """Take over what `renewed` returned in another process, which refreshed the same statistics."""
+        self.load_cache(renewed)
+
     @property
     def ready(self) -> bool:
         """Whether there is a cache to solve with."""

@@ -23,7 +23,8 @@ from tests.processes import Found, alone, run_together
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 Batch = tuple[Tensor, Tensor]
-OFTEN = {"factor_every": 1, "refresh_every": 2}
+# Refreshed at every step: where refreshes are spread, each process spreads its own.
+OFTEN = {"factor_every": 1, "refresh_every": 1}
 IGNORED = -100
 
 
@@ -109,8 +110,14 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
     "kfac": (optimizer(), plain(CE()), {}),
     "kfac-bucket-view": (optimizer(), plain(CE()), {"gradient_as_bucket_view": True}),
     "ekfac": (optimizer(kfacopt.EKFAC), plain(CE()), {}),
-    "ekfac-exact": (optimizer(backend=lambda: kfacopt.ExactEKFACBackend(1, 3, 1)), plain(CE()), {}),
-    "kfac-exact": (optimizer(backend=lambda: kfacopt.ExactKFACBackend(1, 2)), plain(CE()), {}),
+    "kfac-every-other": (optimizer(backend=lambda: kfacopt.KFACBackend(1, 2, stagger=False)), plain(CE()), {}),
+    "ekfac-every-other": (optimizer(backend=lambda: kfacopt.EKFACBackend(1, 2, stagger=False)), plain(CE()), {}),
+    "ekfac-exact": (
+        optimizer(backend=lambda: kfacopt.ExactEKFACBackend(1, 3, 1, stagger=False)),
+        plain(CE()),
+        {},
+    ),
+    "kfac-exact": (optimizer(backend=lambda: kfacopt.ExactKFACBackend(1, 2, stagger=False)), plain(CE()), {}),
     "spectral": (optimizer(kfacopt.SpectralDescent), plain(CE()), {}),
     "empirical": (optimizer(curvature="empirical"), plain(CE()), {}),
     "reduce": (optimizer(kfac_approx="reduce", separate_weight_and_bias=True), plain(CE()), {}),
@@ -369,6 +376,58 @@ def a_slow_process_does_not_hang_the_others() -> None:
     assert schedule.interval("refresh") > 1
 
 
+def every_layer_is_decomposed_by_one_process() -> None:
+    """Each does its own and gets the others'; spread over the steps, all have something to do in the same ones."""
+    for kind in (kfacopt.KFAC, kfacopt.EKFAC):
+        torch.manual_seed(0)
+        net = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(6, 6), nn.Tanh())), nn.Linear(6, 3))
+        model = DistributedDataParallel(net)
+        made = kind(model, CE(), factor_every=1, refresh_every=4)
+        done: list[tuple[int, str]] = []
+        for step in range(12):
+            made.zero_grad()
+            torch.manual_seed(10 * step + distributed.get_rank())
+            nn.functional.cross_entropy(model(torch.randn(5, 6)), torch.randint(3, (5,))).backward()
+            for name, block in made.backend.blocks.items():
+                block.refresh = partial(_noted, type(block).refresh, block, done, (step, name))  # type: ignore[method-assign]
+            made.step()
+            assert same_everywhere(weights_of(net))
+            for block in made.backend.blocks.values():
+                caches = [t for t in block.renewed().values() if t is not None]
+                assert all(t.is_contiguous() for t in caches)
+                assert same_everywhere(torch.cat([t.flatten() for t in caches]))
+        all_done: list[Any] = [None, None]
+        distributed.all_gather_object(all_done, done)
+        first, second = ({name for _, name in of_rank} for of_rank in all_done)
+        assert first | second == set(made.backend.blocks)
+        assert not first & second
+        steps = [[step for step, _ in of_rank] for of_rank in all_done]
+        assert set(steps[1]) <= set(steps[0])  # five layers: one has three of them
+        assert abs(len(steps[0]) - len(steps[1])) <= 4
+
+
+def _noted(refresh: Any, block: Any, done: list[tuple[int, str]], what: tuple[int, str], damping: float) -> None:
+    done.append(what)
+    refresh(block, damping)
+
+
+def a_failing_refresh_ends_all() -> None:
+    net = make_net()
+    model = DistributedDataParallel(net)
+    made = optimizer()(model)
+    assert isinstance(made, kfacopt.SecondOrderOptimizer)
+    plain(CE())(model, share(make_batches(1)[0]))
+    if distributed.get_rank() == 1:
+        for block in made.backend.blocks.values():
+            block.refresh = _broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of luck"):
+        made.step()
+
+
+def _broken(damping: float) -> None:
+    raise RuntimeError("out of luck")
+
+
 def the_first_alone_may_ask() -> None:
     """No communication in what is only looked at."""
     net, made = train(optimizer(kfacopt.EKFAC), [share(batch) for batch in make_batches(2)], plain(CE()))
@@ -496,6 +555,8 @@ CHECKS: Mapping[str, Callable[[], None]] = {
             an_error_of_one_process_is_everybodys,
             labels_are_drawn_by_every_process_anew,
             a_slow_process_does_not_hang_the_others,
+            every_layer_is_decomposed_by_one_process,
+            a_failing_refresh_ends_all,
             the_first_alone_may_ask,
             checkpoints_go_from_any_number_to_any,
             what_does_not_work_yet_is_refused,
