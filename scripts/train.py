@@ -2,6 +2,7 @@
 
     scripts/environment python scripts/train.py task=classification optimizer=kfac
     scripts/environment python scripts/train.py -m optimizer=sgd,adamw,ekfac     (a sweep)
+    scripts/environment python scripts/train.py trainer=ddp trainer.devices=2     (several processes)
     scripts/environment python scripts/train.py resume=runs/train/<folder>
 
 Everything goes to one run folder: the resolved config, metrics.csv, loss.png and checkpoints. Ctrl-C ends a run between
@@ -91,7 +92,6 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
     """
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
     task, data = build_task(config), build_data(config)
     checkpoints = folder / "checkpoints"
     trainer: Trainer = instantiate(
@@ -105,6 +105,8 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
         ],
         _convert_="all",
     )
+    if trainer.is_global_zero:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
     start = checkpoint_of(config.resume) if config.resume else None
     try:
         trainer.fit(task, datamodule=data, ckpt_path=start, weights_only=True)
@@ -115,7 +117,7 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else a sweep's next job would write to the same run
-        if metrics := collect_metrics(folder):
+        if trainer.is_global_zero and (metrics := collect_metrics(folder)):
             draw_losses(metrics, folder / "loss.png")
     loss = trainer.callback_metrics.get("val/loss")
     return None if loss is None else float(loss)
