@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -529,6 +533,81 @@ def gradients_that_nobody_averaged_are_refused() -> None:
         made.step()
 
 
+def sharded_models_are_refused() -> None:
+    """FSDP2 (of all, of a part, after the optimizer was made), FSDP1 and tensor parallelism, by name."""
+
+    def chain() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole, part, parallel = chain(), chain(), parallelize_module(chain(), mesh, {"0": ColwiseParallel()})
+    fully_shard(whole)
+    fully_shard(part[0])
+    cpu = torch.device("cpu")
+    refused = {
+        "the model is sharded by FSDP": whole,
+        "'0' is sharded by FSDP": part,
+        "'0.weight' is a DTensor": parallel,
+        "the model is sharded by FSDP .FullyShardedDataParallel": FullyShardedDataParallel(chain(), device_id=cpu),
+    }
+    for message, model in refused.items():
+        with pytest.raises(RuntimeError, match=message):
+            kfacopt.KFAC(model, CE())
+        assert not any(module._forward_hooks for module in model.modules() if type(module) is nn.Tanh)
+    before = chain()
+    made = kfacopt.KFAC(before, CE())
+    fully_shard(before)
+    nn.functional.cross_entropy(before(torch.randn(4, 4)), torch.arange(4) % 3).backward()
+    with pytest.raises(RuntimeError, match="sharded by FSDP"):
+        made.step()
+
+
+def labels_of_two_processes_have_half_the_variance() -> None:
+    """G of the same data: unbiased for the exact one, and its mean over the processes half as noisy as each."""
+    net, data = make_net(), make_batches(1)[0]
+    model = DistributedDataParallel(net)
+    still = {"lr": 0.0, "adamw_lr": 0.0}
+    exact = optimizer(**still)(model)
+    sampled = optimizer(curvature="mc", **still)(model)
+    drawn = []
+    for step in range(200):
+        exact.zero_grad()
+        sampled.zero_grad()
+        plain(CE())(model, data)
+        average = sampled.backend.blocks["head"].gradient_factor  # type: ignore[attr-defined]
+        drawn.append(average.pending / average.count)
+        if step == 0:
+            exact.step()
+        sampled.step()
+    mine = torch.stack(drawn)
+    both = mine.clone()
+    distributed.all_reduce(both)
+    both /= 2
+    want = exact.backend.blocks["head"].gradient_factor.value  # type: ignore[attr-defined]
+    deviation = both.std(0) / len(both) ** 0.5
+    assert bool(((both.mean(0) - want).abs() <= 4.0 * deviation).all())  # nine numbers, six of them different
+    ratio = float(both.var(0).sum() / mine.var(0).sum())
+    assert 0.35 < ratio < 0.65  # one half; its own deviation is 0.07
+
+
+def one_is_killed() -> None:
+    """The other ends with an error instead of waiting for ever. (The last check: there is one process less then.)"""
+    net = make_net()
+    model = DistributedDataParallel(net)
+    made = optimizer()(model)
+    for step, batch in enumerate(make_batches(2)):
+        made.zero_grad()
+        plain(CE())(model, share(batch))
+        if step == 1 and distributed.get_rank() == 1:
+            os._exit(1)
+        if step == 1:
+            with pytest.raises(RuntimeError, match=r"(?i)gloo|connection|closed"):
+                made.step()
+        else:
+            made.step()
+
+
 def a_copy_trains_on() -> None:
     net, made = train(optimizer(), [share(batch) for batch in make_batches(2)], plain(CE()))
     copied = copy.deepcopy(made)
@@ -561,6 +640,8 @@ CHECKS: Mapping[str, Callable[[], None]] = {
             checkpoints_go_from_any_number_to_any,
             what_does_not_work_yet_is_refused,
             gradients_that_nobody_averaged_are_refused,
+            sharded_models_are_refused,
+            labels_of_two_processes_have_half_the_variance,
             a_copy_trains_on,
         )
     },
@@ -569,10 +650,14 @@ CHECKS: Mapping[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_together(CHECKS)
+    return run_together({**CHECKS, "killed": one_is_killed})
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(found: Found, name: str) -> None:
     for rank, said in enumerate(found[name]):
         assert said == "", f"process {rank}: {said}"
+
+
+def test_one_is_killed(found: Found) -> None:
+    assert found["killed"] == ["", "not run"]
