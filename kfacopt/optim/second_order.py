@@ -58,9 +58,13 @@ class SecondOrderOptimizer(CapturingOptimizer):
     - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is one of the
       step alone.
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
+    - Several processes train under `torch.nn.parallel.DistributedDataParallel`: gradients and curvature are of all
+      their data, a step that one of them cannot take is taken by none, and gradients that nobody averaged are refused.
+      What one process saves with `state_dict()` resumes in any number of them.
 
     Args:
-        model: The model whose parameters are trained; hooks watch every module of it until `close()`.
+        model: The model whose parameters are trained, or torch's `DistributedDataParallel` around it; hooks watch every
+            module of it until `close()`.
         loss_func: The loss, as torch's module (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`) or a `Likelihood`.
             It is not called: the loop may use the functional form, multiply the loss and weight its data; the curvature
             is that of the loss that is differentiated (see the notes).
