@@ -11,6 +11,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     The rows of the lower half of the triangle, turned by 180°, fill what the rows of the upper half leave free (the
     idea of LAPACK's rectangular full packed format). No index tensors are needed, which are larger than the matrix.
 
+    >>> import torch
     >>> pack_triangle(torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]]))
     tensor([[6., 1., 2., 3.],
             [0., 0., 4., 5.]])
@@ -27,6 +28,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 def unpack_triangle(packed: Tensor) -> Tensor:
     """The symmetric matrices `[*k d d]` that `pack_triangle` packed.
 
+    >>> import torch
     >>> matrix = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
     >>> bool((unpack_triangle(pack_triangle(matrix)) == matrix).all())
     True
