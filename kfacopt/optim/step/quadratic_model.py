@@ -120,3 +120,24 @@ def _combined(candidates: Sequence[list[Tensor]], factors: tuple[float, float]) 
     if len(candidates) > 1 and factors[1] != 0.0:
         torch._foreach_add_(result, candidates[1], alpha=factors[1])
     return result
+
+
+def rate_and_length(
+    lr: float | Tensor | QuadraticModel | str, step_length: StepLength | None, default: StepLength
+) -> tuple[float | Tensor, StepLength]:
+    """The learning rate and the step length that an optimizer's `lr` and `step_length` stand for.
+
+    Raises:
+        ValueError: If `lr` is another word than `"auto"`, or both choose the length.
+    """
+    if isinstance(lr, str):
+        if lr != "auto":
+            raise ValueError(f"lr must be a number, 'auto' or a kfacopt.QuadraticModel, got {lr!r}")
+        lr = QuadraticModel()
+    if isinstance(lr, QuadraticModel):
+        if step_length is not None:
+            raise ValueError("lr='auto' chooses the step length itself: leave step_length out, or give lr a number")
+        return 1.0, lr
+    if isinstance(step_length, QuadraticModel):
+        return 1.0, step_length
+    return lr, default if step_length is None else step_length
