@@ -180,14 +180,22 @@ class Timetable:
         every = self._interval_at(step)
         return [p for p in parts if p not in self._last or step - self._last[p] >= self._wait(p, every)]
 
-    def done(self, step: int, parts: list[str]) -> None:
-        """Note that `parts` were done at `step`."""
+    def done(self, step: int, parts: list[str], workers: Mapping[str, int] | None = None) -> None:
+        """Note that `parts` were done at `step`.
+
+        Args:
+            step: Counted from 0.
+            parts: What was done.
+            workers: Who did them, if several work side by side; in the order in which each is to do his own. Each then
+                has a part to do as often as the others: if one worked while they wait, nothing would be gained.
+        """
         fresh = [part for part in parts if part not in self._last]
         for part in parts:
             self._waits.pop(part, None)
             self._last[part] = step
-        if self._stagger and len(fresh) > 1:
-            self._waits |= {part: (index + 1, len(fresh)) for index, part in enumerate(fresh)}
+        for own in _by_worker(fresh, workers or {}):
+            if self._stagger and len(own) > 1:
+                self._waits |= {part: (index + 1, len(own)) for index, part in enumerate(own)}
 
     def done_at(self, step: int) -> list[str]:
         """The parts that were last done at `step`."""
@@ -218,3 +226,17 @@ class Timetable:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"the schedule {self._interval!r} returned {every!r} at step {step}, not a positive int")
         return every
+
+
+def _by_worker(parts: list[str], workers: Mapping[str, int]) -> list[list[str]]:
+    """Each worker's parts in the order of `workers`; what nobody in particular does goes with the first's.
+
+    >>> _by_worker(["a", "b", "c"], {"c": 0, "a": 1}), _by_worker(["a", "b"], {"b": 0, "a": 0})
+    ([['c', 'b'], ['a']], [['a', 'b']])
+    """
+    numbers = sorted(set(workers.values()))
+    if len(numbers) < 2:
+        return [parts]
+    own = [[part for part in workers if workers[part] == number and part in parts] for number in numbers]
+    own[0] += [part for part in parts if part not in workers]
+    return own

@@ -1,6 +1,6 @@
 """Compares optimizers at equal wall-clock: same model, same first weights, same batches.
 
-    scripts/compare                         EKFAC, KFAC, AdamW, Muon and SGD on the autoencoder
+    scripts/compare                         spectral descent, EKFAC, KFAC, AdamW, Muon and SGD on the autoencoder
     scripts/compare --quick                 the same in under a minute
     scripts/compare task=language_model optimizers=[ekfac,muon] budget=120s
     scripts/compare learning_rates.adamw=3e-3 second_order.kl_clip=0.03

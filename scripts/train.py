@@ -2,6 +2,7 @@
 
     scripts/train task=classification optimizer=kfac
     scripts/train -m optimizer=sgd,adamw,ekfac     (a sweep)
+    scripts/train trainer=ddp trainer.devices=2     (several processes)
     scripts/train resume=runs/train/<folder>
 
 Everything goes to one run folder: the resolved config, metrics.csv, loss.png, report.png (curvature) and checkpoints.
@@ -93,7 +94,6 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
     """
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
     task, data = build_task(config), build_data(config)
     checkpoints, console, epochs = folder / "checkpoints", output(), Epochs()
     trainer: Trainer = instantiate(
@@ -109,6 +109,8 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
         ],
         _convert_="all",
     )
+    if trainer.is_global_zero:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
     start = checkpoint_of(config.resume) if config.resume else None
     try:
         with told(epochs, console):
@@ -120,7 +122,7 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else a sweep's next job would write to the same run
-        if metrics := collect_metrics(folder):
+        if trainer.is_global_zero and (metrics := collect_metrics(folder)):
             draw_losses(metrics, folder / "loss.png")
             if any(name.startswith("curvature/") for name in metrics[-1]):
                 report(folder)

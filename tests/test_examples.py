@@ -64,6 +64,26 @@ def test_swap() -> None:
     assert ekfac < 0.5 * adamw
 
 
+def test_distributed() -> None:
+    """By torchrun in two processes, and in one."""
+    environment = os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, str(ROOT / "examples" / "distributed.py")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    pattern = r"^(\d) processes: loss (\S+) -> (\S+), length of the weights (\S+)$"
+    two, one = numbers(result.stdout, pattern), numbers(run("distributed"), pattern)
+    assert (two[0], one[0]) == (2, 1)
+    assert two[1:] == pytest.approx(one[1:], rel=1e-4)
+    assert one[2] < one[1]
+
+
 def test_custom_direction() -> None:
     found = numbers(run("custom_direction"), r"loss (\d\S*), largest divergence of a step (\d\S*)")
     (newton, _), (sign, divergence) = zip(found[::2], found[1::2], strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import PolarFactor
+from kfacopt.sharding import Processes
 
 LayerTensors = Mapping[Layer, Mapping[str, Tensor]]
 """For each layer, tensors shaped as its share of its parameters (`Layer.share`), by role (`"weight"`, `"bias"`)."""
@@ -64,6 +65,24 @@ class CurvatureBackend(ABC):
 
     def attach(self, layers: Sequence[Layer]) -> None:  # noqa: B027 - a backend need not care
         """Take note of the layers to come. Called again when parameters are frozen, unfrozen or added."""
+
+    def join(self, processes: Processes, averaged: bool) -> None:
+        """Take note of the processes that train together, before `attach`: statistics are to be of all their data.
+
+        Args:
+            processes: Sums and means over them; of one process they are the identity.
+            averaged: Whether each process's loss is a mean over its terms; False: a sum. The loss that the gradients
+                are of is the mean of the processes' losses.
+
+        Raises:
+            NotImplementedError: Here, if there are several.
+        """
+        if processes.size > 1:
+            raise NotImplementedError(
+                f"{processes.size} processes train together, but {type(self).__name__} has no join(): each would "
+                f"precondition with the curvature of its own data. Subclass kfacopt.LayerwiseBackend, or reduce over "
+                f"the processes in fold()"
+            )
 
     def wants_rows(self, step: int) -> bool:
         """Whether the forwards of step `step` are to deliver rows; without them there is no extra cost."""

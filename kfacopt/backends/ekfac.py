@@ -46,10 +46,7 @@ class FullEKFACBackend(LayerwiseBackend):
         fresh = set(self._refreshes.done_at(step))
         able = [n for n, block in self.blocks.items() if isinstance(block, CorrectedEigenBlock) and block.ready]
         due = self._refinements.due(step, able)
-        for name in due:
-            block = self.blocks[name]
-            if name not in fresh and isinstance(block, CorrectedEigenBlock):
-                block.refine()
+        self._by_owners([name for name in due if name not in fresh], _refine)
         self._refinements.done(step, due)
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +57,11 @@ class FullEKFACBackend(LayerwiseBackend):
         super().load_state_dict(state)
         if self._refinements is not None and state["refinements"] is not None:
             self._refinements.load_state_dict(state["refinements"])
+
+
+def _refine(name: str, block: Block) -> None:
+    assert isinstance(block, CorrectedEigenBlock)
+    block.refine()
 
 
 class EKFACBackend(LayerwiseBackend):

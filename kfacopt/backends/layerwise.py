@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from abc import abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.backends.ownership import Work, done_by_owners, owners_of
+from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.tied import TransposedFactors
@@ -21,6 +22,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
+from kfacopt.sharding import Processes
 
 
 class LayerwiseBackend(CurvatureBackend):
@@ -46,6 +48,8 @@ class LayerwiseBackend(CurvatureBackend):
         self._means: dict[Layer, float] | None = None
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
+        self._processes, self._averaged = Processes(), True
+        self._owners: dict[str, int] = {}
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
 
@@ -82,6 +86,9 @@ class LayerwiseBackend(CurvatureBackend):
             if waiting is not None and self._mismatch(name, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
 
+    def join(self, processes: Processes, averaged: bool) -> None:
+        self._processes, self._averaged, self._means = processes, averaged, None
+
     @staticmethod
     def _key(layer: Layer) -> str:
         return f"{layer.name} {'+'.join(layer.roles)}"
@@ -102,6 +109,7 @@ class LayerwiseBackend(CurvatureBackend):
 
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
+        reduce_pending(self.blocks, self._processes, self._averaged)
         found = {name: block.pending_checksum() for name, block in self.blocks.items()}
         checks = {name: check for name, check in found.items() if check is not None}
         if not checks:
@@ -138,17 +146,24 @@ class LayerwiseBackend(CurvatureBackend):
         by_name = {layer.name: setting for layer, setting in settings.items()}
         able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
         due = self._refreshes.due(step, able)
-        for name in due:
-            self._refresh_seconds[name] = self._timed_refresh(self.blocks[name], by_name[name].damping)
+        if due:
+            self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
+        took = self._by_owners(due, lambda name, block: block.refresh(by_name[name].damping))
+        self._refresh_seconds |= took
         # Without a cache a layer trains by AdamW: it stays due until it has one.
-        self._refreshes.done(step, [name for name in due if self.blocks[name].ready])
-        self._last_refresh_seconds = sum(self._refresh_seconds[name] for name in due)
+        self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
+        self._last_refresh_seconds = self._longest(took)
 
-    @staticmethod
-    def _timed_refresh(block: Block, damping: float) -> float:
-        start = time.perf_counter()
-        block.refresh(damping)
-        return time.perf_counter() - start
+    def _by_owners(self, names: Sequence[str], work: Work) -> dict[str, float]:
+        """Work on some blocks, each in one process; what it took, by name."""
+        return done_by_owners({name: self.blocks[name] for name in names}, self._owners, self._processes, work)
+
+    def _longest(self, seconds: Mapping[str, float]) -> float:
+        """What the owner that worked longest took."""
+        by_owner: defaultdict[int, float] = defaultdict(float)
+        for name, took in seconds.items():
+            by_owner[self._owners.get(name, 0)] += took
+        return max(by_owner.values(), default=0.0)
 
     def ready(self, layer: Layer) -> bool:
         return self.blocks[layer.name].ready
@@ -193,10 +208,14 @@ class LayerwiseBackend(CurvatureBackend):
         }
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:
+        whole = self._longest(self._refresh_seconds)
+        if any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
+            # All have to do the same in the same step, and the slowest is waited for.
+            times = [factor_seconds, step_seconds, whole, self._last_refresh_seconds]
+            factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
         if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
             self._factor_interval.observe("factors", factor_seconds, step_seconds)
         if isinstance(self._refresh_interval, MaxOverhead) and self._last_refresh_seconds > 0.0:
-            whole = sum(self._refresh_seconds.values())
             self._refresh_interval.observe("refresh", whole, step_seconds)
 
     def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:

@@ -31,6 +31,10 @@ class Block(ABC):
 
     title: ClassVar[str]
     """What `coverage()` calls it."""
+    symmetric: frozenset[str] = frozenset()
+    """Which of the averages are symmetric matrices, of which half is enough to send; diagonal ones have one axis."""
+    of_inputs: ClassVar[frozenset[str]] = frozenset()
+    """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
     def __init__(self) -> None:
         self.retries = 0
@@ -86,6 +90,14 @@ class Block(ABC):
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         """Take over what `cache` returned."""
 
+    def renewed(self) -> dict[str, Tensor | None]:
+        """All tensors that `refresh` writes: the cache, and statistics that it brings to new coordinates."""
+        return self.cache()
+
+    def take_renewed(self, renewed: dict[str, Tensor | None]) -> None:
+        """Take over what `renewed` returned in another process, which refreshed the same statistics."""
+        self.load_cache(renewed)
+
     @property
     def ready(self) -> bool:
         """Whether there is a cache to solve with."""
@@ -103,8 +115,9 @@ class Block(ABC):
 
     def rescale(self, factor: float) -> None:
         """Multiply what waits to be folded and comes from cotangents: the loss turns out to have a factor."""
-        for average in self.averages().values():
-            average.rescale(factor)
+        for name, average in self.averages().items():
+            if name not in self.of_inputs:
+                average.rescale(factor)
 
     def fold(self, decay: float) -> None:
         """Average what `update` added into the running averages (`decay` 0: replace them)."""

@@ -160,6 +160,13 @@ class CorrectedEigenBlock(EigenBlock):
         if self._left is not None:
             self.corrected.add(squared_coordinates(rows, *self.basis()), rows.new_terms)
 
+    def renewed(self) -> dict[str, Tensor | None]:
+        return super().renewed() | {"corrected": self.corrected.value}
+
+    def take_renewed(self, renewed: dict[str, Tensor | None]) -> None:
+        super().take_renewed(renewed)
+        self.corrected.value = renewed["corrected"]
+
     def eigenvalues(self) -> Tensor:
         return super().eigenvalues() if self.corrected.value is None else self.corrected.value
 

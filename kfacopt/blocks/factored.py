@@ -19,6 +19,9 @@ class FactoredBlock(Block):
         gradient_factor: Running average of G, `[*k o o]`.
     """
 
+    symmetric = frozenset(f"{use}{side}_factor" for use in ("", "transposed_") for side in ("input", "gradient"))
+    of_inputs = frozenset({"input_factor", "transposed_input_factor"})
+
     def __init__(self) -> None:
         super().__init__()
         self.input_factor = RunningAverage()
@@ -63,11 +66,6 @@ class FactoredBlock(Block):
         """`update` of G alone."""
         if self.owner is None:
             self.gradient_factor.add(gradient_covariance(rows.for_factors().gradients), rows.new_terms)
-
-    def rescale(self, factor: float) -> None:
-        for name, average in self.averages().items():
-            if name not in ("input_factor", "transposed_input_factor"):
-                average.rescale(factor)
 
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

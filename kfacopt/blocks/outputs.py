@@ -28,7 +28,7 @@ class OutputBlock(Block):
     The damped power `(G + damping I)^exponent` is that of the last `refresh`.
 
     Args:
-        inputs: The columns of the layer's matrix, i.
+        shape: Of the layer's matrix, `[*k o i]`.
         exponent: Power of the damped factor to divide by.
         widest: Outputs up to which G is `[*k o o]`; of more it is the diagonal `[*k o]`.
         gradient_factor: Running average of G.
@@ -36,9 +36,10 @@ class OutputBlock(Block):
 
     title = "K-FAC's G"
 
-    def __init__(self, inputs: int, exponent: float = 1.0, widest: int = WIDEST) -> None:
+    def __init__(self, shape: Sequence[int], exponent: float = 1.0, widest: int = WIDEST) -> None:
         super().__init__()
-        self._inputs, self._exponent, self._widest = inputs, exponent, widest
+        self._inputs, self._exponent, self._wide = shape[-1], exponent, shape[-2] > widest
+        self.symmetric = frozenset() if self._wide else frozenset({"gradient_factor"})
         self.gradient_factor = RunningAverage()
         self._inverse: Tensor | None = None
         self._root: Tensor | None = None
@@ -54,13 +55,12 @@ class OutputBlock(Block):
 
     def update(self, rows: Rows) -> None:
         gradients = rows.for_factors().gradients
-        wide = gradients.shape[-1] > self._widest
-        total = gradients.square().sum((0, -3, -2)) if wide else gradient_covariance(gradients)
+        total = gradients.square().sum((0, -3, -2)) if self._wide else gradient_covariance(gradients)
         self.gradient_factor.add(total, rows.new_terms)
 
     def refresh(self, damping: float) -> None:
         factor = self.factor()
-        if self._is_diagonal(factor):
+        if self._wide:
             self._inverse, self._root = (factor + damping).pow(-self._exponent), None
             return
         try:
@@ -103,7 +103,7 @@ class OutputBlock(Block):
 
     def eigenvalues(self) -> Tensor:
         factor = self.factor()
-        values = factor.clamp_min(0.0) if self._is_diagonal(factor) else kronecker.spectrum(factor)[0]
+        values = factor.clamp_min(0.0) if self._wide else kronecker.spectrum(factor)[0]
         return values.unsqueeze(-1).expand(*values.shape, self._inputs)
 
     def trace(self) -> Tensor:
@@ -117,7 +117,7 @@ class OutputBlock(Block):
             return super().condition(damping)
         # As `KroneckerBlock` does, from norms of the damped factor and of its cached inverse.
         factor, inverse = self.factor(), self._inverse
-        if self._is_diagonal(factor):
+        if self._wide:
             return (factor.amax() + damping) * inverse.amax().pow(1.0 / self._exponent)
         rows, reciprocals = (m.abs().sum(-1).amax() for m in (factor, inverse))
         return (rows + damping) * reciprocals.pow(1.0 / self._exponent)
@@ -128,12 +128,9 @@ class OutputBlock(Block):
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         self._inverse, self._root = cache["inverse_gradient_factor"], None
 
-    def _is_diagonal(self, factor: Tensor) -> bool:
-        return factor.shape[-1] > self._widest
-
     def _diagonal(self) -> Tensor:
         factor = self.factor()
-        return factor if self._is_diagonal(factor) else factor.diagonal(dim1=-2, dim2=-1)
+        return factor if self._wide else factor.diagonal(dim1=-2, dim2=-1)
 
     def _cached(self) -> Tensor:
         if self._inverse is None:
@@ -144,7 +141,7 @@ class OutputBlock(Block):
         """S with `S Sᵀ` the cached inverse; made when first asked for."""
         if self._root is None:
             inverse = self._cached()
-            self._root = inverse.sqrt() if self._is_diagonal(inverse) else kronecker.root(inverse)
+            self._root = inverse.sqrt() if self._wide else kronecker.root(inverse)
         return self._root
 
 

@@ -139,6 +139,13 @@ class PartialEigenBlock(FactoredBlock):
         values = torch.cat([value.flatten() for value in self._coefficients(damping)])
         return values.max() / values.min()
 
+    def renewed(self) -> dict[str, Tensor | None]:
+        return super().renewed() | {"corrected": self.corrected.value}
+
+    def take_renewed(self, renewed: dict[str, Tensor | None]) -> None:
+        super().take_renewed(renewed)
+        self.corrected.value = renewed["corrected"]
+
     def cache(self) -> dict[str, Tensor | None]:
         result: dict[str, Tensor | None] = {}
         for name, side in (("gradient", self._left), ("input", self._right)):

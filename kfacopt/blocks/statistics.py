@@ -38,6 +38,15 @@ class RunningAverage:
         """What was added since the last fold, a sum not yet divided by its count."""
         return self._sum
 
+    @property
+    def count(self) -> Tensor | float:
+        """What `pending` is to be divided by."""
+        return self._count
+
+    def replace(self, total: Tensor, count: Tensor | float) -> None:
+        """Put another sum and count in the place of what was added since the last fold."""
+        self._sum, self._count = total, count
+
     def rescale(self, factor: float) -> None:
         """Multiply what was added since the last fold."""
         if self._sum is not None:

@@ -146,8 +146,9 @@ class Returned:
             return
         self.look()
         if self._taken or (tally.passes == 0 and not self._gradients.thrown_away):
-            if self._refusal is not None:
-                raise self._refusal
+            if (refusal := self._refusal) is not None:
+                self.reset()
+                raise refusal
             tally.merge(self.tally)
             adapted = tally.scale.merge(self.tally.scale)
             for layer, rows in self._rows:

@@ -288,8 +288,10 @@ class Capture:
         task = torch._C._current_graph_task_id()
         if self._backward is None or self._backward.task != task:
             self._backward = _Backward(task, Walk(self._within), self._retaining.among(self._passed))
+            ended = partial(_ended, weakref.ref(self), weakref.ref(self._backward))
+            # Twice queued, it comes after DistributedDataParallel's own, which brings the gradients into .grad.
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(_ended, weakref.ref(self), weakref.ref(self._backward)))
+            engine.queue_callback(partial(engine.queue_callback, ended))
         return self._backward
 
     def _upstream(self, forward: Forward, node: Node, walk: Walk) -> list[Mark]:

@@ -29,6 +29,7 @@ Names = tuple[str, ...]
 
 _SQUARES: Names = ("MseLoss",)
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "T", "Transpose", "Permute", "Alias", "ToCopy"}
+_VIEWS |= {"_DDPSink"}  # of DistributedDataParallel: hands its outputs on, which may be several
 
 
 @dataclass(eq=False)

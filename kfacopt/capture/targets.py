@@ -60,7 +60,8 @@ class Targets:
             found += [f for f in kept if f.prediction is not None and f.output_nr == output_nr]
             if found or not is_view(node):
                 break
-            following: tuple[Node | None, int] = node.next_functions[0]
+            # A view has one output; what hands several on has as many inputs.
+            following: tuple[Node | None, int] = node.next_functions[output_nr or 0]
             node, output_nr = following
         return found
 

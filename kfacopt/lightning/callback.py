@@ -34,8 +34,7 @@ class CurvatureCallback(Callback):
         optimizer: Builds the optimizer that replaces the LightningModule's, e.g. a partial of `kfacopt.EKFAC` with all
             but the model. Any torch optimizer will do.
         module: Dotted name of the module within the LightningModule that `optimizer` is called with; default: the
-            LightningModule itself. Needed when several processes train (DDP calls the LightningModule for its loss,
-            which would be taken as the prediction).
+            LightningModule itself.
         progress_bar: Which of `health()`'s numbers to show there.
 
     Raises:
@@ -111,15 +110,19 @@ class CurvatureCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the optimizers' health on the steps on which Lightning logs."""
-        # Asked first, and only then the optimizers: their health may cost a device synchronization.
-        if trainer.barebones or not trainer._logger_connector.should_update_logs:
+        # Asked first, and only then the optimizers: their health may cost a device synchronization. All processes have
+        # the same health, and it asks none of the others.
+        if trainer.barebones or not trainer.is_global_zero or not trainer._logger_connector.should_update_logs:
             return
         optimizers = second_order_optimizers(trainer)
         for number, optimizer in enumerate(optimizers):
             place = f"{number}/" if len(optimizers) > 1 else ""
             health = optimizer.health()
             pl_module.log_dict(
-                {f"curvature/{place}{name}": value for name, value in health.items()}, on_step=True, on_epoch=False
+                {f"curvature/{place}{name}": value for name, value in health.items()},
+                on_step=True,
+                on_epoch=False,
+                rank_zero_only=True,
             )
             pl_module.log_dict(
                 {place + name: health[name] for name in self.progress_bar if name in health},
@@ -127,6 +130,7 @@ class CurvatureCallback(Callback):
                 on_epoch=False,
                 prog_bar=True,
                 logger=False,
+                rank_zero_only=True,
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

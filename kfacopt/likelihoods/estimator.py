@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ class FisherEstimator:
         self.separate_weight_and_bias = bool(separate_weight_and_bias)
         self.prediction = prediction
         self._seed = fisher.seed
+        self._stream: int | None = None
         self._generator: torch.Generator | None = None
 
     def _seen_modules(self, losses: Iterable[Any]) -> list[nn.Module]:
@@ -99,6 +101,17 @@ class FisherEstimator:
         likelihood = self.likelihoods[name] if name else self.likelihood
         return likelihood.cotangents(terms, self.fisher_type, self.mc_samples, generator)
 
+    def begin_stream(self, step: int, rank: int) -> None:
+        """Draw step `step`'s labels from a stream that no other step, rank or seed has.
+
+        Of several processes each has to draw labels of its own, or their mean has as much noise as one of them; and a
+        checkpoint, which one of them writes, must serve them all.
+        """
+        digest = hashlib.blake2b(f"{self._seed} {step} {rank}".encode(), digest_size=8).digest()
+        self._stream = int.from_bytes(digest, "big") >> 1
+        if self._generator is not None:
+            self._generator.manual_seed(self._stream)
+
     def state_dict(self) -> dict[str, Any]:
         """The generator's state (None before it was first used)."""
         generator = self._generator
@@ -126,7 +139,8 @@ class FisherEstimator:
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
-            self._generator = torch.Generator(device=device).manual_seed(self._seed)
+            seed = self._seed if self._stream is None else self._stream
+            self._generator = torch.Generator(device=device).manual_seed(seed)
         return self._generator
 
 

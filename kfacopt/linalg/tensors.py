@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +25,18 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     >>> all_finite([torch.tensor([1.0, float("nan")])])
     False
     """
+    return math.isfinite(checksum(tensors))
+
+
+def checksum(tensors: Sequence[Tensor]) -> float:
+    """Sum of the absolute values of all entries, in float32: finite exactly if every entry is (barring overflow).
+
+    >>> checksum([torch.tensor([1.0, -2.0])])
+    3.0
+    """
     if not tensors:
-        return True
-    # A sum of absolute values is finite exactly if every entry is (barring overflow, which is as bad).
-    return bool(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum().isfinite())
+        return 0.0
+    return float(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum())
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

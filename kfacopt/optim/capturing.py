@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,9 +19,12 @@ from kfacopt.layers.base import Rows
 from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
-from kfacopt.linalg.tensors import all_finite
-from kfacopt.optim.checks import check_model, check_params
+from kfacopt.optim.checks import check_engine, check_model, check_params, check_processes
+from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
+from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
+from kfacopt.optim.together import Agreement, agreed
+from kfacopt.sharding import unwrapped
 
 Params = Iterable[Any]
 
@@ -55,8 +57,11 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, estimator: FisherEstimator, params: Params | None, defaults: dict[str, Any]
     ) -> None:
+        model, self._processes = unwrapped(model)
         check_model(model)
         check_params(params)
+        check_processes(self._processes, self._alone)
+        self._agreed = Agreement()
         self.model = model
         self._estimator = estimator
         self._capture: Capture | None = None
@@ -86,6 +91,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """Whether the coming step goes where the forwards that are run again say."""
         return self._wants_replays()
 
+    def _alone(self) -> str | None:
+        """What cannot be done in several processes yet, as the subject of a sentence; None: all can."""
+        return type(self).__name__
+
     def _refusal(self, layer: Layer) -> str | None:
         """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not."""
         return None if self._fed is None else self._fed.refusal(layer)
@@ -104,9 +113,11 @@ class CapturingOptimizer(torch.optim.Optimizer):
             excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
+            backend.join(self._processes, self._estimator.likelihood.reduction != "sum")
             backend.attach(self._layers)
             deliver, discard = self._deliver, self._discard
             all_places, needs_inputs = backend.all_places, backend.needs_inputs
+        self._processes.device = next(self.model.parameters()).device
         is_paused = False
         if self._capture is not None:
             is_paused = self._capture.is_paused
@@ -133,6 +144,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         capture.wants_rows = backend is not None and backend.wants_rows(self._step)
         capture.wants_terms, capture.wants_replays = self._wants_terms(), self._wants_replays()
         self._expected = {layer.name for layer in self._layers} if capture.wants_rows else set()
+        if self._processes.size > 1:
+            self._estimator.begin_stream(self._step, self._processes.rank)
 
     def _open_capture(self) -> Capture:
         assert self._capture is not None
@@ -150,24 +163,11 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         What was captured for this step stays.
         """
-        self._note_unseen_uses()
         if self._covered_pattern() != self._pattern:
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
             self._expected &= expected  # a layer that was not hooked when the forward ran owes no rows
-
-    def _note_unseen_uses(self) -> None:
-        """Layers that act on the loss in a way that their calls do not show have no curvature from now on."""
-        capture = self._open_capture()
-        found = dict.fromkeys(capture.passes.used_elsewhere, USED_ELSEWHERE)
-        if capture.derivatives.in_the_loss and not capture.tally.verified:
-            found |= dict.fromkeys((layer for layer in self._layers if layer.name in self._reached), DERIVATIVE)
-        new = {layer: why for layer, why in found.items() if not self._unseen_uses.keys() & layer.parameters.values()}
-        self._unseen_uses |= {p: why for layer, why in new.items() for p in layer.parameters.values()}
-        for why in dict.fromkeys(new.values()):
-            names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)
-            warnings.warn(f"{names}: {why}. That is not in the curvature: trained without from now on", stacklevel=4)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
@@ -243,8 +243,11 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._open_capture().settle()
-        if self._open_capture().derivatives.in_the_loss:
+        gradients = dense_gradients(self.param_groups)
+        self._agreed = agreed(
+            self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check
+        )
+        if self._agreed.in_the_loss:
             if self._solves_on_replays():
                 raise RuntimeError(
                     f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write "
@@ -252,9 +255,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
                     f"that as its model; take derivatives that are only looked at without create_graph=True"
                 )
             self._open_capture().tally.replayable = False
+        self._unseen_uses |= uses_out_of_sight(self._layers, self._agreed, self._unseen_uses)
         self._follow_changes()
-        gradients = {p: _dense_gradient(p) for g in self.param_groups for p in g["params"] if p.grad is not None}
-        if not all_finite(list(gradients.values())):
+        if not self._agreed.finite:
             self._report["skipped_steps"] += 1.0
             self._forget()
         elif not gradients:
@@ -269,6 +272,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._arm()
         return loss
 
+    def _check(self) -> None:
+        """Refuse what several processes cannot do yet; an engine may have come since the optimizer was made."""
+        check_processes(self._processes, self._alone)
+        if self._processes.is_open:
+            check_engine(self.model)
+
     def _settle_scale(self) -> float:
         """Take in by which factor the loss of this step's backwards differs from the plain one.
 
@@ -277,6 +286,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """
         tally = self._open_capture().tally
         self._scaling.settle(tally, self._estimator, list(self.model.parameters()), self._solves_on_replays())
+        self._scaling.agree(tally, self._estimator, self._processes, self._agreed.passes)
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
             if lacking := self._scaling.rescaling(tally, self._estimator, reached):
@@ -300,6 +310,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         tally = self._open_capture().tally
         return {
             "estimator": self._estimator.state_dict(),
+            "processes": self._processes.size,
             "step": self._step,
             "skipped_steps": self._report["skipped_steps"],
             "pending_terms": float(tally.terms),
@@ -314,13 +325,13 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """Take over what `_own_state` returned, or raise a ValueError before anything is changed."""
         self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
         self._step, self._report["skipped_steps"] = int(own["step"]), float(own["skipped_steps"])
+        self._scaling.factor = float(own.get("loss_factor", 1.0))
         capture = self._open_capture()
         capture.reset()
         capture.tally.terms = float(own.get("pending_terms", 0.0))
         capture.tally.passes = int(own.get("pending_passes", 0))
         capture.tally.scale = LossScale.of_state(own.get("pending_scale", {}))
         self._reached = Counter(own.get("pending_reached", {}))
-        self._scaling.factor = float(own.get("loss_factor", 1.0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -348,11 +359,13 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._follow_changes()
             self._load_own_state(before)
             raise
+        if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:
+            self._forget()  # what waits for the step is one process's part of it
         self._arm()
 
     def __getstate__(self) -> dict[str, Any]:
-        common = ("model", "_estimator", "_step", "_report", "_layers", "_reached", "_scaling", "_unseen_uses")
-        own = (*common, *self._own_attributes)
+        common = ("model", "_estimator", "_processes", "_agreed", "_step", "_report", "_layers", "_reached", "_scaling")
+        own = (*common, "_unseen_uses", *self._own_attributes)
         tally = self._open_capture().tally
         pending = (float(tally.terms), tally.passes, tally.scale.state_dict())
         state: dict[str, Any] = super().__getstate__()
@@ -368,22 +381,5 @@ class CapturingOptimizer(torch.optim.Optimizer):
             tally.terms, tally.passes, tally.scale = pending[0], pending[1], LossScale.of_state(pending[2])
 
 
-USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
-DERIVATIVE = (
-    "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
-)
-
-
 def _ignore(*_: Any) -> None:
     """No layer is captured, so nothing is delivered."""
-
-
-def _dense_gradient(parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.is_sparse:
-        raise TypeError(
-            f"a gradient of shape {tuple(gradient.shape)} is sparse: make the embedding with sparse=False, or give its "
-            f"parameters to torch.optim.SparseAdam"
-        )
-    return gradient

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from kfacopt.likelihoods import Likelihood
+from kfacopt.sharding import Processes
 
 
 def check_model(model: nn.Module) -> None:
@@ -19,20 +21,14 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: If it is no module, has complex or sparse parameters, or parameters that are not yet initialised.
         ValueError: If its parameters are on several devices.
-        RuntimeError: If several processes train together.
+        RuntimeError: If an engine shards it, or wraps a part of it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"the first argument must be the model (an nn.Module), got {type(model).__name__}: curvature needs the "
             f"modules, not only the parameters; param groups go into params="
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        if world > 1:
-            raise RuntimeError(
-                f"{world} processes train together, but each would precondition with the curvature of its own data, "
-                f"and their weights would drift apart: kfacopt trains in one process so far"
-            )
+    check_engine(model)
     devices: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -51,6 +47,61 @@ def check_model(model: nn.Module) -> None:
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"the model is on several devices ({places}): put it on one, or shard it with DDP")
+
+
+def check_processes(processes: Processes, alone: Callable[[], str | None]) -> None:
+    """Refuse several processes where something cannot be done in them.
+
+    Args:
+        processes: Those that train together.
+        alone: Says what works in one process only; None: nothing.
+
+    Raises:
+        RuntimeError: If there are several and something cannot.
+    """
+    if processes.size > 1 and (one := alone()) is not None:
+        raise RuntimeError(
+            f"{processes.size} processes train together, but {one} knows the data of one only, and their weights "
+            f"would drift apart: it works in one process so far. KFAC, EKFAC and SpectralDescent with a learning rate "
+            f"work in several"
+        )
+    if processes.joins:
+        raise RuntimeError(
+            "DistributedDataParallel's join() is at work, but a step of curvature needs all processes: give them "
+            "equally many batches (DistributedSampler does)"
+        )
+
+
+def check_engine(model: nn.Module) -> None:
+    """Refuse a model whose parameters an engine of torch's shards, or of which a part only is wrapped.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    for name, module in model.named_modules():
+        place = f"the module {name!r}" if name else "the model"
+        if isinstance(module, DistributedDataParallel):
+            raise RuntimeError(
+                f"{place} is a DistributedDataParallel within the model: wrap the whole model, and give the optimizer "
+                f"that or the module within"
+            )
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise RuntimeError(
+                f"{place} is sharded by FSDP ({type(module).__name__}): curvature of sharded parameters is not there "
+                f"yet. Train with torch.nn.parallel.DistributedDataParallel"
+            )
+        if isinstance(module, nn.SyncBatchNorm) and Processes().size > 1:
+            raise RuntimeError(
+                f"{place} is a SyncBatchNorm, whose backward waits for the other processes: the curvature's own pass "
+                f"through it is not there yet. Use BatchNorm, GroupNorm or LayerNorm"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise RuntimeError(
+                f"the parameter {name!r} is a DTensor (FSDP2, tensor parallelism): curvature of sharded parameters is "
+                f"not there yet. Train with torch.nn.parallel.DistributedDataParallel"
+            )
 
 
 _BOUNDS: dict[str, tuple[float, float]] = {

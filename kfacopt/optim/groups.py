@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.damping import RelativeDamping
 from kfacopt.layers.layer import Layer
@@ -49,6 +51,22 @@ def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBacke
         unit = (means.get(layer, 1.0) or 1.0) if relative else 1.0
         result[layer] = Settings(damping * unit, ema_decay)
     return result
+
+
+def dense_gradients(groups: Groups) -> dict[nn.Parameter, Tensor]:
+    """The gradients of all parameters that have one.
+
+    Raises:
+        TypeError: If one is sparse.
+    """
+    gradients: dict[nn.Parameter, Tensor] = {p: p.grad for g in groups for p in g["params"] if p.grad is not None}
+    for gradient in gradients.values():
+        if gradient.is_sparse:
+            raise TypeError(
+                f"a gradient of shape {tuple(gradient.shape)} is sparse: make the embedding with sparse=False, or give "
+                f"its parameters to torch.optim.SparseAdam"
+            )
+    return gradients
 
 
 def peak_rate(group: Mapping[str, Any]) -> float:

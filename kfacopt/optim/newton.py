@@ -17,9 +17,10 @@ from kfacopt.operators.chain.hessian import ChainHessian
 from kfacopt.operators.chain.loss import TermsLoss
 from kfacopt.operators.chain.parse import elements_of
 from kfacopt.optim.capturing import CapturingOptimizer
-from kfacopt.optim.checks import check_model
+from kfacopt.optim.checks import check_model, check_processes
 from kfacopt.optim.subproblem import Curvatures, ExactTrustRegion, GaussNewton, TrustRegionStrategy
 from kfacopt.replay.loss_change import loss_change, parts_of, reduction_ratio
+from kfacopt.sharding import unwrapped
 
 DEFAULT_STRATEGIES = (GaussNewton(), ExactTrustRegion())
 """Gauss-Newton leads; where it stalls, the exact Hessian shows the way."""
@@ -81,7 +82,9 @@ class TrustRegionNewton(CapturingOptimizer):
         attempts: int = 6,
         progress: float = 0.01,
     ) -> None:
+        model, processes = unwrapped(model)
         check_model(model)
+        check_processes(processes, self._alone)
         elements_of(model, torch.float64)
         strategies = (strategies,) if isinstance(strategies, TrustRegionStrategy) else tuple(strategies)
         if not strategies or not all(isinstance(strategy, TrustRegionStrategy) for strategy in strategies):

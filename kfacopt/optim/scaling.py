@@ -26,6 +26,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.weights import times
+from kfacopt.sharding import Processes
 
 _PLAIN = 1e-6
 """Relative distance from one up to which a number is one: rounding in float32."""
@@ -69,6 +70,30 @@ class LossScaling:
             if not fits:
                 self._doubt(scale.seen, exact)
         self.factor = factor * self.undone if scale.told else 1.0
+
+    def agree(self, tally: Tally, estimator: FisherEstimator, processes: Processes, passes: int) -> None:
+        """Take in what the other processes found; the loss is the mean of theirs.
+
+        Args:
+            tally: What arrived in this process since the last step.
+            estimator: Of the loss.
+            processes: Those that train together.
+            passes: How many curvature passes they had, all together.
+        """
+        if processes.size == 1 or not passes:
+            return
+        told = tally.scale.told
+        own = [self.undone, self.factor / self.undone if told else 1.0, float(tally.terms), float(bool(told))]
+        rows = processes.table([float(tally.scale.wants_norms), *own])
+        # What was done to the gradients was done to all of them alike: who looked knows.
+        self.undone = next((undone for looked, undone, *_ in rows if looked), 1.0)
+        weights = [1.0 if terms else 0.0 for *_, terms, _ in rows]
+        whole = float(len(rows))
+        if estimator.likelihood.reduction == "sum":
+            weights = [terms for *_, terms, _ in rows]
+            whole = sum(weights) or 1.0
+        found = sum(weight * row[2] for weight, row in zip(weights, rows, strict=True)) / whole
+        self.factor = found * self.undone if any(row[-1] for row in rows) else 1.0
 
     def rescaling(self, tally: Tally, estimator: FisherEstimator, layers: Mapping[Layer, int]) -> dict[Layer, float]:
         """What the rows that were delivered lack of the loss' factor, by layer; those that lack nothing are left out.

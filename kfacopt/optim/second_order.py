@@ -61,9 +61,13 @@ class SecondOrderOptimizer(CapturingOptimizer):
     - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is one of the
       step alone.
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
+    - Several processes train under `torch.nn.parallel.DistributedDataParallel`: gradients and curvature are of all
+      their data, a step that one of them cannot take is taken by none, and gradients that nobody averaged are refused.
+      What one process saves with `state_dict()` resumes in any number of them.
 
     Args:
-        model: The model whose parameters are trained; hooks watch every module of it until `close()`.
+        model: The model whose parameters are trained, or torch's `DistributedDataParallel` around it; hooks watch every
+            module of it until `close()`.
         loss_func: The loss, as torch's module (those of `kfacopt.likelihoods.likelihood_from`) or a `Likelihood`; with
             `curvature="empirical"` any module or function. Of a model with several outputs a dict of losses by their
             names, or a tuple of losses by their order, each alone or as `(weight, loss)`; the loop may add them up as
@@ -204,6 +208,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _solves_on_replays(self) -> bool:
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
+    def _alone(self) -> str | None:
+        # Whoever runs forwards again sees the data of this process.
+        parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
+        return repr(parts[0]) if parts else None
+
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)
         if why is not None:
@@ -271,20 +280,20 @@ class SecondOrderOptimizer(CapturingOptimizer):
         started, tally = time.perf_counter(), self._open_capture().tally
         for group in self.param_groups:
             group["base_lr"] = groups.peak_rate(group)
-        self._terms = float(tally.terms) or self._terms
+        self._terms = self._agreed.terms or self._terms
         undone = self._settle_scale()
         scale = self._estimator.likelihood.gradient_scale(self._terms)
         if scale != 1.0:
             gradients = {p: g * scale for p, g in gradients.items()}
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         self.backend.fold(self._step, settings)
-        if tally.passes:
+        if self._agreed.passes:
             settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
         refreshed = time.perf_counter()
         expected = [layer for layer in self._layers if layer.name in self._expected]
-        self._sightings.note(expected, self._reached, gradients, self.backend)
+        self._sightings.note(expected, self._agreed.reached, gradients, self.backend)
         step = Step(
             self._step,
             gradients,
@@ -298,6 +307,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             scale * undone,
             loss_factor=self._scaling.factor,
             plain=self._plain,
+            processes=self._processes,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
         self._report |= self.direction.health() | self.step_length.health()
@@ -309,8 +319,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _write(self, step: Step, updates: Updates) -> None:
         """Move the parameters, and the damping where its rule judges this step."""
-        rule_, replayable = self.damping_rule, self._open_capture().tally.replayable
-        judged = rule_ is not None and rule_.due(self._step) and bool(step.replays) and replayable
+        rule_ = self.damping_rule
+        judged = rule_ is not None and rule_.due(self._step) and self._agreed.replays
         before = {p: p.clone() for p in step.gradients} if judged else {}
         for group in self.param_groups:
             self._descend(group, step.gradients, updates)
@@ -325,6 +335,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             step.gradients,
             step.settings,
             step.gradient_scale,
+            self._processes,
         )
         self._report |= {"rho": outcome.rho, "kl": outcome.divergence}
         for group in self.param_groups if outcome.comparable else []:

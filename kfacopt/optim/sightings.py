@@ -9,6 +9,12 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.layers.layer import Layer
+from kfacopt.optim.together import Agreement
+
+USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
+DERIVATIVE = (
+    "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
+)
 
 _PATIENCE = 3
 """A layer that had curvature may be left out of so many updates before it is said; one that never had, of none.
@@ -65,3 +71,23 @@ class Sightings:
                 f"one that was compiled and run before), with gradients enabled",
                 stacklevel=6,
             )
+
+
+def uses_out_of_sight(
+    layers: Sequence[Layer], seen: Agreement, known: Collection[nn.Parameter]
+) -> dict[nn.Parameter, str]:
+    """Parameters of layers that act on the loss in a way that their calls do not show, and which; they get a warning.
+
+    Args:
+        layers: The covered ones.
+        seen: What arrived since the last step, in all processes.
+        known: Parameters of which that is known.
+    """
+    found = dict.fromkeys((layer for layer in layers if layer.name in seen.used_elsewhere), USED_ELSEWHERE)
+    if seen.in_the_loss and not seen.verified:
+        found |= dict.fromkeys((layer for layer in layers if layer.name in seen.reached), DERIVATIVE)
+    new = {layer: why for layer, why in found.items() if not any(p in known for p in layer.parameters.values())}
+    for why in dict.fromkeys(new.values()):
+        names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)
+        warnings.warn(f"{names}: {why}. That is not in the curvature: trained without from now on", stacklevel=4)
+    return {p: why for layer, why in new.items() for p in layer.parameters.values()}

@@ -13,7 +13,8 @@ from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer, by_layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import inner_product
-from kfacopt.replay.loss_change import loss_change, parts_of, reduction_ratio
+from kfacopt.replay.loss_change import LossChange, loss_change, parts_of, reduction_ratio
+from kfacopt.sharding import Processes
 
 _LARGEST_RATIO = 8.0
 """Of `u·(f' - f)` to `gᵀδ`, beyond which u is held to be scaled.
@@ -43,6 +44,7 @@ def outcome_of_step(
     gradients: Mapping[nn.Parameter, Tensor],
     settings: Mapping[Layer, Settings],
     gradient_scale: float,
+    processes: Processes,
 ) -> Outcome:
     """Reduction ratio `ρ = (L(θ + δ) - L(θ)) / (gᵀδ + ½ δᵀ(C + damping I)δ)` (Martens & Grosse 2015, section 6.5).
 
@@ -54,12 +56,15 @@ def outcome_of_step(
         gradients: g at θ, of the mean loss.
         settings: Each layer's damping at which the step was computed.
         gradient_scale: Brings the user's gradient at the prediction to that of the mean loss.
+        processes: Those that train together: the loss is the mean of theirs.
     """
-    change = loss_change(parts_of(replays, estimator, gradient_scale), estimator)
+    own = loss_change(parts_of(replays, estimator, gradient_scale), estimator)
+    untold = float(any(replay.terms.weights is None for replay in replays))
+    linear, divergence, untold = processes.mean([own.linear, own.divergence, untold])
+    change = LossChange(linear, divergence)
     moved = [p for p in step if p in gradients]
     promised = inner_product([step[p] for p in moved], [gradients[p] for p in moved])
-    told = all(replay.terms.weights is not None for replay in replays)
-    if not told and promised < 0.0 and change.linear < _LARGEST_RATIO * promised:
+    if untold and promised < 0.0 and change.linear < _LARGEST_RATIO * promised:
         return Outcome(math.nan, change.divergence, comparable=False)
     moves = by_layer(settings, step)
     for layer, products in backend.multiply(moves).items():

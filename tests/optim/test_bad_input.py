@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,15 +46,20 @@ def test_models(name: str) -> None:
         kfacopt.KFAC(build(), CE())
 
 
+def chain() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
 def test_distributed_training_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     for world, refused in ((1, False), (4, True)):
-        monkeypatch.setattr("torch.distributed.get_world_size", lambda size=world: size)
-        if refused:
-            with pytest.raises((RuntimeError, ValueError, NotImplementedError), match="4"):
-                kfacopt.KFAC(mlp(), CE())
-        else:
-            kfacopt.KFAC(mlp(), CE()).close()
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda group, size=world: size)
+        for made in (kfacopt.NaturalGradient, kfacopt.TrustRegionNewton, partial(kfacopt.KFAC, lr="auto")):
+            if refused:
+                with pytest.raises(RuntimeError, match=r"4 processes train together, but .* in one process so far"):
+                    made(chain(), CE())
+            else:
+                made(chain(), CE()).close()
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {

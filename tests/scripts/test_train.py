@@ -134,3 +134,19 @@ def test_the_command_line_resumes_and_sweeps(tmp_path: Path) -> None:
     sweep = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     command("-m", *REGRESSION, *QUIET, "trainer=short", "optimizer=sgd,adamw", sweep)
     assert all((tmp_path / "sweep" / job / "loss.png").exists() for job in ("0", "1"))
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """As on the command line; what they leave is one run, which two others go on with."""
+    script = Path(train.__file__)
+    options = [*REGRESSION, "optimizer=kfac", "trainer=ddp", "trainer.devices=2", *QUIET, "trainer.max_epochs=2"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    for more in (["hydra.run.dir=run"], ["resume=run", "trainer.max_epochs=3"]):
+        command = [sys.executable, str(script), *([] if "resume=run" in more else options), *more]
+        found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0, found.stdout + found.stderr
+    steps = [int(step) for step, _ in logged(tmp_path / "run", "train/loss")]
+    assert steps == list(range(len(steps)))
+    assert len(steps) == 3 * 2  # of one process's five batches an epoch two times two
+    assert len(logged(tmp_path / "run", "curvature/damping")) == len(steps)

@@ -31,6 +31,7 @@ from kfacopt.replay import path
 from kfacopt.replay.linearization import BatchLinearization
 from kfacopt.replay.metric import Metric
 from kfacopt.replay.recorder import ProductRecorder
+from kfacopt.sharding import Processes
 
 ByParameter = Mapping[nn.Parameter, Tensor]
 """A tensor shaped as the parameter, for each of some parameters."""
@@ -56,6 +57,7 @@ class Step:
             divergences are those of the plain one.
         plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter their
             shape as `[*k o i]`.
+        processes: Those that train together; gradients and curvature are of all of them.
     """
 
     number: int
@@ -71,6 +73,7 @@ class Step:
     recorder: ProductRecorder | None = None
     loss_factor: float = 1.0
     plain: Mapping[nn.Parameter, Sequence[int]] = field(default_factory=dict)
+    processes: Processes = field(default_factory=Processes)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
@@ -147,7 +150,16 @@ class Step:
     # -- the step's own batches ------------------------------------------------------------------------------------
 
     def linearization(self, parameters: Sequence[nn.Parameter]) -> BatchLinearization:
-        """The step's forwards as functions of some parameters: run again once, for all who ask for the same."""
+        """The step's forwards as functions of some parameters: run again once, for all who ask for the same.
+
+        Raises:
+            RuntimeError: If several processes train together: they are those of this one.
+        """
+        if self.processes.size > 1:
+            raise RuntimeError(
+                f"{self.processes.size} processes train together, but forwards that are run again are of one's data: "
+                f"directions and step lengths that ask for them work in one process so far"
+            )
         key = tuple(id(p) for p in parameters)
         if key not in self._linearizations:
             made = BatchLinearization(parameters, self.replays, self.estimator, self.gradient_scale, self.recorder)

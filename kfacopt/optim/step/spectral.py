@@ -17,6 +17,7 @@ from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
 from kfacopt.optim.step.lengths import layer_length
 from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
+from kfacopt.sharding import Processes
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
 _LONG = 128
@@ -143,7 +144,7 @@ class Spectral(Direction):
         for stack in stacks(step, averaged):
             device = stack.matrices.device.type
             long = min(stack.matrices.shape[-2:]) >= _LONG
-            dtype = self._products(device) if long else torch.float32
+            dtype = self._products(device, step.processes) if long else torch.float32
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 found = self._orthogonalized(step, stack)
             found = found.to(stack.matrices.dtype)
@@ -167,11 +168,13 @@ class Spectral(Direction):
         averages = memory.row_squares(step.state, stack.keys, squares, self._row_decay)
         return matrices * averages.clamp_min(_LEAST_ROW).rsqrt().unsqueeze(stack.inputs)
 
-    def _products(self, device: str) -> torch.dtype:
-        """The dtype of long products; once measured it stays, for a resumed run, too."""
+    def _products(self, device: str, processes: Processes) -> torch.dtype:
+        """The dtype of long products; once measured it stays, for a resumed run, too. Of several processes one says."""
         if self._dtype != "fastest":
             return self._dtype
-        return self._measured.setdefault(device, fast_dtype(device))
+        if device not in self._measured:
+            self._measured[device] = processes.gathered(fast_dtype(device))[0]
+        return self._measured[device]
 
     def state_dict(self) -> dict[str, Any]:
         return {"measured": {device: str(dtype).removeprefix("torch.") for device, dtype in self._measured.items()}}

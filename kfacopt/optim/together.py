@@ -1,0 +1,131 @@
+"""What the processes of a step agree on before anything moves: a step is taken by all of them, or by none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kfacopt.capture.listener import Capture
+from kfacopt.layers.layer import Layer
+from kfacopt.linalg.tensors import checksum
+from kfacopt.sharding import Processes
+
+_SAME = 1e-5
+"""Relative distance up to which two processes' gradients are the same: rounding of a float32 sum on other hardware."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What arrived since the last step, in all processes together.
+
+    Attributes:
+        finite: Whether all gradients are.
+        passes: Curvature passes.
+        terms: Loss terms, over the number of processes: gradients are averaged over them.
+        replays: Whether some forward can be run again, and none that took part cannot.
+        in_the_loss: Whether a loss is of a derivative of the model.
+        verified: Whether every gradient at a prediction was found to be that of the announced loss.
+        reached: Names of the layers whose rows were delivered.
+        used_elsewhere: Names of the layers that act on the loss outside their module.
+    """
+
+    finite: bool = True
+    passes: int = 0
+    terms: float = 0.0
+    replays: bool = False
+    in_the_loss: bool = False
+    verified: bool = True
+    reached: frozenset[str] = frozenset()
+    used_elsewhere: frozenset[str] = frozenset()
+
+
+def agreed(
+    processes: Processes,
+    capture: Capture,
+    layers: Sequence[Layer],
+    reached: Collection[str],
+    gradients: Mapping[nn.Parameter, Tensor],
+    check: Callable[[], None],
+) -> Agreement:
+    """Settle what this process saw, and ask all of them.
+
+    Args:
+        processes: Those that train together.
+        capture: Of this one.
+        layers: The covered ones; the same in all processes.
+        reached: Names of those whose rows were delivered.
+        gradients: Of the step.
+        check: Raises an error if this process cannot take the step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: If this process cannot take the step.
+        RuntimeError: If another cannot, or has other gradients.
+    """
+    refusal = _settled(processes, capture, check)
+    tally, size = capture.tally, checksum(list(gradients.values()))
+    elsewhere = frozenset(layer.name for layer in capture.passes.used_elsewhere)
+    rows = processes.table(
+        [
+            float(refusal is not None),
+            float(len(gradients)),
+            size if math.isfinite(size) else math.inf,
+            float(tally.passes),
+            float(tally.terms),
+            float(bool(tally.replays)),
+            float(tally.replayable),
+            float(capture.derivatives.in_the_loss),
+            float(tally.verified),
+            float(len(elsewhere)),
+        ]
+    )
+    refused, counts, sizes, passes, terms, replays, replayable, derived, verified, others = zip(*rows, strict=True)
+    if any(refused):
+        _refuse_together(processes, refusal)
+    finite = all(map(math.isfinite, sizes))
+    if max(counts) > min(counts) or (finite and max(sizes) - min(sizes) > _SAME * max(sizes)):
+        raise RuntimeError(_OTHER_GRADIENTS)
+    if processes.size > 1 and any(passes) and layers:
+        seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
+        reached = [layer.name for layer, times in zip(layers, seen, strict=True) if times]
+    if max(others) > 0 and processes.size > 1:
+        elsewhere = frozenset().union(*processes.gathered(elsewhere))
+    return Agreement(
+        finite=finite,
+        passes=int(sum(passes)),
+        terms=sum(terms) / len(terms),
+        replays=any(replays) and all(replayable),
+        in_the_loss=any(derived),
+        verified=all(verified),
+        reached=frozenset(reached),
+        used_elsewhere=elsewhere,
+    )
+
+
+def _settled(processes: Processes, capture: Capture, check: Callable[[], None]) -> Exception | None:
+    """Why this process cannot take the step: the others have to be told before it is raised."""
+    try:
+        check()
+        capture.settle()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        if processes.size == 1:
+            raise
+        return error
+    return None
+
+
+def _refuse_together(processes: Processes, refusal: Exception | None) -> None:
+    said = processes.gathered(None if refusal is None else f"{type(refusal).__name__}: {refusal}")
+    if refusal is not None:
+        raise refusal
+    rank, first = next((rank, text) for rank, text in enumerate(said) if text is not None)
+    raise RuntimeError(f"process {rank} cannot take this step, so that none does: {first}")
+
+
+_OTHER_GRADIENTS = (
+    "the processes have different gradients, and their weights would drift apart: let an engine of torch's average "
+    "them before the step, torch.nn.parallel.DistributedDataParallel around the model (and no step right after a "
+    "backward in its no_sync())"
+)
