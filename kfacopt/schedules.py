@@ -1,5 +1,7 @@
 """When statistics and caches are due: intervals, and how refreshes spread over the steps between.
 
+The learning rate's way to zero is here, too.
+
 An interval is a number of steps, a callable `step -> number of steps`, or an object of this file (also a callable).
 """
 
@@ -9,6 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 Interval = int | Callable[[int], int]
 
@@ -240,3 +245,30 @@ def _by_worker(parts: list[str], workers: Mapping[str, int]) -> list[list[str]]:
     own = [[part for part in workers if workers[part] == number and part in parts] for number in numbers]
     own[0] += [part for part in parts if part not in workers]
     return own
+
+
+def to_zero(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """The learning rates on a straight line to zero, the other half of steps of a fixed length.
+
+    Such steps do not shorten by themselves as a minimum comes near: with a constant rate the noise of batches is a
+    floor. It is torch's own scheduler; call its `step()` after each of the optimizer's. AdamW's rate follows.
+
+    Args:
+        optimizer: Any of torch's interface.
+        steps: After so many of its steps the rates are zero.
+
+    Raises:
+        ValueError: If there is no step.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> scheduler = to_zero(optimizer, steps=4)
+    >>> for _ in range(3):
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> [round(rate, 6) for rate in scheduler.get_last_lr()]
+    [0.25]
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)

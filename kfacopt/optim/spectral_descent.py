@@ -63,7 +63,7 @@ class SpectralDescent(SecondOrderOptimizer):
         momentum: float = 0.95,
         damping: float | RelativeDamping = SPECTRAL_DAMPING,
         kl_clip: float | None = None,
-        adamw_lr: float = 3e-3,
+        adamw_lr: float = 1e-2,
         backend: CurvatureBackend | None = None,
         direction: Direction | None = None,
         **options: Any,
