@@ -6,7 +6,6 @@
 Nothing else in the loop changes: no special forward, no second optimizer, no hooks to call.
 """
 
-import os
 import time
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kfacopt
 
-EPOCHS = 4 if os.environ.get("KFACOPT_SHORT") else 15
+EPOCHS = 15
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -27,7 +26,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def train(name: str) -> float:
-    """The loop as you have it; returns the training loss at its end."""
+    """The loop as you have it; returns the test loss at its end."""
     training, test = digits()
     torch.manual_seed(0)
     loader = DataLoader(training, batch_size=100, shuffle=True)
@@ -41,7 +40,7 @@ def train(name: str) -> float:
         optimizer = kfacopt.EKFAC(model, loss_func=criterion)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
 
-    print(f"{name}\n  epoch  seconds  training loss  test accuracy")
+    print(f"{name}\n  epoch  seconds  training loss  test loss  test accuracy")
     start, loss = time.perf_counter(), float("nan")
     for epoch in range(1, EPOCHS + 1):
         for x, y in loader:
@@ -53,13 +52,13 @@ def train(name: str) -> float:
             seconds = time.perf_counter() - start
             with torch.no_grad():
                 (x, y), (x_test, y_test) = training.tensors, test.tensors
-                loss = criterion(model(x), y).item()
+                trained, loss = criterion(model(x), y).item(), criterion(model(x_test), y_test).item()
                 accuracy = (model(x_test).argmax(dim=1) == y_test).float().mean().item()
-            print(f"  {epoch:5d}  {seconds:7.2f}  {loss:13.5f}  {accuracy:13.1%}")
+            print(f"  {epoch:5d}  {seconds:7.2f}  {trained:13.5f}  {loss:9.4f}  {accuracy:13.1%}")
     return loss
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the matrices are tiny: threads would only wait for each other
     adamw, ekfac = train("AdamW"), train("EKFAC")
-    print(f"training loss at the end: AdamW {adamw:.5f}, EKFAC {ekfac:.5f}")
+    print(f"test loss at the end: AdamW {adamw:.4f}, EKFAC {ekfac:.4f}")
