@@ -550,7 +550,7 @@ def test_refusals_of_spectral(options: dict[str, float]) -> None:
 
 
 class Gates(nn.Module):
-    """Attention, a recurrent layer and a head: matrices that no handler covers, and one that a handler does."""
+    """Attention, a recurrent layer and a head: a matrix that no handler covers among such as handlers do."""
 
     def __init__(self) -> None:
         super().__init__()
