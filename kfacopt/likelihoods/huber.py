@@ -92,10 +92,10 @@ class Huber(Pointwise):
         slopes = gradient / (terms.scale * share)[:, None]
         return terms.with_output_scale(self.output_scale(slopes, Precision.of(gradient)))
 
-    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
-        """`Σ u² / (2 share scale bend)`, as though none were beyond: a lower bound where some are."""
-        squares = widest(gradient).square().sum(-1) / (2.0 * share * self.bend * terms.scale)
-        return squares.sum()
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
+        """`Σ u² / (2 share scale bend)`; None where an error is beyond the threshold: its size is in no gradient."""
+        largest = self._largest_slope(terms, gradient, share) / self._bound
+        return None if abs(largest - 1.0) <= Precision.of(gradient).factor else self._squares(terms, gradient, share)
 
     def factor_of_value(
         self, terms: LossTerms, gradient: Tensor, share: float, value: float, precision: Precision
@@ -103,9 +103,16 @@ class Huber(Pointwise):
         """As of squared errors if that leaves all slopes within the bound; else the largest is at it."""
         if not value > 0.0:
             return None
-        squares = float(self.loss_value(terms, gradient, share)) / value
-        largest = float((gradient / (share * terms.scale[:, None])).abs().amax()) / self._bound
+        squares = float(self._squares(terms, gradient, share)) / value
+        largest = self._largest_slope(terms, gradient, share) / self._bound
         return squares if largest <= squares * (1.0 + precision.factor) else largest
+
+    def _squares(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
+        """The loss as though no error were beyond the threshold; less than it where some are."""
+        return (widest(gradient).square().sum(-1) / (2.0 * share * self.bend * terms.scale)).sum()
+
+    def _largest_slope(self, terms: LossTerms, gradient: Tensor, share: float) -> float:
+        return float((gradient / (share * terms.scale[:, None])).abs().amax())
 
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Half the step's square in the Hessian."""

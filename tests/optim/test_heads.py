@@ -429,3 +429,16 @@ def test_they_train_and_resume(optimizer: Any, options: dict[str, Any]) -> None:
             made = optimizer(model, losses, **options)
             made.load_state_dict(state)
     assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_a_functional_loss_with_errors_beyond_its_threshold_is_not_doubted(size: float) -> None:
+    """Their size is in no gradient, so that the value cannot be compared (a warning would be an error)."""
+    torch.manual_seed(0)
+    model = Heads().double()
+    optimizer = kfacopt.KFAC(model, {"label": CE(), "box": nn.HuberLoss()}, lr=0.0)
+    x, labels = torch.randn(8, 4).double(), torch.randint(3, (8,))
+    out = model(x)
+    target = out["box"].detach() + size * torch.randn(8, 2).double()
+    (F.cross_entropy(out["label"], labels) + F.huber_loss(out["box"], target)).backward()
+    optimizer.step()
