@@ -191,7 +191,7 @@ class Scores:
         axes.set_yticks(range(len(self.rows)), [row.task for row in self.rows])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        ticks = [0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0]
+        ticks = [0.1, 0.25, 0.5, 0.75, 1.0, 1.33, 2.0, 3.0, 5.0]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.set_xlabel(f"validation loss over that of {self.ours} at its defaults, at equal time")
