@@ -66,7 +66,7 @@ class OneSidedKFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
-        return OutputBlock(layer.pack(layer.values()).shape, self._exponent, self._widest)
+        return OutputBlock(layer.shape, self._exponent, self._widest)
 
 
 class EigenKFACBackend(LayerwiseBackend):

@@ -281,7 +281,7 @@ class LayerwiseBackend(CurvatureBackend):
         layer = self._layers[name]
         return {
             "kind": type(self.blocks[name]).__name__,
-            "shape": list(layer.pack(layer.values()).shape),
+            "shape": list(layer.shape),
             "roles": list(layer.roles),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ class Layer:
     def outputs(self) -> tuple[tuple[nn.Module, ...], str]:
         """What tells its outputs from another layer's: a weight and its bias in layers of their own have the same."""
         return self.modules, "" if self.part is None else self.part.name
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """Of the block's matrix, `[*k o i]`."""
+        return self.pack(self.values()).shape
 
     def held_by(self, module: nn.Module) -> bool:
         """Whether `module` holds the very parameters at present (`functional_call` puts others in their place)."""

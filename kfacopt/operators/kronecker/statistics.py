@@ -312,7 +312,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
     def _described(self) -> dict[str, Any]:
         own = {name: value for name, value in self._options.items() if name != "seed"}
         own["separate_weight_and_bias"] = self._separate
-        own["blocks"] = [(layer.name, layer.roles, layer.pack(layer.values()).shape) for layer in self._layers]
+        own["blocks"] = [(layer.name, layer.roles, layer.shape) for layer in self._layers]
         own["loss_func"] = repr(self._estimator.likelihood)
         return own
 

@@ -27,7 +27,7 @@ def layer_length(layer: Layer) -> float:
     >>> layer_length(layer(nn.Embedding(9, 4))), layer_length(layer(nn.LayerNorm(9)))
     (6.0, 3.0)
     """
-    shape = layer.pack(layer.values()).shape
+    shape = layer.shape
     numbers = {"one-hot": shape.numel(), "tied": shape[-1]}
     return math.sqrt(numbers.get(layer.handler.structure, shape[:-1].numel()))
 
