@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Generator, Tensor
 
-from kfacopt.likelihoods.base import Likelihood, LossTerms, independent_columns
-from kfacopt.likelihoods.layout import RowLayout
-from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction, widest
+from kfacopt.likelihoods.base import LossTerms
+from kfacopt.likelihoods.pointwise import Pointwise
+from kfacopt.likelihoods.precision import Precision, widest
 
 
-class Gaussian(Likelihood):
+class Gaussian(Pointwise):
     """Squared error `(f - y)²`, torch's `MSELoss`.
 
     It is a Gaussian of variance 1/2 around the prediction; its Hessian is 2.
 
-    A prediction `[n ... c]` has its outputs along the last axis; `[n]` has one output per datum.
-
     Args:
-        reduction: `"datum"` sums over everything that belongs to one datum (all axes but the first) and averages over
-            data. `"mean"` averages over all numbers and `"sum"` adds them up, as torch does. `"none"` is read as
-            `"mean"`, since what happens to the numbers outside the loss function cannot be seen.
+        reduction: See `Pointwise`.
 
     Note:
         Without a target, each term's gradient is `count` times the user's gradient. That holds while the loss is
@@ -33,41 +31,22 @@ class Gaussian(Likelihood):
     (4.0, 0.3333333432674408, -0.6666666865348816)
     """
 
+    loss_name: ClassVar[str] = "MSELoss"
     loss_nodes: tuple[str, ...] = ("MseLoss",)
 
     def __init__(self, reduction: str = "datum") -> None:
-        self.reduction = check_reduction(reduction, ("datum", "mean", "sum", "none"), "Gaussian")
+        super().__init__(reduction)
 
     def __repr__(self) -> str:
         return f"Gaussian(reduction={self.reduction!r})"
 
-    @torch.no_grad()
-    def terms(self, prediction: Tensor, *, gradient: Tensor | None = None, target: Tensor | None = None) -> LossTerms:
-        """See `Likelihood.terms`; the target has the prediction's shape."""
-        check_prediction(prediction, gradient, "MSELoss")
-        layout = RowLayout.of(prediction, prediction.ndim - 1 if prediction.ndim > 1 else None)
-        means = layout.rows(prediction.detach())
-        averaged = self.reduction in ("mean", "none")
-        factor = 1.0 / means.shape[1] if averaged else 1.0
-        count = means.shape[0] if averaged else layout.data
-        rows = None
-        if target is not None:
-            if target.shape != prediction.shape:
-                raise ValueError(
-                    f"target has shape {list(target.shape)}, prediction {list(prediction.shape)}: "
-                    "MSELoss would broadcast them against each other; reshape one to the other"
-                )
-            rows = 2.0 * factor * (means - layout.rows(target).to(means))
-        elif gradient is not None:
-            rows = layout.rows(gradient) * (1.0 if self.reduction == "sum" else float(count))
-        return LossTerms.of(
-            layout,
-            means,
-            scale=means.new_full((means.shape[0],), factor),
-            count=means.new_tensor(float(count)),
-            gradient=rows,
-            reads_target=target is not None,
-        )
+    def slope(self, numbers: Tensor, target: Tensor) -> Tensor:
+        """`2 (f - y)`."""
+        return 2.0 * (numbers - target)
+
+    def curvature(self, numbers: Tensor) -> Tensor:
+        """2."""
+        return torch.full_like(numbers, 2.0)
 
     def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor:
         """Sum of share · scale · (f - y)², from the gradient u = 2 share · scale · (f - y)."""
@@ -93,15 +72,6 @@ class Gaussian(Likelihood):
             dtype=terms.parameters.dtype,
         )
         return noise.to(terms.parameters.device) * (terms.scale * (2.0 / mc_samples)).sqrt()[:, None]
-
-    def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
-        """Columns of sqrt(2 scale) times the identity."""
-        deviation = (2.0 * terms.scale).sqrt()[:, None].expand_as(terms.parameters)
-        return independent_columns(deviation, columns)
-
-    def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
-        """`2 scale v`."""
-        return 2.0 * terms.scale[:, None] * vectors
 
     def divergence(self, old: LossTerms, new: LossTerms) -> Tensor:
         """Sum of scale · ‖f_new - f_old‖²."""
