@@ -128,8 +128,9 @@ class ClippedGradients(RescaledGradients):
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients))])
         held = [id(p) for group in step.groups for p in group["params"]]
+        self._usual = self._usual.to(norms)  # a state that was loaded may lie on another device
         if (missing := len(held) - len(self._usual)) > 0:
-            self._usual = torch.cat([self._usual.to(norms), norms.new_zeros(missing)])
+            self._usual = torch.cat([self._usual, norms.new_zeros(missing)])
         places = {p: place for place, p in enumerate(held)}
         chosen = torch.tensor([places[id(p)] for p in parameters], device=norms.device)
         usual = self._usual[chosen]
