@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(name: str) -> str:
-    environment = os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)}
+def run(name: str, launcher: Sequence[str] = ("-c", RUNNER), **environment: str) -> str:
+    """What an example prints, in its short mode; `launcher` comes between Python and its path."""
     result = subprocess.run(
-        [sys.executable, "-c", RUNNER, str(ROOT / "examples" / f"{name}.py")],
-        env=environment,
+        [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py")],
+        env=os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)} | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -66,19 +67,10 @@ def test_swap() -> None:
 
 def test_distributed() -> None:
     """By torchrun in two processes, and in one."""
-    environment = os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, str(ROOT / "examples" / "distributed.py")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = run("distributed", torchrun, OMP_NUM_THREADS="1")
     pattern = r"^(\d) processes: loss (\S+) -> (\S+), length of the weights (\S+)$"
-    two, one = numbers(result.stdout, pattern), numbers(run("distributed"), pattern)
+    two, one = numbers(together, pattern), numbers(run("distributed"), pattern)
     assert (two[0], one[0]) == (2, 1)
     assert two[1:] == pytest.approx(one[1:], rel=1e-4)
     assert one[2] < one[1]
