@@ -36,7 +36,7 @@ class KFACBackend(LayerwiseBackend):
         return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent)
 
 
-class OneSidedKFACBackend(LayerwiseBackend):
+class OneSidedKFACBackend(KFACBackend):
     """`G ⊗ I`: K-FAC's factor of the gradients alone, the inputs taken for white (see `OutputBlock`).
 
     The backend of `SpectralDescent`. Inputs' rows are not formed, which spares a convolution its patches.
@@ -59,13 +59,12 @@ class OneSidedKFACBackend(LayerwiseBackend):
         stagger: bool = True,
         widest: int = WIDEST,
     ) -> None:
-        super().__init__(factor_every, refresh_every, stagger)
-        self._exponent, self._widest = check_exponent(exponent), widest
-        self.newton = exponent == 1.0
+        super().__init__(factor_every, refresh_every, exponent, stagger)
+        self._widest = widest
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
-            return DiagonalBlock()
+            return super().make_block(layer)
         return OutputBlock(layer.shape, self._exponent, self._widest)
 
 

@@ -76,7 +76,7 @@ class OutputBlock(Block):
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
         root = self._cached_root()
-        return _times(root if root.ndim < matrix.ndim else root.mT, matrix)
+        return _times(root if self._wide else root.mT, matrix)
 
     def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
         return _times(self._cached_root(), matrix)
@@ -84,19 +84,21 @@ class OutputBlock(Block):
     @staticmethod
     def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
         held = [block for block in blocks if isinstance(block, OutputBlock)]
-        dense = held[0]._cached().ndim == matrices.ndim - 1
-        squares = dense and isinstance(polar, NewtonSchulz) and polar.squares(matrices)
-        if squares and isinstance(polar, NewtonSchulz) and matrices.shape[-2] > matrices.shape[-1]:
+        wide = held[0]._wide  # matrices of one shape: so are all
+        inverse_root = None
+        if isinstance(polar, NewtonSchulz) and not wide and polar.squares(matrices):
+            inverse_root = polar.inverse_root
+        if inverse_root is not None and matrices.shape[-2] > matrices.shape[-1]:
             # S polar(Sᵀ M) = S Sᵀ M (Mᵀ S Sᵀ M)^(-1/2): the root is not met at all.
             solved = _together(held, "_inverse") @ matrices
-            return solved @ polar.inverse_root(matrices.mT @ solved)
+            return solved @ inverse_root(matrices.mT @ solved)
         for block in held:
             block._cached_root()
         roots = _together(held, "_root")
-        if squares and isinstance(polar, NewtonSchulz):
-            whitened = roots.mT @ matrices
-            return (roots @ polar.inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
-        return _times(roots, polar(_times(roots.mT if dense else roots, matrices)))
+        whitened = _times(roots if wide else roots.mT, matrices)
+        if inverse_root is not None:
+            return (roots @ inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
+        return _times(roots, polar(whitened))
 
     def matvec(self, matrix: Tensor) -> Tensor:
         return _times(self.factor(), matrix)

@@ -59,10 +59,12 @@ def chosen(
         if step_length is not None:
             raise ValueError("lr='auto' chooses the step length itself: leave step_length out, or give lr a number")
         step_length = lr
-    rate = 1.0 if isinstance(step_length, QuadraticModel) or isinstance(lr, QuadraticModel) else lr
+        lr = 1.0
     grafted = kl_clip == "grafted" and step_length is None
+    if isinstance(step_length, QuadraticModel):
+        lr = 1.0
+    elif lr is None:
+        lr = GRAFTED_RATE if grafted else BOUNDED_RATE
     length = step_length or TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip)
     own = direction or length.direction() or Preconditioned(momentum)
-    if rate is None:
-        rate = GRAFTED_RATE if grafted else BOUNDED_RATE
-    return Chosen(rate, Grafted(own) if grafted and direction is None else own, length)
+    return Chosen(lr, Grafted(own) if grafted and direction is None else own, length)
