@@ -66,7 +66,7 @@ def find_layers(
         The layers, and a row for every group of parameters that is in none of them.
     """
     wanted_ids, reasons = {id(p) for p in wanted}, {id(p): why for p, why in excluded.items()}
-    places, divided = _places(model), _divided_modules(model)
+    places, divided = places_of(model), _divided_modules(model)
     rest: dict[tuple[str, str, str], list[str]] = {}
     groups: dict[tuple[tuple[int, ...], str], list[Place]] = {}
     parameters, in_parts = {id(p): p for p in model.parameters()}, _parameters_of_parts(divided)
@@ -142,7 +142,8 @@ def _labels(layer: Layer) -> tuple[str, ...]:
     return layer.roles if layer.part is None else tuple(layer.part.label(role) for role in layer.roles)
 
 
-def _places(model: nn.Module) -> dict[int, list[Place]]:
+def places_of(model: nn.Module) -> dict[int, list[Place]]:
+    """Where each parameter is held, by its id."""
     result: dict[int, list[Place]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():

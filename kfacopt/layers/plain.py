@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from kfacopt.layers.coverage import CoverageRow, retreated
+from kfacopt.layers.coverage import CoverageRow, places_of, retreated
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -69,9 +69,6 @@ def plain_matrices_in(
         treatment: Of the plain matrices, from now on.
     """
     listed = {(row.module, name) for row in rows for name in row.parameters}
-    places: dict[int, set[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            places.setdefault(id(parameter), set()).add((path, name))
+    places = {key: {(path, name) for path, _, name in held} for key, held in places_of(model).items()}
     found = {p: shape for p, shape in plain_matrices(model, parameters).items() if places[id(p)] & listed}
     return found, retreated(rows, set().union(*(places[id(p)] for p in found)), treatment)
