@@ -8,10 +8,24 @@ from torch import Tensor
 from kfacopt.likelihoods.base import LossTerms
 from kfacopt.likelihoods.categorical import Categorical
 from kfacopt.likelihoods.layout import RowLayout
-from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction, wide_enough
+from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction, check_target, wide_enough
 
 
-class LogCategorical(Categorical):
+class LinearInLogs(Categorical):
+    """What losses that are linear in log-probabilities share."""
+
+    is_hessian = False
+
+    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
+        """Not needed: the gradient tells the target."""
+        return None
+
+    def remainder(self, old: LossTerms, new: LossTerms) -> Tensor:
+        """Nothing: the loss is linear in the log-probabilities."""
+        return old.parameters.new_zeros(())
+
+
+class LogCategorical(LinearInLogs):
     """Negative log-likelihood of log-probabilities, torch's `NLLLoss`.
 
     The loss is linear in its input z, so that its own Hessian there is zero: what bends is the `log_softmax` below.
@@ -31,8 +45,6 @@ class LogCategorical(Categorical):
     >>> terms.count.item(), terms.gradient.tolist()
     (2.0, [[-1.0, 0.0], [0.0, -1.0]])
     """
-
-    is_hessian = False
 
     def __init__(self, class_weights: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(class_weights, ignore_index, 0.0, reduction)
@@ -67,14 +79,6 @@ class LogCategorical(Categorical):
             )
         return self._from_rows(layout, logits, rows.argmin(-1), (rows != 0).any(-1))
 
-    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
-        """Not needed: the gradient tells the target."""
-        return None
-
-    def remainder(self, old: LossTerms, new: LossTerms) -> Tensor:
-        """Nothing: the loss is linear in the log-probabilities."""
-        return old.parameters.new_zeros(())
-
     def _from_rows(self, layout: RowLayout, logits: Tensor, labels: Tensor, live: Tensor) -> LossTerms:
         weights = self._weights(logits)
         scale = live.to(logits.dtype) if weights is None else weights[labels] * live
@@ -82,7 +86,7 @@ class LogCategorical(Categorical):
         return LossTerms.of(layout, logits, scale=scale, count=scale.sum(), gradient=gradient, reads_target=True)
 
 
-class KullbackLeibler(Categorical):
+class KullbackLeibler(LinearInLogs):
     """Divergence of target probabilities from log-probabilities, torch's `KLDivLoss`.
 
     As for `LogCategorical` the loss is linear in its input z, and `Σ_c t_c (diag p - p pᵀ)` with p = exp(z) stands for
@@ -101,7 +105,6 @@ class KullbackLeibler(Categorical):
     (1.0, [[-0.25, -0.75]])
     """
 
-    is_hessian = False
     loss_nodes: tuple[str, ...] = ()
 
     def __init__(self, log_target: bool = False, reduction: str = "mean") -> None:
@@ -121,11 +124,7 @@ class KullbackLeibler(Categorical):
         averaged = self.reduction in ("mean", "none")
         factor, count = (1.0 / logits.shape[1], len(logits)) if averaged else (1.0, layout.data)
         if target is not None:
-            if target.shape != prediction.shape:
-                raise ValueError(
-                    f"target has shape {list(target.shape)}, prediction {list(prediction.shape)}: KLDivLoss would "
-                    f"broadcast them against each other; reshape one to the other"
-                )
+            check_target(prediction, target, "KLDivLoss")
             share = layout.rows(target.exp() if self.log_target else target).to(logits)
         elif gradient is not None:
             rows = layout.rows(gradient).to(logits)
@@ -144,14 +143,6 @@ class KullbackLeibler(Categorical):
             gradient=None if share is None else -factor * share,
             reads_target=share is not None,
         )
-
-    def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
-        """Not needed: the gradient tells the target."""
-        return None
-
-    def remainder(self, old: LossTerms, new: LossTerms) -> Tensor:
-        """Nothing: the loss is linear in the log-probabilities."""
-        return old.parameters.new_zeros(())
 
 
 def normalised_axis(prediction: Tensor, loss: str) -> int:

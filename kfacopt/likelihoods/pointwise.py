@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms, independent_columns
 from kfacopt.likelihoods.layout import RowLayout
-from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction
+from kfacopt.likelihoods.precision import Precision, check_prediction, check_reduction, check_target
 
 
 class Pointwise(Likelihood):
@@ -42,11 +42,7 @@ class Pointwise(Likelihood):
         count = numbers.shape[0] if averaged else layout.data
         slopes = rows = None
         if target is not None:
-            if target.shape != prediction.shape:
-                raise ValueError(
-                    f"target has shape {list(target.shape)}, prediction {list(prediction.shape)}: "
-                    f"{self.loss_name} would broadcast them against each other; reshape one to the other"
-                )
+            check_target(prediction, target, self.loss_name)
             slopes = self.slope(numbers, layout.rows(target).to(numbers))
             rows = factor * slopes
         elif gradient is not None:

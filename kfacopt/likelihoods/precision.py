@@ -99,6 +99,15 @@ def check_prediction(prediction: Tensor, gradient: Tensor | None, loss: str) -> 
         )
 
 
+def check_target(prediction: Tensor, target: Tensor, loss: str) -> None:
+    """Refuse, with a ValueError, a target of another shape, where each number has one of its own."""
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"target has shape {list(target.shape)}, prediction {list(prediction.shape)}: {loss} would broadcast them "
+            f"against each other; reshape one to the other"
+        )
+
+
 def check_reduction(reduction: str, known: tuple[str, ...], name: str) -> str:
     """Return `reduction` if it is known, else raise a ValueError that lists the known ones."""
     if reduction not in known:
