@@ -143,6 +143,9 @@ class LayerwiseBackend(CurvatureBackend):
         return self._means
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        self._last_refresh_seconds = 0.0
+        if not self._refreshes.due(step, list(self.blocks)):
+            return
         by_name = {layer.name: setting for layer, setting in settings.items()}
         able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
         due = self._refreshes.due(step, able)

@@ -43,12 +43,14 @@ def reduce_pending(blocks: Mapping[str, Block], processes: Processes, averaged: 
         processes: Those that train together.
         averaged: Whether each process's loss is a mean over its terms.
     """
+    if processes.size == 1:
+        return
     entries = [
         _Entry(average, name in block.symmetric, name in block.of_inputs)
         for block in blocks.values()
         for name, average in block.averages().items()
     ]
-    if processes.size == 1 or not entries:
+    if not entries:
         return
     for entry in entries:
         if averaged and not entry.of_inputs and entry.average.pending is not None:

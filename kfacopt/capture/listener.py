@@ -60,7 +60,8 @@ class Capture:
         derivatives: Notices a loss of derivatives of the model.
 
     While `is_paused`, forwards and backwards are not ours.
-    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step.
+    `wants_rows`, `wants_terms` and `wants_replays` are set by the owner for the coming step, by `arm`; where none is
+    wanted the hooks only look.
     """
 
     def __init__(
@@ -102,6 +103,21 @@ class Capture:
             enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
             leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
+        self._watch()
+
+    def arm(self, rows: bool, terms: bool, replays: bool) -> None:
+        """Say what the forwards from now on are to be kept for: rows, the number of loss terms, to be run again."""
+        self.wants_rows, self.wants_terms, self.wants_replays = rows, terms, replays
+        if self._keeps:
+            self._watch()
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether forwards are kept for anything."""
+        return self.wants_rows or self.wants_terms or self.wants_replays
+
+    def _watch(self) -> None:
+        """Take note of what the user hangs on tensors from now on."""
         self.passes.hooks_since = HooksSince()
         self._retaining.start()
 
@@ -123,8 +139,6 @@ class Capture:
         self._alive.clear()
         self._sites, self._call, self._open, self._root = {}, None, [], None
         self._backward = None
-        self.passes.hooks_since = HooksSince()
-        self._retaining.start()
 
     def reset_tally(self) -> None:
         """Forget what arrived since the last step."""
@@ -139,6 +153,8 @@ class Capture:
         return self.is_paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._keeps:
+            return  # of most steps: all that follows would be for nothing
         if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
             return
         if module is self._root and not _calls_itself(module):
@@ -151,7 +167,9 @@ class Capture:
         self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded() or not self._open:
+        if not (self._open and self._keeps):
+            return
+        if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
             return
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None
@@ -168,7 +186,7 @@ class Capture:
             return
         sites, call, self._root = self._sites, self._call, None
         self._sites, self._call = {}, None
-        if listens and (self.wants_rows or self.wants_terms or self.wants_replays):
+        if listens:
             self._keep_forward(module, sites, call, output, ended)
 
     def _keep_forward(

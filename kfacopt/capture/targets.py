@@ -38,6 +38,8 @@ class Targets:
         self._handles.clear()
 
     def _note(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._alive:
+            return
         given = dict(zip(("input", "target"), inputs, strict=False)) | kwargs
         prediction, target = given.get("input"), given.get("target")
         if not isinstance(prediction, Tensor) or not isinstance(target, Tensor) or prediction.grad_fn is None:

@@ -141,8 +141,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
         capture, backend = self._open_capture(), self._fed
-        capture.wants_rows = backend is not None and backend.wants_rows(self._step)
-        capture.wants_terms, capture.wants_replays = self._wants_terms(), self._wants_replays()
+        wants_rows = backend is not None and backend.wants_rows(self._step)
+        capture.arm(wants_rows, self._wants_terms(), self._wants_replays())
         self._expected = {layer.name for layer in self._layers} if capture.wants_rows else set()
         if self._processes.size > 1:
             self._estimator.begin_stream(self._step, self._processes.rank)
@@ -285,7 +285,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             What brings the user's gradients at the predictions to the scale of `.grad`.
         """
         tally = self._open_capture().tally
-        self._scaling.settle(tally, self._estimator, list(self.model.parameters()), self._solves_on_replays())
+        self._scaling.settle(tally, self._estimator, self.model.parameters(), self._solves_on_replays())
         self._scaling.agree(tally, self._estimator, self._processes, self._agreed.passes)
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}

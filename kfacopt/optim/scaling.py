@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from types import FrameType
 
@@ -45,7 +45,7 @@ class LossScaling:
         self.undone = 1.0
         self._said = False
 
-    def settle(self, tally: Tally, estimator: FisherEstimator, parameters: Sequence[nn.Parameter], exact: bool) -> None:
+    def settle(self, tally: Tally, estimator: FisherEstimator, parameters: Iterable[nn.Parameter], exact: bool) -> None:
         """Take in what the backwards of a step showed.
 
         Args:
