@@ -11,8 +11,9 @@ from kfacopt.blocks.base import Block, gradient_covariance
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
-from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
+from kfacopt.linalg.tensors import whole_of
 
 WIDEST = 4096
 """Outputs up to which G is kept whole, in 64 MiB of float32; of more its diagonal is."""
@@ -90,14 +91,15 @@ class OutputBlock(Block):
             inverse_root = polar.inverse_root
         if inverse_root is not None and matrices.shape[-2] > matrices.shape[-1]:
             # S polar(Sᵀ M) = S Sᵀ M (Mᵀ S Sᵀ M)^(-1/2): the root is not met at all.
-            solved = _together(held, "_inverse") @ matrices
-            return solved @ inverse_root(matrices.mT @ solved)
+            solved = product(_together(held, "_inverse"), matrices)
+            return product(solved, inverse_root(product(matrices.mT, solved)))
         for block in held:
             block._cached_root()
         roots = _together(held, "_root")
         whitened = _times(roots if wide else roots.mT, matrices)
         if inverse_root is not None:
-            return (roots @ inverse_root(whitened @ whitened.mT) @ roots.mT) @ matrices
+            root = inverse_root(product(whitened, whitened.mT))
+            return product(product(product(roots, root), roots.mT), matrices)
         return _times(roots, polar(whitened))
 
     def matvec(self, matrix: Tensor) -> Tensor:
@@ -123,6 +125,10 @@ class OutputBlock(Block):
             return (factor.amax() + damping) * inverse.amax().pow(1.0 / self._exponent)
         rows, reciprocals = (m.abs().sum(-1).amax() for m in (factor, inverse))
         return (rows + damping) * reciprocals.pow(1.0 / self._exponent)
+
+    @property
+    def ready(self) -> bool:
+        return self._inverse is not None
 
     def cache(self) -> dict[str, Tensor | None]:
         return {"inverse_gradient_factor": self._inverse}
@@ -150,15 +156,7 @@ class OutputBlock(Block):
 def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
     """A tensor of each block as one `[b ..]`; the blocks hold views of it then, so that it is made once a refresh."""
     tensors = [getattr(block, name) for block in blocks]
-    whole: Tensor | None = tensors[0]._base
-    if (
-        whole is None
-        or len(whole) != len(blocks)
-        or any(
-            tensor._base is not whole or tensor.storage_offset() != place * tensor.numel()
-            for place, tensor in enumerate(tensors)
-        )
-    ):
+    if (whole := whole_of(tensors)) is None:
         whole = torch.stack(tensors)
         for block, view in zip(blocks, whole.unbind(), strict=True):
             setattr(block, name, view)
@@ -167,4 +165,4 @@ def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
 
 def _times(factor: Tensor, matrix: Tensor) -> Tensor:
     """`factor @ matrix`, of a dense factor `[*k o o]` or of a diagonal `[*k o]`."""
-    return factor @ matrix if factor.ndim == matrix.ndim else factor.unsqueeze(-1) * matrix
+    return product(factor, matrix) if factor.ndim == matrix.ndim else factor.unsqueeze(-1) * matrix

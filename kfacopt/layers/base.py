@@ -123,6 +123,11 @@ class LayerHandler(ABC):
     """Whether the gradient sums outer products (Kronecker factors; with `OneHot` inputs one factor is diagonal),
     elementwise products, or outer products of two kinds (`kfacopt.layers.tied`)."""
 
+    batched: ClassVar[bool] = False
+    """Whether `pack` and `unpack` take further axes in front, as layers of equal shapes are packed together then.
+
+    It is said of the very class: one that inherits from it, and may pack otherwise, says it anew."""
+
     parameter_names: tuple[str, ...] = ("weight", "bias")
     """The parameters that a layer of this type may have, in the order of the matrix's columns."""
 

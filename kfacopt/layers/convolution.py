@@ -45,6 +45,8 @@ class ConvolutionHandler(LayerHandler):
     torch.Size([1, 2, 5, 64, 3])
     """
 
+    batched = True
+
     def refusal(self, module: nn.Module) -> str | None:
         kind = next(t for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, t))
         if getattr(type(module), "_conv_forward", None) is not kind._conv_forward:
@@ -81,26 +83,27 @@ class ConvolutionHandler(LayerHandler):
         return rows if conv.groups > 1 else rows.squeeze(1)
 
     def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
-        groups = _convolution(module).groups
+        conv = _convolution(module)
+        groups, axes = conv.groups, {"weight": 2 + len(conv.kernel_size), "bias": 1}
         columns = []
-        if "weight" in parts:
-            columns.append(rearrange(parts["weight"].flatten(1), "(k o) i -> k o i", k=groups))
-        if "bias" in parts:
-            columns.append(rearrange(parts["bias"], "(k o) -> k o 1", k=groups))
+        for role in (role for role in axes if role in parts):
+            leading = parts[role].shape[: parts[role].ndim - axes[role]]
+            inputs = conv.weight[0].numel() if role == "weight" else 1
+            columns.append(parts[role].reshape(*leading, groups, conv.out_channels // groups, inputs))
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
-        return matrix if groups > 1 else matrix.squeeze(0)
+        return matrix if groups > 1 else matrix.squeeze(-3)
 
     def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
         conv = _convolution(module)
         if conv.groups == 1:
-            matrix = matrix.unsqueeze(0)
-        parts: dict[str, Tensor] = {}
+            matrix = matrix.unsqueeze(-3)
+        leading, parts = matrix.shape[:-3], dict[str, Tensor]()
         if "weight" in roles:
             columns = matrix[..., :-1] if "bias" in roles else matrix
             shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-            parts["weight"] = columns.reshape(shape)
+            parts["weight"] = columns.reshape(*leading, *shape)
         if "bias" in roles:
-            parts["bias"] = matrix[..., -1].reshape(conv.out_channels)
+            parts["bias"] = matrix[..., -1].reshape(*leading, conv.out_channels)
         return parts
 
 

@@ -48,6 +48,13 @@ class Layer:
         """Of the block's matrix, `[*k o i]`."""
         return self.pack(self.values()).shape
 
+    @cached_property
+    def alike(self) -> tuple[object, ...] | None:
+        """What layers whose parts, of the same shapes, may be packed together have in common; None: it is not to be."""
+        if not vars(type(self.handler)).get("batched", False):
+            return None
+        return type(self.handler), self.roles, self.shape
+
     def held_by(self, module: nn.Module) -> bool:
         """Whether `module` holds the very parameters at present (`functional_call` puts others in their place)."""
         if self.part is None:

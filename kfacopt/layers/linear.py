@@ -25,6 +25,8 @@ class LinearHandler(LayerHandler):
     torch.Size([5, 4, 4])
     """
 
+    batched = True
+
     @torch.no_grad()
     def input_rows(
         self,

@@ -169,30 +169,37 @@ def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _directly(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    gram, divisor = _normalised(wide @ wide.mT)
+    gram, divisor = _normalised(product(wide, wide.mT))
     wide = wide / divisor
     for step, (a, b, c) in enumerate(polynomials):
-        gram = wide @ wide.mT if step else gram
+        gram = product(wide, wide.mT) if step else gram
         wide = _combined(wide, _combined(gram, gram, gram, b, c), wide, a, 1.0)
     return wide
 
 
 def _by_gram(wide: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
-    gram, divisor = _normalised(wide @ wide.mT)
-    return (_inverse_root(gram, polynomials) / divisor) @ wide
+    gram, divisor = _normalised(product(wide, wide.mT))
+    return product(_inverse_root(gram, polynomials) / divisor, wide)
 
 
 def _inverse_root(gram: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
     """`B^(-1/2)` of a Gram matrix with eigenvalues up to one, by the polynomials that take X to its polar factor."""
-    product: Tensor | None = None
+    if gram.shape[-1] == 1:
+        return torch.ones_like(gram)  # of a row, whose Gram matrix is its own norm: no iteration is needed
+    root: Tensor | None = None
     for step, (a, b, c) in enumerate(polynomials):
         polynomial = _combined(gram, gram, gram, b, c)
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = polynomial if product is None else polynomial @ product
+        root = polynomial if root is None else product(polynomial, root)
         if step + 1 < len(polynomials):
-            gram = polynomial @ gram @ polynomial
-    assert product is not None
-    return product
+            gram = product(product(polynomial, gram), polynomial)
+    assert root is not None
+    return root
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, in one call where both are a batch of matrices."""
+    return torch.bmm(left, right) if left.ndim == 3 and right.ndim == 3 else left @ right
 
 
 def _combined(added: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> Tensor:

@@ -34,9 +34,38 @@ def checksum(tensors: Sequence[Tensor]) -> float:
     >>> checksum([torch.tensor([1.0, -2.0])])
     3.0
     """
-    if not tensors:
-        return 0.0
-    return float(torch.stack([n.float() for n in torch._foreach_norm(list(tensors), 1)]).sum())
+    return float(stacked(torch._foreach_norm(list(tensors), 1)).float().sum()) if tensors else 0.0
+
+
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one; in float32 at least where their dtypes differ.
+
+    >>> stacked([torch.ones((), dtype=torch.bfloat16), torch.ones(())]).dtype
+    torch.float32
+    """
+    if any(number.dtype != numbers[0].dtype for number in numbers):
+        numbers = [as_statistic(number) for number in numbers]
+    return torch.stack(list(numbers))
+
+
+def whole_of(rows: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose rows, all of them and in their order, some tensors are; None: there is none.
+
+    Who wants many tensors as one at every step lets their owners hold views of it: nothing is copied until an owner
+    holds something else (a loaded state, a renewed inverse), which is told by itself.
+
+    >>> whole = torch.ones(2, 2)
+    >>> whole_of(whole.unbind()) is whole, whole_of([whole[0], whole[1].clone()])
+    (True, None)
+    """
+    whole: Tensor | None = rows[0]._base
+    if whole is None or whole.shape != (len(rows), *rows[0].shape):
+        return None
+    first, stride = whole.storage_offset(), whole.stride(0)
+    for place, row in enumerate(rows):
+        if row._base is not whole or row.storage_offset() != first + place * stride:
+            return None
+    return whole
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -35,12 +35,14 @@ def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBacke
     Raises:
         ValueError: If parameters of one layer lie in groups that differ.
     """
-    home = {id(p): group for group in groups for p in group["params"]}
+    home: dict[int, tuple[float, bool, float]] = {}
+    for group in groups:
+        own = float(group["damping"]), bool(group["relative_damping"]), float(group["ema_decay"])
+        home |= dict.fromkeys(map(id, group["params"]), own)
     means = backend.mean_eigenvalues() if any(group["relative_damping"] for group in groups) else {}
     result = {}
     for layer in layers:
-        held = [home[id(p)] for p in layer.parameters.values()]
-        found = {(float(g["damping"]), bool(g["relative_damping"]), float(g["ema_decay"])) for g in held}
+        found = {home[id(p)] for p in layer.parameters.values()}
         if len(found) > 1:
             raise ValueError(
                 f"the parameters of {layer.name!r} lie in param groups with different damping or ema_decay, but "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacopt.linalg.tensors import whole_of
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
 
@@ -29,21 +30,20 @@ def averaged(
 
     A new gradient weighs `freshness` times `1 - momentum`.
     """
-    covered = {id(p) for p in parameters}
+    covered = {id(p) for p in parameters if p in gradients}
     result: dict[nn.Parameter, Tensor] = {}
     for group in groups:
         momentum = max(0.0, 1.0 - freshness * (1.0 - float(group["momentum"])))
-        by_weight: dict[float, list[nn.Parameter]] = {}
+        by_weight: dict[float, tuple[list[nn.Parameter], list[Tensor]]] = {}
         for p in group["params"]:
-            if p in gradients and id(p) in covered:
-                by_weight.setdefault(_weight(state[p], p, momentum), []).append(p)
-        for weight, held in by_weight.items():
-            means = rule.averaged_gradients(
-                [gradients[p] for p in held],
-                [state[p]["momentum_buffer"] for p in held],
-                momentum=momentum,
-                weight=weight,
-            )
+            if id(p) in covered:
+                own = state[p]
+                held, buffers = by_weight.setdefault(_weight(own, p, momentum), ([], []))
+                held.append(p)
+                buffers.append(own["momentum_buffer"])
+        for weight, (held, buffers) in by_weight.items():
+            now = [gradients[p] for p in held]
+            means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight)
             result |= dict(zip(held, means, strict=True))
     return result
 
@@ -58,18 +58,35 @@ def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> 
 
 
 def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float) -> Tensor:
-    """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected."""
-    averages = []
-    for (parameter, rows), now in zip(keys, squares.unbind(), strict=True):
-        own, place = state[parameter], "" if rows is None else f"[{rows.start}:{rows.stop}]"
-        held, weight = f"row_squares{place}", f"row_weight{place}"
-        if held not in own:
-            # In the parameter's dtype, which is what torch makes of it when a state is loaded.
-            own[held], own[weight] = torch.zeros_like(now, dtype=parameter.dtype), 0.0
-        own[held].lerp_(now.to(parameter.dtype), 1.0 - decay)
-        own[weight] = rule.next_weight(decay, own[weight])
-        averages.append(own[held].to(now.dtype) / own[weight])
-    return torch.stack(averages)
+    """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected.
+
+    The parameters, of one dtype, hold views of one tensor.
+    """
+    owns = [state[parameter] for parameter, _ in keys]
+    names = [_row_names(rows) for _, rows in keys]
+    # In the parameter's dtype, which is what torch makes of it when a state is loaded.
+    dtype = keys[0][0].dtype
+    held = [own[name] for own, (name, _) in zip(owns, names, strict=True) if name in own]
+    whole = whole_of(held) if len(held) == len(keys) else None
+    if whole is None:
+        zeros = squares.new_zeros(squares.shape[1:], dtype=dtype)
+        whole = torch.stack([own.get(name, zeros) for own, (name, _) in zip(owns, names, strict=True)])
+        for own, (name, _), view in zip(owns, names, whole.unbind(), strict=True):
+            own[name] = view
+    whole.lerp_(squares.to(dtype), 1.0 - decay)
+    weights: list[float] = []
+    for own, (_, name) in zip(owns, names, strict=True):
+        own[name] = rule.next_weight(decay, own.get(name, 0.0))
+        weights.append(own[name])
+    if min(weights) == max(weights):
+        return whole.to(squares.dtype) / weights[0]
+    return whole.to(squares.dtype) / squares.new_tensor(weights).view(-1, *[1] * (squares.ndim - 1))
+
+
+def _row_names(rows: slice | None) -> tuple[str, str]:
+    """Under which names the running average of some rows, and the weight in it, are kept."""
+    place = "" if rows is None else f"[{rows.start}:{rows.stop}]"
+    return f"row_squares{place}", f"row_weight{place}"
 
 
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 
 def averaged_gradients(
-    gradients: Sequence[Tensor], buffers: Sequence[Tensor], *, momentum: float, weight: float
+    gradients: list[Tensor], buffers: list[Tensor], *, momentum: float, weight: float
 ) -> list[Tensor]:
     """Nesterov momentum on the gradient, bias-corrected; the buffers are updated in place.
 
@@ -29,8 +29,8 @@ def averaged_gradients(
     """
     if not gradients:
         return []
-    torch._foreach_lerp_(list(buffers), list(gradients), 1.0 - momentum)
-    result = list(torch._foreach_lerp(list(gradients), list(buffers), momentum))
+    torch._foreach_lerp_(buffers, gradients, 1.0 - momentum)
+    result = list(torch._foreach_lerp(gradients, buffers, momentum))
     correction = next_weight(momentum, next_weight(momentum, weight))
     if correction < 1.0:
         torch._foreach_div_(result, correction)

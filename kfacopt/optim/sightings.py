@@ -83,6 +83,8 @@ def uses_out_of_sight(
         seen: What arrived since the last step, in all processes.
         known: Parameters of which that is known.
     """
+    if not (seen.used_elsewhere or seen.in_the_loss):
+        return {}
     found = dict.fromkeys((layer for layer in layers if layer.name in seen.used_elsewhere), USED_ELSEWHERE)
     if seen.in_the_loss and not seen.verified:
         found |= dict.fromkeys((layer for layer in layers if layer.name in seen.reached), DERIVATIVE)

@@ -11,6 +11,7 @@ A new one is one new file: subclass `Direction` or `StepLength` and pass an obje
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from kfacopt.layers.layer import Layer, by_layer, by_parameter
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.polar import PolarFactor
+from kfacopt.linalg.tensors import all_finite
 from kfacopt.optim import memory
 from kfacopt.optim.groups import Groups
 from kfacopt.replay import path
@@ -77,6 +79,7 @@ class Step:
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
+    _stepped: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     def averaged(self, freshness: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
@@ -102,7 +105,10 @@ class Step:
     @property
     def stepped(self) -> list[nn.Parameter]:
         """The parameters of the layers with curvature, each once however many layers share it, and plain matrices."""
-        return list(dict.fromkeys([*(p for layer in self.layers for p in layer.parameters.values()), *self.plain]))
+        if not self._stepped:
+            held = [p for layer in self.layers for p in layer.parameters.values()]
+            self._stepped += dict.fromkeys([*held, *self.plain])
+        return self._stepped
 
     # -- the curvature ---------------------------------------------------------------------------------------------
 
@@ -193,12 +199,21 @@ class Updates:
         scale: The length that was chosen so far; everything is to be multiplied with it.
         bend: Second derivative of the step's path, what is added to the parameters is
             `scale · (-lr u) + ½ scale² · bend`, in the order of `tensors`; None: the path is straight.
+        check: A number that is finite exactly if all of `tensors` are, where the direction knows one.
     """
 
     tensors: dict[nn.Parameter, Tensor]
     image: ByParameter | None = None
     scale: float = 1.0
     bend: list[Tensor] | None = None
+    check: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is."""
+        if self.check is not None:
+            return math.isfinite(float(self.check))
+        return all_finite(list(self.tensors.values()))
 
     def scaled(self, factor: float) -> Updates:
         """The same direction, `factor` times as long."""

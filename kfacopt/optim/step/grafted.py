@@ -68,10 +68,10 @@ class Grafted(Direction):
         tensors = times(factors, steps)
         image = None if found.image is None else times(factors, step.by_layer({p: found.image[p] for p in tensors}))
         if found.bend is None:
-            return replace(found, tensors=tensors, image=image)
+            return replace(found, tensors=tensors, image=image, check=None)
         # A path that is run f times as fast bends f² times as much.
         bends = times({layer: f * f for layer, f in factors.items()}, step.by_layer(_named(found)))
-        return replace(found, tensors=tensors, image=image, bend=[bends[p] for p in tensors])
+        return replace(found, tensors=tensors, image=image, check=None, bend=[bends[p] for p in tensors])
 
     def _lengths(self, step: Step, layers: list[Layer]) -> Mapping[Layer, float | Tensor]:
         if not isinstance(self.length_of, Direction):

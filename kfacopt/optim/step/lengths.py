@@ -27,9 +27,18 @@ def layer_length(layer: Layer) -> float:
     >>> layer_length(layer(nn.Embedding(9, 4))), layer_length(layer(nn.LayerNorm(9)))
     (6.0, 3.0)
     """
-    shape = layer.shape
-    numbers = {"one-hot": shape.numel(), "tied": shape[-1]}
-    return math.sqrt(numbers.get(layer.handler.structure, shape[:-1].numel()))
+    return matrix_length(layer.handler.structure, layer.shape)
+
+
+def matrix_length(structure: str, shape: torch.Size) -> float:
+    """`layer_length` of a layer with a matrix `[*k o i]` of this shape (`LayerHandler.structure`).
+
+    >>> matrix_length("outer", torch.Size([16, 4]))
+    4.0
+    """
+    if structure == "one-hot":
+        return math.sqrt(shape.numel())
+    return math.sqrt(shape[-1] if structure == "tied" else shape[:-1].numel())
 
 
 def norms(steps: LayerTensors) -> dict[Layer, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.tensors import stacked
 from kfacopt.optim.step.base import Direction, Step, Updates
 
 
@@ -121,24 +122,35 @@ class ClippedGradients(RescaledGradients):
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         self._limit, self._decay = limit, decay
         self._usual = torch.zeros(0)
+        self._chosen: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
 
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients))])
-        held = [id(p) for group in step.groups for p in group["params"]]
+        norms = stacked(torch._foreach_norm(list(gradients))).float()
+        held = tuple(id(p) for group in step.groups for p in group["params"])
         self._usual = self._usual.to(norms)  # a state that was loaded may lie on another device
         if (missing := len(held) - len(self._usual)) > 0:
             self._usual = torch.cat([self._usual, norms.new_zeros(missing)])
-        places = {p: place for place, p in enumerate(held)}
-        chosen = torch.tensor([places[id(p)] for p in parameters], device=norms.device)
-        usual = self._usual[chosen]
-        # A parameter that never had a gradient has no usual length yet.
-        clipped = torch.where(usual > 0.0, torch.minimum(norms, self._limit * usual), norms)
-        self._usual[chosen] = torch.where(usual > 0.0, torch.lerp(usual, clipped, 1.0 - self._decay), norms)
-        factors = torch.where(norms > 0.0, clipped / norms, 1.0).unbind()
-        return torch._foreach_mul(list(gradients), [f.to(g.dtype) for f, g in zip(factors, gradients, strict=True)])
+        chosen = self._places(held, tuple(map(id, parameters)), norms.device)
+        usual = self._usual.index_select(0, chosen)
+        known = usual > 0.0  # a parameter that never had a gradient has no usual length yet
+        clipped = torch.where(known, torch.minimum(norms, self._limit * usual), norms)
+        self._usual.index_copy_(0, chosen, torch.where(known, usual.lerp_(clipped, 1.0 - self._decay), norms))
+        factors = torch.where(norms > 0.0, clipped / norms, 1.0)
+        if len({g.dtype for g in gradients}) == 1:
+            return torch._foreach_mul(list(gradients), factors.to(gradients[0].dtype).unbind())
+        return torch._foreach_mul(
+            list(gradients), [f.to(g.dtype) for f, g in zip(factors.unbind(), gradients, strict=True)]
+        )
+
+    def _places(self, held: tuple[int, ...], chosen: tuple[int, ...], device: torch.device) -> Tensor:
+        """At which places of one list the members of another are; the answer is kept while both stay the same."""
+        if self._chosen is None or self._chosen[:2] != (held, chosen) or self._chosen[2].device != device:
+            places = {member: place for place, member in enumerate(held)}
+            self._chosen = held, chosen, torch.tensor([places[member] for member in chosen], device=device)
+        return self._chosen[2]
 
     def state_dict(self) -> dict[str, Any]:
         return {"direction": self.direction.state_dict(), "usual_norms": self._usual.clone()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
-from kfacopt.optim.step.lengths import layer_length
 from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
 from kfacopt.sharding import Processes
 
@@ -141,7 +139,7 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates = Unstacked(averaged)
+        updates, norms = Unstacked(averaged), []
         for stack in stacks(step, averaged):
             device = stack.matrices.device.type
             long = min(stack.matrices.shape[-2:]) >= _LONG
@@ -149,10 +147,10 @@ class Spectral(Direction):
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 found = self._orthogonalized(step, stack)
             found = found.to(stack.matrices.dtype)
-            if self._row_decay is not None:
-                found = self._evened(step, stack, found)
-            updates.add(stack, _with_length(stack, found))
-        return Updates(updates.by_parameter())
+            factors, norm = self._factors(step, stack, found)
+            updates.add(stack, found * factors)
+            norms.append(norm)
+        return Updates(updates.by_parameter(), check=torch.cat(norms).sum() if norms else None)
 
     def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
         """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""
@@ -160,14 +158,24 @@ class Spectral(Direction):
             return self._polar(stack.matrices)
         return step.steepest(stack.layers, stack.matrices, self._polar)
 
-    def _evened(self, step: Step, stack: Stack, matrices: Tensor) -> Tensor:
-        """Each output's row over the root of its running mean square, in units of the mean over its layer's rows."""
-        squares = matrices.square().mean(stack.inputs)
-        whole = squares.flatten(1).mean(-1).clamp_min(torch.finfo(squares.dtype).tiny)
-        squares = squares / _column(whole, squares)
-        assert self._row_decay is not None
-        averages = memory.row_squares(step.state, stack.keys, squares, self._row_decay)
-        return matrices * averages.clamp_min(_LEAST_ROW).rsqrt().unsqueeze(stack.inputs)
+    def _factors(self, step: Step, stack: Stack, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """What evens each output's row and gives each matrix its length, `[b *k o 1]`; and the norms without length.
+
+        Evening is to divide by the root of the row's running mean square, in units of the mean over its layer's rows.
+        The norm of what comes of it is known from the rows' mean squares: the matrices are met twice.
+        """
+        squares = torch.linalg.vector_norm(matrices, dim=stack.inputs).square() / matrices.shape[stack.inputs]
+        tiny = torch.finfo(squares.dtype).tiny
+        evening = squares.new_ones(())
+        if self._row_decay is not None:
+            whole = squares.flatten(1).mean(-1).clamp_min(tiny)
+            averages = memory.row_squares(step.state, stack.keys, squares / _column(whole, squares), self._row_decay)
+            averages = averages.clamp_min(_LEAST_ROW)
+            squares, evening = squares / averages, averages.rsqrt()
+        # Squares end at `tiny`, so the norm at its root; of a zero matrix the factor is to be finite.
+        norms = (squares.flatten(1).sum(-1) * matrices.shape[stack.inputs]).sqrt().clamp_min(tiny**0.5)
+        factors = evening * _column(stack.length / norms, squares)
+        return factors.unsqueeze(stack.inputs), norms
 
     def _products(self, device: str, processes: Processes) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too. Of several processes one says."""
@@ -182,14 +190,6 @@ class Spectral(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._measured = {device: getattr(torch, name) for device, name in state.get("measured", {}).items()}
-
-
-def _with_length(stack: Stack, matrices: Tensor) -> Tensor:
-    """At the Frobenius norm of each holder's step (`layer_length`; of a plain matrix likewise)."""
-    norms = torch.linalg.vector_norm(matrices.flatten(1), dim=-1).clamp_min(torch.finfo(matrices.dtype).tiny)
-    rows = math.sqrt(matrices.shape[1:-1].numel())
-    lengths = [layer_length(holder) if isinstance(holder, Layer) else rows for holder in stack.holders]
-    return matrices * _column(norms.new_tensor(lengths) / norms, matrices)
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:

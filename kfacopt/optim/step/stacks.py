@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfacopt.layers.base import Structure
 from kfacopt.layers.layer import Layer, by_parameter
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.optim.memory import Key
 from kfacopt.optim.step.base import ByParameter, Step
+from kfacopt.optim.step.lengths import matrix_length
 
 Holder = Layer | nn.Parameter
 """What a matrix is of: a layer, or a plain matrix that is a parameter by itself."""
@@ -25,14 +28,24 @@ class Stack:
         holders: Of what each is.
         matrices: In their order; in float32 at least.
         curved: Whether they are of layers that have curvature.
-        inputs: Which axis is that of the inputs: the last, but for tied embeddings, whose outputs are the words, as
-            those of the head are.
+        structure: Of the layers, all of one (`LayerHandler.structure`); plain matrices have a linear layer's.
     """
 
     holders: tuple[Holder, ...]
     matrices: Tensor
     curved: bool
-    inputs: int = -1
+    structure: Structure = "outer"
+
+    @property
+    def inputs(self) -> int:
+        """Which axis is that of the inputs: the last, but for tied embeddings, whose outputs are the words, as those
+        of the head are."""
+        return -2 if self.structure == "tied" else -1
+
+    @property
+    def length(self) -> float:
+        """The Frobenius norm of each holder's step: `layer_length`, and of a plain matrix likewise."""
+        return matrix_length(self.structure, self.matrices.shape[1:])
 
     @property
     def layers(self) -> list[Layer]:
@@ -59,10 +72,17 @@ class Unstacked:
 
     def add(self, stack: Stack, matrices: Tensor) -> None:
         """Take over other matrices of the stack's holders."""
+        first = stack.holders[0]
+        if isinstance(first, Layer) and first.alike is not None:
+            shares = first.unpack(matrices)
+            columns = [shares[role].to(self._like[p].dtype).unbind() for role, p in first.parameters.items()]
+            for layer, own in zip(stack.layers, zip(*columns, strict=True), strict=True):
+                self._shares[layer] = dict(zip(first.parameters, own, strict=True))
+            return
         for holder, matrix in zip(stack.holders, matrices.unbind(), strict=True):
             if isinstance(holder, Layer):
-                dtypes = {role: self._like[p].dtype for role, p in holder.parameters.items()}
-                self._shares[holder] = {role: t.to(dtypes[role]) for role, t in holder.unpack(matrix).items()}
+                shares = holder.unpack(matrix)
+                self._shares[holder] = {r: shares[r].to(self._like[p].dtype) for r, p in holder.parameters.items()}
             else:
                 self._plain[holder] = matrix.reshape(holder.shape).to(self._like[holder].dtype)
 
@@ -73,19 +93,36 @@ class Unstacked:
 
 def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     """All layers and plain matrices of which there are tensors, stacked; those with and without curvature apart."""
-    found: dict[tuple[torch.Size, torch.dtype, torch.device, bool, int], list[tuple[Holder, Tensor]]] = {}
-    held: list[tuple[Holder, Tensor, bool]] = [
-        (layer, layer.pack(parts), step.ready(layer)) for layer, parts in step.by_layer(tensors).items()
-    ]
-    held += [(p, tensors[p].reshape(tuple(shape)), False) for p, shape in step.plain.items() if p in tensors]
-    for holder, matrix, curved in held:
-        tied = isinstance(holder, Layer) and holder.handler.structure == "tied"
-        key = matrix.shape, matrix.dtype, matrix.device, curved, -2 if tied else -1
-        found.setdefault(key, []).append((holder, matrix))
+    found: dict[tuple[Any, ...], list[tuple[Holder, Sequence[Tensor]]]] = {}
+    for layer, parts in step.by_layer(tensors).items():
+        pieces = (layer.pack(parts),) if layer.alike is None else tuple(parts.values())
+        kind = layer.alike, layer.handler.structure, step.ready(layer), _dtypes(layer, pieces)
+        found.setdefault(kind, []).append((layer, pieces))
+    for parameter, shape in step.plain.items():
+        if parameter in tensors:
+            pieces = (tensors[parameter].reshape(tuple(shape)),)
+            found.setdefault((None, "outer", False, _dtypes(parameter, pieces)), []).append((parameter, pieces))
     return [
-        Stack(tuple(h for h, _ in members), as_statistic(_stacked([m for _, m in members])), curved, inputs)
-        for (_, _, _, curved, inputs), members in found.items()
+        Stack(tuple(h for h, _ in members), as_statistic(_matrices(members, alike is not None)), curved, structure)
+        for (alike, structure, curved, _), members in found.items()
     ]
+
+
+def _dtypes(holder: Holder, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What tensors must have in common to be stacked, of some holder's."""
+    # What is remembered of a holder is in its first parameter's dtype, which need not be the gradient's.
+    return _key(holder)[0].dtype, pieces[0].device, *((piece.shape, piece.dtype) for piece in pieces)
+
+
+def _matrices(members: Sequence[tuple[Holder, Sequence[Tensor]]], alike: bool) -> Tensor:
+    """The matrices `[b *k o i]` of holders, from each one's matrix, or from the parts of layers that are alike."""
+    stacked = [torch.stack(column) for column in zip(*(pieces for _, pieces in members), strict=True)]
+    first = members[0][0]
+    return (
+        first.pack(dict(zip(first.parameters, stacked, strict=True)))
+        if isinstance(first, Layer) and alike
+        else stacked[0]
+    )
 
 
 def _key(holder: Holder) -> Key:
@@ -93,7 +130,3 @@ def _key(holder: Holder) -> Key:
         return holder, None
     role, parameter = next(iter(holder.parameters.items()))
     return parameter, holder.rows(role)
-
-
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0].unsqueeze(0)

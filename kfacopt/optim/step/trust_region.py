@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import all_finite, inner_product
+from kfacopt.linalg.tensors import inner_product
 from kfacopt.optim.groups import peak_rate
 from kfacopt.optim.step.base import Step, StepLength, Updates
 
@@ -58,7 +58,7 @@ class TrustRegion(StepLength):
         if math.isinf(clip) and updates.image is None:
             # No bound, and no divergence that costs nothing: what is left to see to is that the step is a number.
             self._report = {"kl_scale": 1.0}
-            return updates if all_finite(list(updates.tensors.values())) else None
+            return updates if updates.finite else None
         length = squared_length(step, updates) / step.loss_factor
         scale = kl_scale(length, clip)
         self._report = {"kl_scale": scale, "kl": 0.5 * scale * scale * length}

@@ -646,3 +646,37 @@ def test_plain_matrices_resume_bit_for_bit() -> None:
         train_step(other, twin, loss, x, y)
     for (name, one), two in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_usual_norms_belong_to_their_parameters_whichever_have_a_gradient() -> None:
+    """The places that are kept are found anew when other parameters are stepped than before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    direction = kfacopt.ClippedGradients(kfacopt.Spectral(), limit=1e9, decay=0.5)
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(), direction=direction)
+    usual: dict[nn.Parameter, Tensor] = {}
+    for without in ((), (0,), (2, 3), ()):
+        made.zero_grad()
+        nn.functional.mse_loss(model(torch.randn(5, 3).double()), torch.randn(5, 3).double()).backward()
+        for place, p in enumerate(model.parameters()):
+            if place in without:
+                p.grad = None
+            elif p.grad is not None:
+                norm = p.grad.norm().float()
+                usual[p] = usual[p].lerp(norm, 0.5) if p in usual else norm
+        made.step()
+        expected = torch.stack([usual.get(p, torch.zeros(())) for p in model.parameters()])
+        torch.testing.assert_close(made.state_dict()["curvature"]["direction"]["usual_norms"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("row_decay", [0.95, None])
+def test_a_wide_layer_without_gradient_stays(row_decay: float | None, dtype: torch.dtype) -> None:
+    """Its step has a length above 4, which over the smallest normal number would be infinite."""
+    model = nn.Linear(3, 40).to(dtype)
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(), direction=kfacopt.Spectral(row_decay=row_decay))
+    before = parameters_of(model)
+    (0.0 * model(torch.randn(4, 3, dtype=dtype))).sum().backward()
+    made.step()
+    assert made.health()["skipped_steps"] == 0.0
+    assert all(torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True))
