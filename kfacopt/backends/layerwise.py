@@ -18,7 +18,7 @@ from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.tied import TransposedFactors
 from kfacopt.layers.base import Rows
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
@@ -172,7 +172,13 @@ class LayerwiseBackend(CurvatureBackend):
         return self.blocks[layer.name].ready
 
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
-        return self._applied(lambda block, matrix, damping: block.solve(matrix, damping), gradients, settings)
+        ready = {layer: parts for layer, parts in gradients.items() if self.blocks[layer.name].ready}
+        found: dict[Layer, dict[str, Tensor]] = {}
+        for layers, matrices in packed_together(ready, lambda layer: type(self.blocks[layer.name])):
+            blocks, dampings = zip(*((self.blocks[la.name], settings[la].damping) for la in layers), strict=True)
+            solved = type(blocks[0]).solve_together(blocks, as_statistic(matrices), dampings)
+            found |= unpacked_together(layers, solved)
+        return {layer: found[layer] for layer in ready}
 
     def whiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         return self._applied(lambda block, matrix, damping: block.whiten(matrix, damping), tensors, settings)

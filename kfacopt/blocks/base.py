@@ -56,6 +56,12 @@ class Block(ABC):
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         """`(C + damping I)^-1 matrix` from the cache, `[*k o i]`."""
 
+    @staticmethod
+    def solve_together(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float]) -> Tensor:
+        """`solve` of blocks of one class, with their matrices `[b *k o i]`."""
+        held = zip(blocks, matrices, dampings, strict=True)
+        return torch.stack([block.solve(matrix, damping) for block, matrix, damping in held])
+
     @abstractmethod
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
         """`Sᵀ matrix` with any S such that `S Sᵀ` is what `solve` multiplies with, `[*k o i]`.

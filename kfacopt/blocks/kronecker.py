@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError
+from kfacopt.linalg.tensors import whole_of
 
 
 class KroneckerBlock(FactoredBlock):
@@ -43,12 +48,30 @@ class KroneckerBlock(FactoredBlock):
         self._inverses, self._roots = (inverse_left.value, _aligned(inverse_right.value)), None
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
+        return _solved(*self._cached(), matrix)
+
+    @staticmethod
+    def solve_together(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float]) -> Tensor:
+        held = [block for block in blocks if isinstance(block, KroneckerBlock)]
+        lefts, rights = zip(*(block._cached() for block in held), strict=True)
+        if len(held) == 1:
+            return _solved(lefts[0], rights[0], matrices[0]).unsqueeze(0)
+        left, right = whole_of(lefts), whole_of(rights)
+        if left is None or right is None:
+            # The blocks hold views of it from now on, so that it is made once a refresh.
+            left, right = torch.stack(lefts), torch.stack(rights)
+            for block, inverses in zip(held, zip(left.unbind(), right.unbind(), strict=True), strict=True):
+                block._inverses = inverses
+        return _solved(left, right, matrices)
+
+    def _cached(self) -> tuple[Tensor, Tensor]:
         if self._inverses is None:
             raise RuntimeError("this block has no inverse yet: refresh() comes before solve()")
-        left, right = self._inverses
-        size = matrix.shape[-1]
-        padded = functional.pad(matrix, (0, right.shape[-1] - size)) if right.shape[-1] > size else matrix
-        return kronecker.multiply(left, padded, right)[..., :size]
+        return self._inverses
+
+    @property
+    def ready(self) -> bool:
+        return self._inverses is not None
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
         left, right = self._root()
@@ -102,6 +125,12 @@ class KroneckerBlock(FactoredBlock):
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         left, right = cache["inverse_gradient_factor"], cache["inverse_input_factor"]
         self._inverses, self._roots = None if left is None or right is None else (left, right), None
+
+
+def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    size = matrix.shape[-1]
+    padded = functional.pad(matrix, (0, right.shape[-1] - size)) if right.shape[-1] > size else matrix
+    return kronecker.multiply(left, padded, right)[..., :size]
 
 
 def _aligned(inverse: Tensor) -> Tensor:

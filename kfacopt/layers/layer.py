@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,3 +124,44 @@ def by_parameter(tensors: Mapping[Layer, Mapping[str, Tensor]]) -> dict[nn.Param
         if sum(len(tensor) for tensor in ordered) == len(parameter):
             result[parameter] = torch.cat(ordered)
     return result
+
+
+def packed_together(
+    tensors: Mapping[Layer, Mapping[str, Tensor]], kind: Callable[[Layer], object]
+) -> list[tuple[list[Layer], Tensor]]:
+    """Tensors by layer and role as matrices `[b *k o i]`: one for all layers that are alike, and of one kind.
+
+    Args:
+        tensors: Shaped as the layers' shares of their parameters.
+        kind: What else layers have to have in common.
+    """
+    found: dict[tuple[object, ...], list[Layer]] = {}
+    for layer, parts in tensors.items():
+        alike = layer if layer.alike is None else layer.alike
+        key = alike, kind(layer), *((t.shape, t.dtype, t.device) for t in parts.values())
+        found.setdefault(key, []).append(layer)
+    result = []
+    for layers in found.values():
+        first = layers[0]
+        if len(layers) == 1:
+            result.append((layers, first.pack(tensors[first]).unsqueeze(0)))
+        else:
+            columns = {role: torch.stack([tensors[layer][role] for layer in layers]) for role in first.roles}
+            result.append((layers, first.pack(columns)))
+    return result
+
+
+def unpacked_together(layers: Sequence[Layer], matrices: Tensor) -> dict[Layer, dict[str, Tensor]]:
+    """Matrices `[b *k o i]` of layers that are alike, or of one, as tensors by layer and role.
+
+    >>> from kfacopt.layers.coverage import find_layers
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3))
+    >>> layers, _ = find_layers(model, list(model.parameters()), {}, separate=False)
+    >>> [(held, matrices)] = packed_together({layer: layer.values() for layer in layers}, kind=lambda layer: None)
+    >>> matrices.shape, torch.equal(unpacked_together(held, matrices)[layers[1]]["bias"], model[1].bias)
+    (torch.Size([2, 3, 3]), True)
+    """
+    if len(layers) == 1:
+        return {layers[0]: layers[0].unpack(matrices[0])}
+    columns = {role: column.unbind() for role, column in layers[0].unpack(matrices).items()}
+    return {layer: {role: column[place] for role, column in columns.items()} for place, layer in enumerate(layers)}

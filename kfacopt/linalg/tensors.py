@@ -15,8 +15,14 @@ def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])])
     3.0
     """
-    products = [torch.dot(a.reshape(-1), b.reshape(-1).to(a.dtype)) for a, b in zip(left, right, strict=True)]
-    return float(torch.stack([p.double() for p in products]).sum()) if products else 0.0
+    products = [_dot(a, b.to(a.dtype)) for a, b in zip(left, right, strict=True)]
+    return float(stacked(products).double().sum()) if products else 0.0
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    if left.is_contiguous() and right.is_contiguous():
+        return torch.dot(left.view(-1), right.view(-1))
+    return (left * right).sum()  # flattening would copy, too, and be one call more
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import LayerTensors
 from kfacopt.layers.layer import Layer, by_parameter
+from kfacopt.linalg.tensors import stacked
 
 
 def layer_length(layer: Layer) -> float:
@@ -43,13 +44,15 @@ def matrix_length(structure: str, shape: torch.Size) -> float:
 
 def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
     """The Frobenius norm of each layer's step, over its parameters together; of a zero step a tiny number."""
-    found = torch._foreach_norm([t for parts in steps.values() for t in parts.values()]) if steps else []
-    result, start = {}, 0
+    numbers: dict[int, list[Layer]] = {}
     for layer, parts in steps.items():
-        held = torch.stack(list(found[start : start + len(parts)]))
-        result[layer] = torch.linalg.vector_norm(held).clamp_min(torch.finfo(held.dtype).tiny)
-        start += len(parts)
-    return result
+        numbers.setdefault(len(parts), []).append(layer)
+    result: dict[Layer, Tensor] = {}
+    for number, layers in numbers.items():
+        held = stacked(torch._foreach_norm([t for layer in layers for t in steps[layer].values()])).view(-1, number)
+        lengths = torch.linalg.vector_norm(held, dim=-1).clamp_min(torch.finfo(held.dtype).tiny)
+        result |= dict(zip(layers, lengths.unbind(), strict=True))
+    return {layer: result[layer] for layer in steps}
 
 
 def times(factors: Mapping[Layer, Tensor], tensors: LayerTensors) -> dict[nn.Parameter, Tensor]:
