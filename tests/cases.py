@@ -343,6 +343,32 @@ def conv_3d() -> nn.Module:
     return nn.Sequential(nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), nn.Flatten(), nn.Linear(16, 2))
 
 
+def transposed_1d() -> nn.Module:
+    """A decoder: stride, dilation and output padding, then padding that crops."""
+    return nn.Sequential(
+        nn.ConvTranspose1d(2, 3, 3, stride=3, dilation=2, output_padding=2),
+        nn.Tanh(),
+        nn.ConvTranspose1d(3, 1, 2, padding=4, bias=False),
+        nn.Flatten(),
+    )
+
+
+def transposed_groups() -> nn.Module:
+    """Groups, a depthwise layer, and axes that differ."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 6, (2, 3), groups=2, stride=(1, 2), padding=(0, 1)),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 6, 2, groups=6, stride=2, padding=2),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def transposed_3d() -> nn.Module:
+    """One three-dimensional layer."""
+    return nn.Sequential(nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1)), nn.Flatten(), nn.Linear(72, 2))
+
+
 def one_patch() -> nn.Module:
     """A grouped convolution whose kernel is as large as the image: one place, so exact for one datum."""
     return nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(6, 2))
@@ -432,6 +458,9 @@ CASES = (
     Case("conv-2d", conv_2d, CE, reals(2, 4, 4), classes(3)),
     Case("conv-groups", conv_groups, CE, reals(4, 3, 3), classes(3), 3, curvlinops=False),
     Case("conv-3d", conv_3d, MSE, reals(1, 3, 4, 3), reals(2), 3, curvlinops=False),
+    Case("transposed-1d", transposed_1d, MSE, reals(2, 3), reals(6), 4, curvlinops=False),
+    Case("transposed-groups", transposed_groups, CE, reals(4, 2, 2), classes(3), 3, curvlinops=False),
+    Case("transposed-3d", transposed_3d, MSE, reals(1, 2, 2, 2), reals(2), 3, curvlinops=False),
     Case("conv-one-patch", one_patch, CE, reals(4, 2, 2), classes(2), 1, BOTH, curvlinops=False),
     Case("words", lambda: Words(None), CE, classes(6, 4), classes(3), curvlinops=False),
     Case("words-padded", lambda: Words(0), CE, classes(6, 4), classes(3), curvlinops=False),

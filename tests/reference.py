@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfacopt.layers.layer import Layer
 from tests.explicit import counterpart, untied
 
-Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *Transposed)
 
 
 def term_count(loss: nn.Module, prediction: Tensor, y: Tensor) -> float:
@@ -99,6 +100,11 @@ def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
     if isinstance(module, nn.Embedding):
         return parts["weight"].mT.unsqueeze(1)
     groups = module.groups if isinstance(module, Convolution) else 1
+    if isinstance(module, Transposed) and "weight" in parts:
+        # [b (k c) o ...], and an output sees each channel through each entry of the kernel.
+        apart = parts["weight"].flatten(3).unflatten(1, (groups, -1)).transpose(2, 3)
+        parts = parts | {"weight": apart.flatten(1, 2)}
+        some = parts["weight"]
     outputs = some.shape[1] // groups
     columns = [p.reshape(len(p), groups, outputs, -1) for p in parts.values()]
     return torch.cat(columns, dim=-1)

@@ -26,9 +26,8 @@ from kfacopt.layers.normalization import (
     LayerNormHandler,
     RMSNormHandler,
 )
-from kfacopt.layers.registry import HandlerRegistry, RefusedHandler, RegistrationHandle
-
-_TRANSPOSED = RefusedHandler("transposed convolutions have no handler yet")
+from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
+from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler
 
 # What a user registers is meant for every optimizer in the process, as torch's own registrations are (kl divergences,
 # pytree nodes); hence the one registry of the module. Tests that need another make their own.
@@ -38,9 +37,9 @@ _REGISTRY = HandlerRegistry(
         nn.Conv1d: ConvolutionHandler(),
         nn.Conv2d: ConvolutionHandler(),
         nn.Conv3d: ConvolutionHandler(),
-        nn.ConvTranspose1d: _TRANSPOSED,
-        nn.ConvTranspose2d: _TRANSPOSED,
-        nn.ConvTranspose3d: _TRANSPOSED,
+        nn.ConvTranspose1d: TransposedConvolutionHandler(),
+        nn.ConvTranspose2d: TransposedConvolutionHandler(),
+        nn.ConvTranspose3d: TransposedConvolutionHandler(),
         nn.Embedding: EmbeddingHandler(),
         nn.LayerNorm: LayerNormHandler(),
         nn.RMSNorm: RMSNormHandler(),
