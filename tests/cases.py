@@ -38,6 +38,7 @@ class Case:
         mixes_data: Whether one datum's prediction depends on the others (batch normalisation): there
             per-datum quantities do not exist.
         mixes_terms: Whether a datum's loss terms share the graph (positions that see each other).
+        twice: Whether torch can differentiate the model twice (`EmbeddingBag` has no second derivative).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     curvlinops: bool = True
     mixes_data: bool = False
     mixes_terms: bool = False
+    twice: bool = True
 
     def make(self, seed: int = 0) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
         """Model, loss, inputs and targets, the same for the same seed."""
@@ -169,6 +171,36 @@ class Words(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embedding(x).tanh().mean(1))
+
+
+class Bag(nn.Module):
+    """Bags of words, all of one length or cut by offsets after a word was left out, and a head on what they sum to."""
+
+    def __init__(self, left_out: int | None = None, weighted: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(6, 3, **options), nn.Linear(3, 3)
+        self.left_out, self.weighted = left_out, weighted
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (0.5 + 0.1 * x).to(self.head.weight) if self.weighted else None
+        if self.left_out is None:
+            return self.head(self.bag(x, per_sample_weights=weights).tanh())
+        kept = x != self.left_out
+        offsets = kept.sum(1).cumsum(0) - kept.sum(1)
+        return self.head(self.bag(x[kept], offsets, None if weights is None else weights[kept]).tanh())
+
+
+class TwoSided(nn.Module):
+    """Products of two linear layers' outputs, at several places, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 3)
+        self.products, self.head = nn.Bilinear(2, 3, 4), nn.Bilinear(4, 3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).tanh(), self.right(x)
+        return self.head(self.products(left, right).tanh(), right).mean(1)
 
 
 class Encoder(nn.Module):
@@ -464,6 +496,18 @@ CASES = (
     Case("conv-one-patch", one_patch, CE, reals(4, 2, 2), classes(2), 1, BOTH, curvlinops=False),
     Case("words", lambda: Words(None), CE, classes(6, 4), classes(3), curvlinops=False),
     Case("words-padded", lambda: Words(0), CE, classes(6, 4), classes(3), curvlinops=False),
+    Case("bags", lambda: Bag(mode="sum"), CE, classes(6, 4), classes(3), curvlinops=False, twice=False),
+    Case("bags-padded", lambda: Bag(padding_idx=2), CE, classes(6, 4), classes(3), curvlinops=False, twice=False),
+    Case(
+        "bags-cut",
+        lambda: Bag(1, True, mode="sum", padding_idx=0),
+        CE,
+        classes(6, 4),
+        classes(3),
+        curvlinops=False,
+        twice=False,
+    ),
+    Case("bilinear", TwoSided, CE, reals(2, 3), classes(2), 4, curvlinops=False),
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),

@@ -1,7 +1,8 @@
-"""Models written out: attention as four linear layers and a softmax, a tied weight as two weights."""
+"""Models written out: attention as linear layers and a softmax, a bag as its words, a tied weight as two weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -74,24 +75,60 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
+class ExplicitBag(nn.Module):
+    """What a `torch.nn.EmbeddingBag` computes, with an embedding of one word after the other and a weighted sum.
+
+    Words that a shorter bag lacks are the padding, which is a word of its own if the bag has none.
+    """
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.mode, self.last, self.padding = bag.mode, bag.include_last_offset, bag.padding_idx
+        self.words = nn.Embedding(bag.num_embeddings, bag.embedding_dim, bag.padding_idx, dtype=bag.weight.dtype)
+        self.words.weight = nn.Parameter(bag.weight.detach().clone())
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        if offsets is not None:
+            ends = [*offsets[1:].tolist()] + ([] if self.last else [len(input)])
+            starts = offsets.tolist()[: len(ends)]
+            length = max(end - start for start, end in zip(starts, ends, strict=True))
+            place = torch.tensor(starts)[:, None] + torch.arange(length)
+            inside = place < torch.tensor(ends)[:, None]
+            assert self.padding is not None or bool(inside.all()), "what is lacking needs a padding"
+            place = place.clamp(max=len(input) - 1)
+            input = torch.where(inside, input[place], 0 if self.padding is None else self.padding)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights[place]
+        counts = torch.ones_like(input) if self.padding is None else (input != self.padding).to(input)
+        weights = counts if per_sample_weights is None else counts * per_sample_weights
+        summed = (self.words(input) * weights.unsqueeze(-1)).sum(1)
+        return summed / counts.sum(1, keepdim=True).clamp(min=1) if self.mode == "mean" else summed
+
+
+WRITTEN: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.MultiheadAttention: ExplicitAttention,
+    nn.EmbeddingBag: ExplicitBag,
+}
+
+
 def explicit_model(model: nn.Module) -> nn.Module:
-    """A copy of a model, each `torch.nn.MultiheadAttention` in it written out."""
-    if isinstance(model, nn.MultiheadAttention):
-        return ExplicitAttention(model)
+    """A copy of a model, each module in it whose layers are no modules written out."""
+    if type(model) in WRITTEN:
+        return WRITTEN[type(model)](model)
     copy = deepcopy(model)
     for module in list(copy.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(module, name, ExplicitAttention(child))
+            if type(child) in WRITTEN:
+                setattr(module, name, WRITTEN[type(child)](child))
     return copy
 
 
 def counterpart(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer]:
-    """The model written out, and the linear layer there that is the same as a part of an attention module."""
-    assert layer.part is not None
+    """The model written out, and the layer there that is the same as a part of a module."""
     written = explicit_model(model)
     (path,) = (path for path, module in model.named_modules() if module is layer.modules[0])
-    linear = written.get_submodule(".".join(filter(None, [path, layer.part.name])))
+    within = "" if layer.part is None else layer.part.name
+    linear = written.get_submodule(".".join(filter(None, [path, within])))
+    linear = linear.words if isinstance(linear, ExplicitBag) else linear
     handler = handler_for(linear)
     assert handler is not None
     return written, Layer(layer.name, (linear,), handler, {role: linear.get_parameter(role) for role in layer.roles})

@@ -16,8 +16,10 @@ from kfacopt.layers.attention import MultiheadAttentionHandler, output_projectio
 from kfacopt.layers.base import LayerHandler as LayerHandler
 from kfacopt.layers.base import OneHot as OneHot
 from kfacopt.layers.base import Rows as Rows
+from kfacopt.layers.bilinear import BilinearHandler
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.embedding import EmbeddingHandler
+from kfacopt.layers.embedding_bag import EmbeddingBagHandler
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.normalization import (
     BatchNormHandler,
@@ -34,6 +36,7 @@ from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler
 _REGISTRY = HandlerRegistry(
     {
         nn.Linear: LinearHandler(),
+        nn.Bilinear: BilinearHandler(),
         nn.Conv1d: ConvolutionHandler(),
         nn.Conv2d: ConvolutionHandler(),
         nn.Conv3d: ConvolutionHandler(),
@@ -41,6 +44,7 @@ _REGISTRY = HandlerRegistry(
         nn.ConvTranspose2d: TransposedConvolutionHandler(),
         nn.ConvTranspose3d: TransposedConvolutionHandler(),
         nn.Embedding: EmbeddingHandler(),
+        nn.EmbeddingBag: EmbeddingBagHandler(),
         nn.LayerNorm: LayerNormHandler(),
         nn.RMSNorm: RMSNormHandler(),
         nn.BatchNorm1d: BatchNormHandler(),

@@ -235,7 +235,7 @@ def _refusal(module: nn.Module, name: str) -> str | None:
         return f"no handler for {type(module).__name__}"
     refusal = handler.refusal(module)
     if isinstance(handler, CompoundHandler):
-        return f"in no part of {type(module).__name__} that multiplies by a matrix"
+        return refusal or f"in no part of {type(module).__name__} that multiplies by a matrix"
     if refusal is None and name not in handler.roles(module):
         return f"{type(handler).__name__} does not treat {name!r}"
     return refusal
