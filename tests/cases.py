@@ -190,6 +190,43 @@ class Bag(nn.Module):
         return self.head(self.bag(x[kept], offsets, None if weights is None else weights[kept]).tanh())
 
 
+class Recurrent(nn.Module):
+    """A recurrent module between linear layers; the head sees all that it returns: every output and the last states."""
+
+    def __init__(self, kind: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.below, self.recurrent = nn.Linear(2, 3), kind(3, 2, **options)
+        self.swap = not options.get("batch_first", False)
+        self.head = nn.Linear(self.double().seen(torch.zeros(1, 2, 2, dtype=torch.float64)).shape[1], 3)
+
+    def seen(self, x: Tensor) -> Tensor:
+        h = self.below(x).tanh()
+        output, state = self.recurrent(h.transpose(0, 1) if self.swap else h)
+        states = state if isinstance(state, tuple) else (state,)
+        every = output.square().mean(0 if self.swap else 1)
+        return torch.cat([every, *(some.transpose(0, 1).flatten(1) for some in states)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.seen(x))
+
+
+class Cells(nn.Module):
+    """Each of the cells, stepped by hand; the last state of one is where the next starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTMCell(2, 3), nn.GRUCell(3, 2, bias=False)
+        self.rnn = nn.RNNCell(2, 2, nonlinearity="relu")
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for t in range(x.shape[1]):
+            state = self.lstm(x[:, t], state)
+        h = self.gru(state[0], self.gru(state[1]))
+        return self.head(torch.cat([self.rnn(h, h), state[1]], -1))
+
+
 class TwoSided(nn.Module):
     """Products of two linear layers' outputs, at several places, pooled."""
 
@@ -508,6 +545,27 @@ CASES = (
         twice=False,
     ),
     Case("bilinear", TwoSided, CE, reals(2, 3), classes(2), 4, curvlinops=False),
+    Case("rnn", lambda: Recurrent(nn.RNN, nonlinearity="relu"), CE, reals(3, 2), classes(3), 4, curvlinops=False),
+    Case("lstm", lambda: Recurrent(nn.LSTM, batch_first=True), CE, reals(3, 2), classes(3), 4, curvlinops=False),
+    Case(
+        "lstm-projected",
+        lambda: Recurrent(nn.LSTM, num_layers=2, proj_size=1, bias=False),
+        MSE,
+        reals(3, 2),
+        reals(3),
+        3,
+        curvlinops=False,
+    ),
+    Case(
+        "gru-both-ways",
+        lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True, batch_first=True),
+        CE,
+        reals(2, 2),
+        classes(3),
+        3,
+        curvlinops=False,
+    ),
+    Case("cells", Cells, MSE, reals(2, 2), reals(2), 3, curvlinops=False),
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),

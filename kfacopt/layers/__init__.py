@@ -3,7 +3,7 @@
 >>> from torch import nn
 >>> type(handler_for(nn.Linear(3, 2))).__name__
 'LinearHandler'
->>> handler_for(nn.LSTM(3, 2)) is None
+>>> handler_for(nn.PReLU()) is None
 True
 """
 
@@ -28,6 +28,7 @@ from kfacopt.layers.normalization import (
     LayerNormHandler,
     RMSNormHandler,
 )
+from kfacopt.layers.recurrent import RecurrentHandler
 from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
 from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler
 
@@ -54,6 +55,12 @@ _REGISTRY = HandlerRegistry(
         nn.InstanceNorm1d: InstanceNormHandler(),
         nn.InstanceNorm2d: InstanceNormHandler(),
         nn.InstanceNorm3d: InstanceNormHandler(),
+        nn.RNN: RecurrentHandler(),
+        nn.LSTM: RecurrentHandler(),
+        nn.GRU: RecurrentHandler(),
+        nn.RNNCell: RecurrentHandler(),
+        nn.LSTMCell: RecurrentHandler(),
+        nn.GRUCell: RecurrentHandler(),
         nn.MultiheadAttention: MultiheadAttentionHandler(LinearHandler()),
         NonDynamicallyQuantizableLinear: output_projection_handler(),
     }
