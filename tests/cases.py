@@ -227,6 +227,19 @@ class Cells(nn.Module):
         return self.head(torch.cat([self.rnn(h, h), state[1]], -1))
 
 
+class Adapted(nn.Module):
+    """LoRA: a frozen linear layer, and the product of two small ones beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(4, 5), nn.Linear(4, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.base.requires_grad_(False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.base(x) + 0.5 * self.up(self.down(x))).tanh())
+
+
 class TwoSided(nn.Module):
     """Products of two linear layers' outputs, at several places, pooled."""
 
@@ -566,6 +579,7 @@ CASES = (
         curvlinops=False,
     ),
     Case("cells", Cells, MSE, reals(2, 2), reals(2), 3, curvlinops=False),
+    Case("adapted", Adapted, CE, reals(4), classes(3), curvlinops=False),
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),

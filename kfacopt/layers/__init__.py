@@ -17,6 +17,7 @@ from kfacopt.layers.base import LayerHandler as LayerHandler
 from kfacopt.layers.base import OneHot as OneHot
 from kfacopt.layers.base import Rows as Rows
 from kfacopt.layers.bilinear import BilinearHandler
+from kfacopt.layers.computed import handler_of_computed
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.embedding import EmbeddingHandler
 from kfacopt.layers.embedding_bag import EmbeddingBagHandler
@@ -72,7 +73,8 @@ def handler_for(module: nn.Module) -> LayerHandler | None:
 
     None if nobody knows such layers. A handler may still refuse this very module: ask its `refusal`.
     """
-    return _REGISTRY.lookup(module)
+    handler = _REGISTRY.lookup(module)
+    return None if handler is None else handler_of_computed(module, handler)
 
 
 def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:

@@ -31,6 +31,7 @@ class Part:
         paths: Where the module holds its parameters, by the name that `handler` gives them
             (`{"weight": "out_proj.weight"}`).
         rows: By the same names, which rows of a parameter are its own; left out: all.
+        needs_weight: Whether a bias is seen only with a weight that trains.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Part:
     handler: LayerHandler
     paths: Mapping[str, str]
     rows: Mapping[str, slice] = field(default_factory=dict)
+    needs_weight: bool = True
 
     def parameter(self, module: nn.Module, role: str) -> Tensor | None:
         """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""

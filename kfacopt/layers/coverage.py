@@ -165,7 +165,8 @@ def _parameters_of_parts(divided: Iterable[tuple[str, nn.Module, CompoundHandler
         for part in handler.parts(module):
             held = {role: part.parameter(module, role) for role in part.paths}
             weight = held.get("weight")
-            why = "" if weight is not None and weight.requires_grad else _UNSEEN
+            seen = not part.needs_weight or (weight is not None and weight.requires_grad)
+            why = "" if seen else _UNSEEN
             for role, p in held.items():
                 # A bias of which one part's weight is not seen is in no layer: its other rows would train alone.
                 result[id(p)] = why if role == "weight" else result.get(id(p), "") or why
