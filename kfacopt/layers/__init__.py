@@ -29,6 +29,7 @@ from kfacopt.layers.normalization import (
     LayerNormHandler,
     RMSNormHandler,
 )
+from kfacopt.layers.products import ProductsHandler as ProductsHandler
 from kfacopt.layers.recurrent import RecurrentHandler
 from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
 from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import kfacopt
 from kfacopt.layers import Rows, handler_for
@@ -279,3 +280,33 @@ def test_no_graph_no_rows() -> None:
     with torch.no_grad():
         output = module(x)
     assert compound(module).calls(module, ModuleCall((x,), {}, output)) == {}
+
+
+class Checkpointed(Tagger):
+    """Only the output is used, and the steps are run again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = checkpoint(self.recurrent, self.words(x), use_reentrant=False)
+        return self.head(output[:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("how", ["autocast", "bfloat16", "checkpoint"])
+def test_other_precisions_and_checkpoints_are_seen(kind: Any, how: str) -> None:
+    model = (Checkpointed if how == "checkpoint" else Tagger)(kind)
+    model = model.bfloat16() if how == "bfloat16" else model
+    x, y = torch.randint(5, (8, 6)), torch.rand(8, 2)
+    made, losses = kfacopt.KFAC(model, MSE, factor_every=1, refresh_every=1), []
+    for _ in range(8):
+        made.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            output = model(x)
+        loss = MSE(output.float(), y)
+        loss.backward()
+        made.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert made.health()["unseen_layers"] == made.health()["skipped_steps"] == 0.0
+    assert {row.treatment for row in made.coverage().rows} == {"KFAC"}
+    for name, block in made.backend.blocks.items():
+        assert all(factor.isfinite().all() for factor in block.factors()), name
