@@ -1,17 +1,18 @@
-"""Layers whose weight is computed from what trains: by a weight norm, or by a pruning mask."""
+"""Layers whose weight is computed from what trains: by a weight norm, a spectral norm or a pruning mask."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kfacopt.layers.base import LayerHandler, OneHot
@@ -23,6 +24,9 @@ from kfacopt.likelihoods import KFACType
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NEW = ("parametrizations.weight.original1", "parametrizations.weight.original0")
 _OLD = ("weight_v", "weight_g")
+_WITHIN = "parametrizations.weight"
+_NEW_SPECTRAL = (f"{_WITHIN}.original", f"{_WITHIN}.0._u", f"{_WITHIN}.0._v")
+_OLD_SPECTRAL = ("weight_orig", "weight_u", "weight_v")
 
 
 def handler_of_computed(module: nn.Module, handler: LayerHandler) -> LayerHandler:
@@ -41,12 +45,15 @@ def handler_of_computed(module: nn.Module, handler: LayerHandler) -> LayerHandle
         computed = module.parametrizations
         assert isinstance(computed, nn.ModuleDict)
         steps = computed["weight"] if set(computed) == {"weight"} else None
-        normed = isinstance(steps, ParametrizationList) and len(steps) == 1 and isinstance(steps[0], _WeightNorm)
-        return WeightNormHandler(handler, *_NEW) if normed and steps[0].dim == 0 else handler  # type: ignore[index]
-    hooks = list(module._forward_pre_hooks.values())
-    norms = [hook for hook in hooks if isinstance(hook, WeightNorm)]
+        if not isinstance(steps, ParametrizationList) or len(steps) > 1 or getattr(steps[0], "dim", None) != 0:
+            return handler
+        if isinstance(steps[0], _WeightNorm):
+            return WeightNormHandler(handler, *_NEW)
+        return SpectralNormHandler(handler, *_NEW_SPECTRAL) if isinstance(steps[0], _SpectralNorm) else handler
+    norms = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm | SpectralNorm)]
     if [(hook.name, hook.dim) for hook in norms] == [("weight", 0)]:
-        return WeightNormHandler(handler, *_OLD)
+        is_spectral = isinstance(norms[0], SpectralNorm)
+        return SpectralNormHandler(handler, *_OLD_SPECTRAL) if is_spectral else WeightNormHandler(handler, *_OLD)
     is_pruned = "weight_orig" in module._parameters and "weight_mask" in module._buffers
     return PrunedHandler(handler) if is_pruned and "bias_orig" not in module._parameters else handler
 
@@ -71,6 +78,11 @@ class _ComputedHandler(CompoundHandler):
         edges = (get_gradient_edge(call.output),)
         return {part.name: PartCall(seen, call.output.shape, edges, _only) for part in self.parts(module)}
 
+    def _shift(self, module: nn.Module) -> tuple[Part, ...]:
+        """The bias, if there is one."""
+        shift = Part("shift", "bias", self, self._handler, {"bias": "bias"}, needs_weight=False)
+        return () if module._parameters.get("bias") is None else (shift,)
+
 
 class WeightNormHandler(_ComputedHandler):
     """A linear layer or convolution with `W_o = g_o v_o / |v_o|` (Salimans & Kingma 2016), old style or parametrized.
@@ -91,16 +103,47 @@ class WeightNormHandler(_ComputedHandler):
         self._direction, self._length = direction, length
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
-        direction = DirectionHandler(self._handler, self._direction, self._length)
+        direction = ScaledHandler(self._handler, self._scales)
         length = LengthHandler(self._handler, self._direction, self._length)
         whats = ("direction of the weight norm, but for the projection", "length of the weight norm")
         parts = [
             Part("direction", whats[0], self, direction, {"weight": self._direction}),
             Part("length", whats[1], self, length, {"weight": self._length}),
         ]
-        if module._parameters.get("bias") is not None:
-            parts.append(Part("shift", "bias", self, self._handler, {"bias": "bias"}, needs_weight=False))
-        return tuple(parts)
+        return (*parts, *self._shift(module))
+
+    def _scales(self, module: nn.Module) -> Tensor:
+        v, g = (module.get_parameter(path) for path in (self._direction, self._length))
+        scales: Tensor = g.flatten() / v.flatten(1).norm(dim=1)
+        return scales
+
+
+class SpectralNormHandler(_ComputedHandler):
+    """A linear layer or convolution with `W = V / σ`, σ = uᵀ V v (Miyato et al. 2018), old style or parametrized.
+
+    V gets the Kronecker factors of the weight, that of the outputs with each gradient over σ: its curvature with σ
+    held, whose own change with V is in no Kronecker product. The bias is a layer of its own.
+
+    Args:
+        handler: Of the same module with a weight of its own.
+        weight: Where V is held.
+        left: Where the buffer u is.
+        right: Where the buffer v is.
+    """
+
+    def __init__(self, handler: LayerHandler, weight: str, left: str, right: str) -> None:
+        super().__init__(handler)
+        self._weight, self._left, self._right = weight, left, right
+
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        weight = ScaledHandler(self._handler, self._scales)
+        what = "weight over its spectral norm, with that held"
+        return (Part("weight", what, self, weight, {"weight": self._weight}), *self._shift(module))
+
+    def _scales(self, module: nn.Module) -> Tensor:
+        weight = module.get_parameter(self._weight).flatten(1)
+        sigma: Tensor = module.get_buffer(self._left) @ weight @ module.get_buffer(self._right)
+        return (1.0 / sigma).expand(len(weight))
 
 
 class PrunedHandler(_ComputedHandler):
@@ -152,18 +195,22 @@ class MaskedHandler(_WrappedHandler):
         return parts
 
 
-class DirectionHandler(_WrappedHandler):
-    """Rows of a weight norm's v: the weight's own inputs, and gradients times what a change of v changes the weight."""
+class ScaledHandler(_WrappedHandler):
+    """Rows of what is multiplied by a number for each output to be the weight: gradients times that.
 
-    def __init__(self, handler: LayerHandler, direction: str, length: str) -> None:
+    Args:
+        handler: Of the weight.
+        scales: The numbers of a module, `[o]`.
+    """
+
+    def __init__(self, handler: LayerHandler, scales: Callable[[nn.Module], Tensor]) -> None:
         super().__init__(handler)
-        self._direction, self._length = direction, length
+        self._scales = scales
 
     @torch.no_grad()
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:
         rows = super().gradient_rows(module, gradient, approx)
-        v, g = (module.get_parameter(path) for path in (self._direction, self._length))
-        scales: Tensor = (g.flatten() / v.flatten(1).norm(dim=1)).to(rows)
+        scales = self._scales(module).to(rows)
         scaled: Tensor = rows * (rearrange(scales, "(k o) -> k 1 1 o", k=rows.shape[1]) if rows.ndim == 5 else scales)
         return scaled
 

@@ -108,6 +108,46 @@ def test_a_weight_norm_trains(norm: str, optimizer: Any) -> None:
     assert made.health()["unseen_layers"] == 0.0
 
 
+SPECTRAL: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "parametrization": parametrizations.spectral_norm,
+    "hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("norm", SPECTRAL)
+def test_a_spectral_norm_has_the_weights_factors(norm: str) -> None:
+    """A is the weight's, G the weight's over σ²; the buffers are those of the user's own forwards."""
+    model, (x, y) = of_layers(SPECTRAL[norm]).eval(), batch()
+    made = estimated(model, kfacopt.KFAC, x, y)
+    assert all(row.treatment == "KFAC" for row in made.coverage().rows)
+    assert made.health()["unseen_layers"] == 0.0
+    other = estimated(plain_twin(model), kfacopt.KFAC, x, y, separate_weight_and_bias=True)
+    own, theirs = made.backend.blocks, other.backend.blocks
+    path = "parametrizations.weight.original" if norm == "parametrization" else "weight_orig"
+    for number in ("0", "2", "4"):
+        sigma = model.get_parameter(f"{number}.{path}").norm() / model[int(number)].weight.norm()
+        left, right = own[f"{number}.weight"].factors()
+        truth_left, truth_right = theirs[f"{number}.weight"].factors()
+        torch.testing.assert_close(right, truth_right, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(left * sigma.detach() ** 2, truth_left, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", SPECTRAL)
+@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, kfacopt.EKFAC])
+def test_a_spectral_norm_trains_and_its_power_iteration_is_the_users(norm: str, optimizer: Any) -> None:
+    model, (x, y) = of_layers(SPECTRAL[norm]), batch(16)
+    made, losses = optimizer(model, CE, factor_every=1, refresh_every=5), []
+    for _ in range(30):
+        made.zero_grad()
+        loss = CE(model(x), y)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        loss.backward()
+        made.step()
+        assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def pruned(layer: nn.Module) -> nn.Module:
     prune.random_unstructured(layer, "weight", 0.4)
     return layer

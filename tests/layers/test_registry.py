@@ -145,8 +145,7 @@ def _computed() -> list[nn.Module]:
     linear = nn.Linear(3, 2)
     prune.l1_unstructured(linear, "weight", 0.5)
     return [
-        nn.utils.spectral_norm(nn.Linear(3, 2)),
-        parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)),
+        parametrizations.spectral_norm(nn.Conv2d(2, 3, 3), dim=1),
         parametrizations.orthogonal(nn.Embedding(4, 2)),
         parametrizations.weight_norm(nn.Linear(3, 2), dim=1),
         parametrizations.weight_norm(nn.ConvTranspose2d(3, 2, 2)),
