@@ -38,6 +38,7 @@ class Case:
         mixes_data: Whether one datum's prediction depends on the others (batch normalisation): there
             per-datum quantities do not exist.
         mixes_terms: Whether a datum's loss terms share the graph (positions that see each other).
+        twice: Whether torch can differentiate the model twice (`EmbeddingBag` has no second derivative).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     curvlinops: bool = True
     mixes_data: bool = False
     mixes_terms: bool = False
+    twice: bool = True
 
     def make(self, seed: int = 0) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
         """Model, loss, inputs and targets, the same for the same seed."""
@@ -169,6 +171,86 @@ class Words(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embedding(x).tanh().mean(1))
+
+
+class Bag(nn.Module):
+    """Bags of words, all of one length or cut by offsets after a word was left out, and a head on what they sum to."""
+
+    def __init__(self, left_out: int | None = None, weighted: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(6, 3, **options), nn.Linear(3, 3)
+        self.left_out, self.weighted = left_out, weighted
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (0.5 + 0.1 * x).to(self.head.weight) if self.weighted else None
+        if self.left_out is None:
+            return self.head(self.bag(x, per_sample_weights=weights).tanh())
+        kept = x != self.left_out
+        offsets = kept.sum(1).cumsum(0) - kept.sum(1)
+        return self.head(self.bag(x[kept], offsets, None if weights is None else weights[kept]).tanh())
+
+
+class Recurrent(nn.Module):
+    """A recurrent module between linear layers; the head sees all that it returns: every output and the last states."""
+
+    def __init__(self, kind: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.below, self.recurrent = nn.Linear(2, 3), kind(3, 2, **options)
+        self.swap = not options.get("batch_first", False)
+        self.head = nn.Linear(self.double().seen(torch.zeros(1, 2, 2, dtype=torch.float64)).shape[1], 3)
+
+    def seen(self, x: Tensor) -> Tensor:
+        h = self.below(x).tanh()
+        output, state = self.recurrent(h.transpose(0, 1) if self.swap else h)
+        states = state if isinstance(state, tuple) else (state,)
+        every = output.square().mean(0 if self.swap else 1)
+        return torch.cat([every, *(some.transpose(0, 1).flatten(1) for some in states)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.seen(x))
+
+
+class Cells(nn.Module):
+    """Each of the cells, stepped by hand; the last state of one is where the next starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTMCell(2, 3), nn.GRUCell(3, 2, bias=False)
+        self.rnn = nn.RNNCell(2, 2, nonlinearity="relu")
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for t in range(x.shape[1]):
+            state = self.lstm(x[:, t], state)
+        h = self.gru(state[0], self.gru(state[1]))
+        return self.head(torch.cat([self.rnn(h, h), state[1]], -1))
+
+
+class Adapted(nn.Module):
+    """LoRA: a frozen linear layer, and the product of two small ones beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down, self.up = nn.Linear(4, 5), nn.Linear(4, 2, bias=False), nn.Linear(2, 5, bias=False)
+        self.base.requires_grad_(False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.base(x) + 0.5 * self.up(self.down(x))).tanh())
+
+
+class TwoSided(nn.Module):
+    """Products of two linear layers' outputs, at several places, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 3)
+        self.products, self.head = nn.Bilinear(2, 3, 4), nn.Bilinear(4, 3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x).tanh(), self.right(x)
+        return self.head(self.products(left, right).tanh(), right).mean(1)
 
 
 class Encoder(nn.Module):
@@ -343,6 +425,32 @@ def conv_3d() -> nn.Module:
     return nn.Sequential(nn.Conv3d(1, 2, 2, stride=(1, 2, 1)), nn.Flatten(), nn.Linear(16, 2))
 
 
+def transposed_1d() -> nn.Module:
+    """A decoder: stride, dilation and output padding, then padding that crops."""
+    return nn.Sequential(
+        nn.ConvTranspose1d(2, 3, 3, stride=3, dilation=2, output_padding=2),
+        nn.Tanh(),
+        nn.ConvTranspose1d(3, 1, 2, padding=4, bias=False),
+        nn.Flatten(),
+    )
+
+
+def transposed_groups() -> nn.Module:
+    """Groups, a depthwise layer, and axes that differ."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 6, (2, 3), groups=2, stride=(1, 2), padding=(0, 1)),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 6, 2, groups=6, stride=2, padding=2),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def transposed_3d() -> nn.Module:
+    """One three-dimensional layer."""
+    return nn.Sequential(nn.ConvTranspose3d(1, 2, 2, stride=(1, 2, 1)), nn.Flatten(), nn.Linear(72, 2))
+
+
 def one_patch() -> nn.Module:
     """A grouped convolution whose kernel is as large as the image: one place, so exact for one datum."""
     return nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(6, 2))
@@ -432,9 +540,46 @@ CASES = (
     Case("conv-2d", conv_2d, CE, reals(2, 4, 4), classes(3)),
     Case("conv-groups", conv_groups, CE, reals(4, 3, 3), classes(3), 3, curvlinops=False),
     Case("conv-3d", conv_3d, MSE, reals(1, 3, 4, 3), reals(2), 3, curvlinops=False),
+    Case("transposed-1d", transposed_1d, MSE, reals(2, 3), reals(6), 4, curvlinops=False),
+    Case("transposed-groups", transposed_groups, CE, reals(4, 2, 2), classes(3), 3, curvlinops=False),
+    Case("transposed-3d", transposed_3d, MSE, reals(1, 2, 2, 2), reals(2), 3, curvlinops=False),
     Case("conv-one-patch", one_patch, CE, reals(4, 2, 2), classes(2), 1, BOTH, curvlinops=False),
     Case("words", lambda: Words(None), CE, classes(6, 4), classes(3), curvlinops=False),
     Case("words-padded", lambda: Words(0), CE, classes(6, 4), classes(3), curvlinops=False),
+    Case("bags", lambda: Bag(mode="sum"), CE, classes(6, 4), classes(3), curvlinops=False, twice=False),
+    Case("bags-padded", lambda: Bag(padding_idx=2), CE, classes(6, 4), classes(3), curvlinops=False, twice=False),
+    Case(
+        "bags-cut",
+        lambda: Bag(1, True, mode="sum", padding_idx=0),
+        CE,
+        classes(6, 4),
+        classes(3),
+        curvlinops=False,
+        twice=False,
+    ),
+    Case("bilinear", TwoSided, CE, reals(2, 3), classes(2), 4, curvlinops=False),
+    Case("rnn", lambda: Recurrent(nn.RNN, nonlinearity="relu"), CE, reals(3, 2), classes(3), 4, curvlinops=False),
+    Case("lstm", lambda: Recurrent(nn.LSTM, batch_first=True), CE, reals(3, 2), classes(3), 4, curvlinops=False),
+    Case(
+        "lstm-projected",
+        lambda: Recurrent(nn.LSTM, num_layers=2, proj_size=1, bias=False),
+        MSE,
+        reals(3, 2),
+        reals(3),
+        3,
+        curvlinops=False,
+    ),
+    Case(
+        "gru-both-ways",
+        lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True, batch_first=True),
+        CE,
+        reals(2, 2),
+        classes(3),
+        3,
+        curvlinops=False,
+    ),
+    Case("cells", Cells, MSE, reals(2, 2), reals(2), 3, curvlinops=False),
+    Case("adapted", Adapted, CE, reals(4), classes(3), curvlinops=False),
     Case("norms", norms, CE, reals(2, 5), classes(3), curvlinops=False),
     Case("batch-norm", batch_norm, CE, reals(4), classes(3), curvlinops=False, mixes_data=True),
     Case("transformer", Encoder, CE, classes(6, 4), classes(3), 4, curvlinops=False),

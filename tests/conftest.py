@@ -18,6 +18,8 @@ settings.load_profile("kfacopt")
 def pytest_configure(config: pytest.Config) -> None:
     # torch says that an even kernel with padding="same" costs a copy: that is what the cases are for.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel:UserWarning")
+    # So does torch.func, which only the dense truth uses, of layers that it differentiates one number at a time.
+    config.addinivalue_line("filterwarnings", "ignore:There is a performance drop because we have not yet:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ from torch.func import functional_call, grad, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfacopt.layers.layer import Layer
-from tests.explicit import counterpart, untied
+from tests.explicit import counterpart, explicit_model, untied
 
-Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *Transposed)
 
 
 def term_count(loss: nn.Module, prediction: Tensor, y: Tensor) -> float:
@@ -99,16 +100,30 @@ def as_matrices(layer: Layer, parts: dict[str, Tensor]) -> Tensor:
     if isinstance(module, nn.Embedding):
         return parts["weight"].mT.unsqueeze(1)
     groups = module.groups if isinstance(module, Convolution) else 1
+    if isinstance(module, Transposed) and "weight" in parts:
+        # [b (k c) o ...], and an output sees each channel through each entry of the kernel.
+        apart = parts["weight"].flatten(3).unflatten(1, (groups, -1)).transpose(2, 3)
+        parts = parts | {"weight": apart.flatten(1, 2)}
+        some = parts["weight"]
     outputs = some.shape[1] // groups
     columns = [p.reshape(len(p), groups, outputs, -1) for p in parts.values()]
     return torch.cat(columns, dim=-1)
 
 
+def _differentiable(model: nn.Module, layer: Layer) -> tuple[nn.Module, Layer]:
+    """A model whose layers are modules and that torch.func can differentiate, which it cannot with bags."""
+    return counterpart(model, layer) if layer.part is not None or _without_bags(model) is not model else (model, layer)
+
+
+def _without_bags(model: nn.Module) -> nn.Module:
+    """The model, or a copy with its parameters in the same order."""
+    return explicit_model(model) if any(isinstance(m, nn.EmbeddingBag) for m in model.modules()) else model
+
+
 @sdpa_kernel(SDPBackend.MATH)  # the flash kernel has no batching rule
 def jacobian(model: nn.Module, layer: Layer, x: Any) -> Tensor:
     """Jacobian of the prediction with respect to a layer's matrix, `[p k o i]`."""
-    if layer.part is not None:
-        model, layer = counterpart(model, layer)
+    model, layer = _differentiable(model, layer)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     chosen = {names[id(p)]: p.detach() for p in layer.parameters.values()}
     roles = {names[id(p)]: role for role, p in layer.parameters.items()}
@@ -137,6 +152,7 @@ def fisher(model: nn.Module, layer: Layer, x: Any, cotangents: Tensor, terms: fl
 @sdpa_kernel(SDPBackend.MATH)
 def whole_jacobian(model: nn.Module, x: Any, of: Callable[[Tensor], Tensor] = torch.flatten) -> Tensor:
     """Jacobian of `of(prediction)` (one axis) with respect to all parameters, each tied one once, `[p d]`."""
+    model = _without_bags(model)
     own = {name: p.detach() for name, p in model.named_parameters()}
     result = jacrev(lambda values: of(functional_call(model, values, (x,))))(own)
     return torch.cat([part.flatten(1) for part in result.values()], dim=1)
@@ -145,6 +161,7 @@ def whole_jacobian(model: nn.Module, x: Any, of: Callable[[Tensor], Tensor] = to
 @sdpa_kernel(SDPBackend.MATH)
 def whole_hessian(model: nn.Module, loss: nn.Module, x: Any, y: Tensor) -> Tensor:
     """Hessian of the loss, as its reduction has it, with respect to all parameters, `[d d]`."""
+    model = _without_bags(model)
     own = {name: p.detach() for name, p in model.named_parameters()}
     shapes, sizes = [p.shape for p in own.values()], [p.numel() for p in own.values()]
 
@@ -200,8 +217,7 @@ class DenseRows:
 def dense_rows(model: nn.Module, layer: Layer, x: Any, approx: str) -> DenseRows:
     """A layer's rows, found by differentiating: the layer with respect to its matrix, the model with respect to the
     layer's outputs; of a part of attention, those of the layer that it is in attention written out."""
-    if layer.part is not None:
-        model, layer = counterpart(model, layer)
+    model, layer = _differentiable(model, layer)
     calls = _calls(model, layer, x)
     inputs = torch.cat([_input_rows(layer, module, args) for module, args, _ in calls], dim=1)
     perturbed = _jacobian_of_outputs(model, layer, x, [out for _, _, out in calls])

@@ -15,7 +15,7 @@ from kfacopt.capture.chunks import rows_in_chunks, split_cotangents
 from kfacopt.capture.graph import Walk
 from kfacopt.capture.guard import Guard
 from kfacopt.capture.loss_graph import LossGraph
-from kfacopt.capture.passes import CotangentPass
+from kfacopt.capture.passes import CotangentPass, Ends
 from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
 from kfacopt.capture.scaling import own_terms, terms_of
@@ -97,12 +97,12 @@ class CurvaturePass:
     def _deliver_rows(
         self,
         read: Read,
-        edges: dict[Site, GradientEdge],
+        edges: dict[Site, Ends],
         cotangents: Iterator[Tensor],
         divisor: Tensor,
         deliver: Callable[[Layer, Rows], None],
     ) -> None:
-        forward, ends = read.forwards[0], [edge.node for edge in edges.values()]
+        forward, ends = read.forwards[0], [edge.node for some in edges.values() for edge in some if edge is not None]
         guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
         reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
         approx = self._estimator.kfac_approx
@@ -111,7 +111,7 @@ class CurvaturePass:
                 deliver(layer, some)
         guard.watch()
 
-    def _edges(self, read: Read) -> dict[Site, GradientEdge]:
+    def _edges(self, read: Read) -> dict[Site, Ends]:
         """The calls that led to a prediction, of layers that act by their calls alone."""
         walk = read.walk
         self.used_elsewhere |= {
@@ -120,12 +120,14 @@ class CurvaturePass:
             if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
         }
         # The tensors of an ambiguous output may each have kept the same call.
-        marks = {site: reference() for one in read.forwards for site, reference in one.sites.items()}
-        return {
-            site: GradientEdge(walk.nodes[mark], site.output_nr)
-            for site, mark in marks.items()
-            if mark is not None and mark in walk.nodes and site.layer not in self.used_elsewhere
-        }
+        marks = {site: references for one in read.forwards for site, references in one.sites.items()}
+        edges: dict[Site, Ends] = {}
+        for site, references in marks.items():
+            nodes = [walk.nodes.get(mark) if (mark := reference()) is not None else None for reference in references]
+            if any(nodes) and site.layer not in self.used_elsewhere:
+                ends = zip(nodes, site.output_nrs, strict=True)
+                edges[site] = tuple(None if node is None else GradientEdge(node, number) for node, number in ends)
+        return edges
 
     def _reads_no_gradient(self, forward: Forward) -> bool:
         """Whether the gradient at a prediction is not the loss' own."""

@@ -55,7 +55,8 @@ class Walk:
     A walk keeps the graph alive.
 
     Args:
-        within: For those marks that stand for a call of a layer, what that call itself reads (`uses_within`).
+        within: For those marks that stand for a call of a layer, what that call itself reads (`uses_within`); marks on
+            several outputs of one call have the very same.
 
     Attributes:
         nodes: Where every mark is that was come by.
@@ -75,6 +76,7 @@ class Walk:
         self.uses: Uses = Counter()
         self.explained: Uses = Counter()
         self._within = within
+        self._counted: set[int] = set()
         self._visited: set[Node] = set()
 
     def onwards(self, start: Node) -> list[Mark]:
@@ -89,7 +91,10 @@ class Walk:
             for mark in marks_on(node):
                 self.nodes[mark] = node
                 found.append(mark)
-                self.explained.update(self._within.get(mark, ()))
+                reads = self._within.get(mark)
+                if reads is not None and id(reads) not in self._counted:  # a call with several outputs reads once
+                    self._counted.add(id(reads))
+                    self.explained.update(reads)
         return [mark for mark in found if mark not in own]
 
     def used_elsewhere(self, parameter: torch.Tensor) -> bool:
@@ -97,16 +102,18 @@ class Walk:
         return self.uses[id(parameter)] > self.explained[id(parameter)]
 
 
-def uses_within(output: Node, inputs: Iterable[Node]) -> Uses:
-    """What the operations of one call read, from its output's node down to those of its inputs.
+def uses_within(outputs: Iterable[Node], inputs: Iterable[Node]) -> Uses:
+    """What the operations of one call read, from its outputs' nodes down to those of its inputs.
 
     >>> x, weight = torch.ones(2, requires_grad=True) * 1.0, torch.ones(2, requires_grad=True)
-    >>> dict(uses_within((weight * (x + weight)).grad_fn, [x.grad_fn])) == {id(weight): 2}
+    >>> dict(uses_within([(weight * (x + weight)).grad_fn], [x.grad_fn])) == {id(weight): 2}
     True
     """
     uses: Uses = Counter()
-    for _ in nodes_below(output, set(inputs), uses):
-        pass
+    visited = set(inputs)
+    for output in outputs:
+        for _ in nodes_below(output, visited, uses):
+            pass
     return uses
 
 

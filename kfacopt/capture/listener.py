@@ -35,7 +35,7 @@ from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
 from kfacopt.capture.hooks import drop_inert_hooks, hook_type, is_recorded, may_hook
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.recording import goes_unnoticed, layers_of_modules, sites_of, unnoticed, without_autocast
-from kfacopt.capture.records import Call, Forward, Site, Tally
+from kfacopt.capture.records import Call, Forward, Marks, Site, Tally
 from kfacopt.capture.roots import OpenCall, returns_losses
 from kfacopt.capture.targets import Targets
 from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
@@ -89,7 +89,7 @@ class Capture:
         self._root: nn.Module | None = None
         self.is_paused = False
         self._backward: _Backward | None = None
-        self._sites: dict[Site, weakref.ref[Mark]] = {}
+        self._sites: dict[Site, Marks] = {}
         self._within: weakref.WeakKeyDictionary[Mark, Uses] = weakref.WeakKeyDictionary()
         self._passed = WeakTensorKeyDictionary()
         self._retaining = Retaining()
@@ -177,10 +177,10 @@ class Capture:
             for tensor in tensors_of((inputs, kwargs, output)):
                 if tensor.grad_fn is not None:
                     self._passed[tensor] = None
-            for site, edge in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output):
-                mark = leave_mark(edge.node)
-                self._within[mark] = site.uses
-                self._sites[site] = weakref.ref(mark)
+            for site, edges in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output):
+                marks = [leave_mark(edge.node) for edge in edges]
+                self._within.update(dict.fromkeys(marks, site.uses))
+                self._sites[site] = tuple(map(weakref.ref, marks))
         if self._open:
             self._open[-1].note(found)
             return
@@ -190,7 +190,12 @@ class Capture:
             self._keep_forward(module, sites, call, output, ended)
 
     def _keep_forward(
-        self, root: nn.Module, sites: dict[Site, weakref.ref[Mark]], call: Call | None, output: Any, ended: OpenCall
+        self,
+        root: nn.Module,
+        sites: dict[Site, Marks],
+        call: Call | None,
+        output: Any,
+        ended: OpenCall,
     ) -> None:
         if not sites and next(root.parameters(), None) is None:
             return  # a loss or metric module held by the model is no root
@@ -207,7 +212,7 @@ class Capture:
             named = list(self._estimator.predictions(output).items())
         except ValueError as error:
             named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
-        led, together = {site: mark for site, mark in sites.items() if mark() is not None}, object()
+        led, together = {site: marks for site, marks in sites.items() if any(m() is not None for m in marks)}, object()
         beside = {name: tensor.detach() for name, tensor in named} if len(named) > 1 and not refusal else {}
         for name, tensor in named:
             node = tensor.grad_fn
@@ -335,7 +340,7 @@ class Capture:
         """Whether one of a forward's calls of covered modules led to one of its outputs."""
         walk = Walk({})
         walk.onwards(node)
-        return any(reference() in walk.nodes for reference in forward.sites.values())
+        return any(reference() in walk.nodes for references in forward.sites.values() for reference in references)
 
 
 @dataclass(eq=False)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.capture.records import Site
 from kfacopt.layers.layer import Layer
+
+Ends = tuple[GradientEdge | None, ...]
+"""Where the gradients that a site depends on arrive; None: not above the prediction."""
+
+_Place = tuple[Node, int]
+
+
+def _place(edge: GradientEdge) -> _Place:
+    return edge.node, edge.output_nr
 
 
 class CotangentPass:
@@ -25,7 +34,7 @@ class CotangentPass:
     def __call__(
         self,
         root: GradientEdge,
-        edges: Mapping[Site, GradientEdge],
+        edges: Mapping[Site, Ends],
         cotangents: Tensor,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> dict[Layer, list[tuple[Site, Tensor]]]:
@@ -33,27 +42,31 @@ class CotangentPass:
 
         Args:
             root: The prediction.
-            edges: Where the sites' outputs are in the graph.
+            edges: Where the sites' outputs are in the graph; None: nowhere above the prediction.
             cotangents: `[v, *prediction.shape]`.
             guard: A context for each backward (see `kfacopt.capture.guard`).
         """
         result: dict[Layer, list[tuple[Site, Tensor]]] = {}
-        for site, gradient in self._gradients(root, edges, cotangents, guard).items():
-            result.setdefault(site.layer, []).append((site, site.arranged(gradient)))
+        found = self._gradients(root, [e for some in edges.values() for e in some], cotangents, guard)
+        for site, ends in edges.items():
+            arrived = [None if end is None else found.get(_place(end)) for end in ends]
+            if any(gradient is not None for gradient in arrived):
+                result.setdefault(site.layer, []).append((site, site.arranged(arrived)))
         return result
 
     def _gradients(
         self,
         root: GradientEdge,
-        edges: Mapping[Site, GradientEdge],
+        edges: Iterable[GradientEdge | None],
         cotangents: Tensor,
         guard: Callable[[], AbstractContextManager[None]],
-    ) -> dict[Site, Tensor]:
-        same = {s: cotangents for s, e in edges.items() if e.node is root.node and e.output_nr == root.output_nr}
-        rest = {site: edge for site, edge in edges.items() if site not in same}
-        if not rest:
+    ) -> dict[_Place, Tensor]:
+        """Cotangents `[v ...]` by the place in the graph; of those that none reaches there are none."""
+        places = {_place(edge): edge for edge in edges if edge is not None}
+        same = {_place(root): cotangents} if places.pop(_place(root), None) is not None else {}
+        if not places:
             return same
-        inputs = tuple(rest.values())
+        inputs = tuple(places.values())
         found: list[Tensor | None] | None = None
         if len(cotangents) > 1 and self._batched:
             try:
@@ -63,7 +76,7 @@ class CotangentPass:
         if found is None:
             passes = [_backward(root, inputs, v, guard, batched=False) for v in cotangents]
             found = [None if p[0] is None else torch.stack(p) for p in zip(*passes, strict=True)]
-        return same | {site: g for site, g in zip(rest, found, strict=True) if g is not None}
+        return same | {place: g for place, g in zip(places, found, strict=True) if g is not None}
 
 
 def _backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kfacopt.capture.graph import Uses, uses_within
 from kfacopt.capture.records import Site
 from kfacopt.capture.tensor_hooks import own
+from kfacopt.layers.compound import CompoundHandler, ModuleCall
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import tensors_of
 
@@ -38,7 +39,7 @@ def goes_unnoticed() -> bool:
 
 
 @contextmanager
-def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
+def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, tuple[GradientEdge, ...]]]:
     """Within this context the calls of layers are kept, and go unnoticed by optimizers.
 
     Args:
@@ -47,7 +48,7 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[Site, GradientEdge]]:
     Yields:
         The calls so far, and where their outputs are in the graph, which is kept alive.
     """
-    edges: dict[Site, GradientEdge] = {}
+    edges: dict[Site, tuple[GradientEdge, ...]] = {}
 
     held = layers_of_modules(layers)
 
@@ -74,42 +75,56 @@ def layers_of_modules(layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
 
 def sites_of(
     layers: Iterable[Layer], module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> list[tuple[Site, GradientEdge]]:
-    """One call of a module as calls of its layers, and where the gradients of their outputs arrive.
+) -> list[tuple[Site, tuple[GradientEdge, ...]]]:
+    """One call of a module as calls of its layers, and where the gradients that they depend on arrive.
 
     Layers whose parameters the call did not use (functional_call) or of which the graph shows nothing are left out.
     """
     own = [layer for layer in layers if layer.held_by(module)]
-    first = output[0] if own and own[0].part is not None and isinstance(output, tuple) else output
-    if not (own and isinstance(first, Tensor) and first.requires_grad and first.grad_fn is not None):
+    if own and own[0].part is not None:
+        return _sites_of_parts(own, own[0].part.compound, module, inputs, kwargs, output)
+    if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
         return []
-    above = {x.grad_fn for x in tensors_of((inputs, kwargs)) if x.grad_fn is not None}
-    uses = uses_within(first.grad_fn, above)
-    if own[0].part is not None:
-        return _sites_of_parts(own, module, output, above, uses)
+    uses = _uses_within([output], (inputs, kwargs))
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     named = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-    edge = get_gradient_edge(first)
+    edge = get_gradient_edge(output)
     return [
-        (Site(layer, module, detached, named, edge.output_nr, first.shape, _uses_of([layer], uses)), edge)
+        (Site(layer, module, detached, named, (edge.output_nr,), output.shape, _uses_of([layer], uses)), (edge,))
         for layer in own
     ]
 
 
 def _sites_of_parts(
-    layers: Sequence[Layer], module: nn.Module, output: Any, above: Collection[Node], uses: Uses
-) -> list[tuple[Site, GradientEdge]]:
-    assert layers[0].part is not None
-    calls = layers[0].part.compound.calls(module, output, above)
-    result: list[tuple[Site, GradientEdge]] = []
+    layers: Sequence[Layer],
+    compound: CompoundHandler,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> list[tuple[Site, tuple[GradientEdge, ...]]]:
+    outputs = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
+    done = ModuleCall(inputs, kwargs, output, _above((inputs, kwargs)))
+    calls = compound.calls(module, done) if outputs else {}
+    uses = _uses_within(outputs, (inputs, kwargs)) if calls else Counter[int]()
+    result: list[tuple[Site, tuple[GradientEdge, ...]]] = []
     for layer in layers:
         if layer.part is None or (call := calls.get(layer.part.name)) is None:
             continue
         read = Counter[int]() if result else _uses_of(layers, uses)
-        shape = torch.Size((*call.inputs.shape[:-1], call.columns.stop - call.columns.start))
-        number = call.edge.output_nr
-        result.append((Site(layer, module, (call.inputs,), {}, number, shape, read, call.arrange), call.edge))
+        numbers = tuple(edge.output_nr for edge in call.edges)
+        result.append((Site(layer, module, call.inputs, {}, numbers, call.shape, read, call.arrange), call.edges))
     return result
+
+
+def _above(inputs: Any) -> set[Node]:
+    """The nodes that made the inputs of a call."""
+    return {x.grad_fn for x in tensors_of(inputs) if x.grad_fn is not None}
+
+
+def _uses_within(outputs: Sequence[Tensor], inputs: Any) -> Uses:
+    """What the operations of a call read, from the nodes of its outputs down to those of its inputs."""
+    return uses_within([x.grad_fn for x in outputs if x.grad_fn is not None], _above(inputs))
 
 
 def _uses_of(layers: Iterable[Layer], uses: Uses) -> Uses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +19,33 @@ from kfacopt.likelihoods import LossTerms
 
 @dataclass(eq=False)
 class Site:
-    """One call of a covered module: what it saw, and which of its node's outputs its gradient arrives at.
+    """One call of a covered module: what it saw, and which outputs of which nodes its gradient arrives at.
 
-    `uses` counts how often the call itself read the layer's parameters; of a module with several parts, the first site
-    counts for all. `arrange` makes of what arrives at the node the gradient of an output of the given shape.
+    Most calls have one output, whose gradient is that of the layer's. `uses` counts how often the call itself read the
+    layer's parameters; of a module with several parts, the first site counts for all. `arrange` makes of what arrives
+    at the nodes (None: nothing) the gradient of an output of the given shape.
     """
 
     layer: Layer
     module: nn.Module
     inputs: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output_nr: int
+    output_nrs: tuple[int, ...]
     shape: torch.Size
     uses: Uses
-    arrange: Callable[[Tensor], Tensor] | None = None
+    arrange: Callable[[Sequence[Tensor | None]], Tensor] | None = None
 
-    def arranged(self, arrived: Tensor) -> Tensor:
-        """What arrived at the node, `[v ...]`, as the gradient of the output, `[v, *shape]`."""
-        return arrived if self.arrange is None else self.arrange(arrived)
+    def arranged(self, arrived: Sequence[Tensor | None]) -> Tensor:
+        """What arrived at each node, `[v ...]`, as the gradient of the output, `[v, *shape]`."""
+        if self.arrange is not None:
+            return self.arrange(arrived)
+        (gradient,) = arrived
+        assert gradient is not None
+        return gradient
+
+
+Marks = tuple[weakref.ref[Mark], ...]
+"""On the nodes at which a site's gradients arrive."""
 
 
 @dataclass(eq=False)
@@ -96,7 +105,7 @@ class Forward:
     """
 
     root: nn.Module
-    sites: dict[Site, weakref.ref[Mark]]  # the calls within, and the marks on their outputs' nodes
+    sites: dict[Site, Marks]  # the calls within
     call: Call | None
     prediction: Tensor | None = None
     version: int = 0

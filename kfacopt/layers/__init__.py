@@ -3,7 +3,7 @@
 >>> from torch import nn
 >>> type(handler_for(nn.Linear(3, 2))).__name__
 'LinearHandler'
->>> handler_for(nn.LSTM(3, 2)) is None
+>>> handler_for(nn.PReLU()) is None
 True
 """
 
@@ -16,8 +16,11 @@ from kfacopt.layers.attention import MultiheadAttentionHandler, output_projectio
 from kfacopt.layers.base import LayerHandler as LayerHandler
 from kfacopt.layers.base import OneHot as OneHot
 from kfacopt.layers.base import Rows as Rows
+from kfacopt.layers.bilinear import BilinearHandler
+from kfacopt.layers.computed import handler_of_computed
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.embedding import EmbeddingHandler
+from kfacopt.layers.embedding_bag import EmbeddingBagHandler
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.normalization import (
     BatchNormHandler,
@@ -26,22 +29,25 @@ from kfacopt.layers.normalization import (
     LayerNormHandler,
     RMSNormHandler,
 )
-from kfacopt.layers.registry import HandlerRegistry, RefusedHandler, RegistrationHandle
-
-_TRANSPOSED = RefusedHandler("transposed convolutions have no handler yet")
+from kfacopt.layers.products import ProductsHandler as ProductsHandler
+from kfacopt.layers.recurrent import RecurrentHandler
+from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
+from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler
 
 # What a user registers is meant for every optimizer in the process, as torch's own registrations are (kl divergences,
 # pytree nodes); hence the one registry of the module. Tests that need another make their own.
 _REGISTRY = HandlerRegistry(
     {
         nn.Linear: LinearHandler(),
+        nn.Bilinear: BilinearHandler(),
         nn.Conv1d: ConvolutionHandler(),
         nn.Conv2d: ConvolutionHandler(),
         nn.Conv3d: ConvolutionHandler(),
-        nn.ConvTranspose1d: _TRANSPOSED,
-        nn.ConvTranspose2d: _TRANSPOSED,
-        nn.ConvTranspose3d: _TRANSPOSED,
+        nn.ConvTranspose1d: TransposedConvolutionHandler(),
+        nn.ConvTranspose2d: TransposedConvolutionHandler(),
+        nn.ConvTranspose3d: TransposedConvolutionHandler(),
         nn.Embedding: EmbeddingHandler(),
+        nn.EmbeddingBag: EmbeddingBagHandler(),
         nn.LayerNorm: LayerNormHandler(),
         nn.RMSNorm: RMSNormHandler(),
         nn.BatchNorm1d: BatchNormHandler(),
@@ -51,6 +57,12 @@ _REGISTRY = HandlerRegistry(
         nn.InstanceNorm1d: InstanceNormHandler(),
         nn.InstanceNorm2d: InstanceNormHandler(),
         nn.InstanceNorm3d: InstanceNormHandler(),
+        nn.RNN: RecurrentHandler(),
+        nn.LSTM: RecurrentHandler(),
+        nn.GRU: RecurrentHandler(),
+        nn.RNNCell: RecurrentHandler(),
+        nn.LSTMCell: RecurrentHandler(),
+        nn.GRUCell: RecurrentHandler(),
         nn.MultiheadAttention: MultiheadAttentionHandler(LinearHandler()),
         NonDynamicallyQuantizableLinear: output_projection_handler(),
     }
@@ -62,7 +74,8 @@ def handler_for(module: nn.Module) -> LayerHandler | None:
 
     None if nobody knows such layers. A handler may still refuse this very module: ask its `refusal`.
     """
-    return _REGISTRY.lookup(module)
+    handler = _REGISTRY.lookup(module)
+    return None if handler is None else handler_of_computed(module, handler)
 
 
 def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:

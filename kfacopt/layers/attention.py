@@ -9,16 +9,16 @@ output. Their rows are those of the same attention written with four `torch.nn.L
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.registry import RefusedHandler
 
 _WHATS = ("queries", "keys", "values")
@@ -68,13 +68,13 @@ class MultiheadAttentionHandler(CompoundHandler):
         held = {role: path for role, path in paths.items() if whole.parameter(module, role) is not None}
         return Part(name, what, self, self._linear, held, {role: rows[role] for role in held if role in rows})
 
-    def calls(self, module: nn.Module, output: Any, above: Collection[Node]) -> dict[str, PartCall]:
+    def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
         assert isinstance(module, nn.MultiheadAttention)
         # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return {}
         found: dict[str, list[Projection]] = {}
-        for product in projection_edges(module, output[0], above):
+        for product in projection_edges(module, call.output[0], call.above):
             found.setdefault(product.names[0], []).append(product)
         calls = {}
         for part in self.parts(module):
@@ -83,8 +83,18 @@ class MultiheadAttentionHandler(CompoundHandler):
                 start, stop = (0, product.outputs) if rows is None else (rows.start, rows.stop)
                 if product.first <= start and stop <= product.first + product.rows:
                     columns = slice(start - product.first, stop - product.first)
-                    calls[part.name] = PartCall(product.inputs, product.edge, columns)
+                    shape = torch.Size((*product.inputs.shape[:-1], stop - start))
+                    arrange = partial(_arranged, product.inputs.shape, columns)
+                    calls[part.name] = PartCall((product.inputs,), shape, (product.edge,), arrange)
         return calls
+
+
+def _arranged(inputs: torch.Size, columns: slice, arrived: Sequence[Tensor | None]) -> Tensor:
+    """Some columns of what arrived at a product with `[n s i]`, `[v (s n) ...]`, as `[v n s o]`."""
+    (gradient,) = arrived
+    assert gradient is not None
+    apart: Tensor = gradient[..., columns].unflatten(-2, (inputs[1], inputs[0]))
+    return apart.transpose(-2, -3)
 
 
 def output_projection_handler() -> RefusedHandler:

@@ -7,10 +7,11 @@ A hook on such a module sees one call; what its layers multiplied is in the auto
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
@@ -30,6 +31,7 @@ class Part:
         paths: Where the module holds its parameters, by the name that `handler` gives them
             (`{"weight": "out_proj.weight"}`).
         rows: By the same names, which rows of a parameter are its own; left out: all.
+        needs_weight: Whether a bias is seen only with a weight that trains.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Part:
     handler: LayerHandler
     paths: Mapping[str, str]
     rows: Mapping[str, slice] = field(default_factory=dict)
+    needs_weight: bool = True
 
     def parameter(self, module: nn.Module, role: str) -> Tensor | None:
         """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""
@@ -58,24 +61,38 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One call of a module, right after it.
+
+    Args:
+        inputs: Positional inputs.
+        kwargs: Keyword inputs.
+        output: What the forward returned, with its graph.
+        above: The nodes that made the inputs: the graph ends there.
+    """
+
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    above: Collection[Node] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class PartCall:
     """What a part did in one call of its module, as though it had been called itself.
 
     Args:
-        inputs: Its input, `[n s i]`; the rows of the gradient are `(s n)`, places before data.
-        edge: Where the gradient of its output arrives in the graph.
-        columns: Which columns of that gradient are the part's.
+        inputs: What its handler is to be told were the inputs of the call.
+        shape: Of its output, `[n s o]`.
+        edges: Where the gradients that its own is made of arrive in the graph.
+        arrange: Makes of what arrived at the edges, each `[v ...]` (None where nothing did), the gradient of the part's
+            output, `[v n s o]`.
     """
 
-    inputs: Tensor
-    edge: GradientEdge
-    columns: slice
-
-    def arrange(self, gradient: Tensor) -> Tensor:
-        """What arrived at `edge`, `[v (s n) columns]`, as the gradient of the part's output, `[v n s o]`."""
-        data, places = self.inputs.shape[:2]
-        apart: Tensor = gradient[..., self.columns].unflatten(-2, (places, data))
-        return apart.transpose(-2, -3)
+    inputs: tuple[Any, ...]
+    shape: torch.Size
+    edges: tuple[GradientEdge, ...]
+    arrange: Callable[[Sequence[Tensor | None]], Tensor]
 
 
 class CompoundHandler(RefusedHandler):
@@ -93,14 +110,8 @@ class CompoundHandler(RefusedHandler):
         """The layers that `module` is made of; parameters that do not exist are left out."""
 
     @abstractmethod
-    def calls(self, module: nn.Module, output: Any, above: Collection[Node]) -> dict[str, PartCall]:
-        """What the parts did in the call that returned `output`, by name.
+    def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
+        """What the parts did in a call of `module`, by name.
 
-        Args:
-            module: The module, right after the call.
-            output: What its forward returned, with its graph.
-            above: The nodes that made the inputs of the call: the graph ends there.
-
-        Returns:
-            The calls that can be found. A part that is left out has no rows then, which the optimizer says.
+        A part that cannot be found there is left out: it has no rows then, which the optimizer says.
         """

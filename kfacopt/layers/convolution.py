@@ -73,14 +73,7 @@ class ConvolutionHandler(LayerHandler):
     @torch.no_grad()
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:
         conv = _convolution(module)
-        if gradient.ndim == len(conv.kernel_size) + 2:
-            gradient = gradient.unsqueeze(1)
-        places = gradient.shape[3:].numel()
-        gradient = gradient.reshape(*gradient.shape[:3], places)
-        if approx == KFACType.REDUCE:
-            gradient = gradient.sum(dim=-1, keepdim=True)
-        rows = rearrange(gradient, "v n (k o) s -> v k n s o", k=conv.groups)
-        return rows if conv.groups > 1 else rows.squeeze(1)
+        return group_rows(gradient, len(conv.kernel_size), conv.groups, approx)
 
     def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
         conv = _convolution(module)
@@ -105,6 +98,24 @@ class ConvolutionHandler(LayerHandler):
         if "bias" in roles:
             parts["bias"] = matrix[..., -1].reshape(*leading, conv.out_channels)
         return parts
+
+
+def group_rows(gradient: Tensor, axes: int, groups: int, approx: KFACType) -> Tensor:
+    """Gradients of images `[v n (k o) ...]` with so many spatial axes (n may be missing) as `[v k n s o]`.
+
+    With one group there is no axis k; `reduce` sums over the places s.
+
+    >>> group_rows(torch.zeros(2, 5, 6, 4, 3), axes=2, groups=3, approx=KFACType.EXPAND).shape
+    torch.Size([2, 3, 5, 12, 2])
+    """
+    if gradient.ndim == axes + 2:
+        gradient = gradient.unsqueeze(1)
+    places = gradient.shape[3:].numel()
+    gradient = gradient.reshape(*gradient.shape[:3], places)
+    if approx == KFACType.REDUCE:
+        gradient = gradient.sum(dim=-1, keepdim=True)
+    rows = rearrange(gradient, "v n (k o) s -> v k n s o", k=groups)
+    return rows if groups > 1 else rows.squeeze(1)
 
 
 def averaged_pattern(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:

@@ -165,7 +165,8 @@ def _parameters_of_parts(divided: Iterable[tuple[str, nn.Module, CompoundHandler
         for part in handler.parts(module):
             held = {role: part.parameter(module, role) for role in part.paths}
             weight = held.get("weight")
-            why = "" if weight is not None and weight.requires_grad else _UNSEEN
+            seen = not part.needs_weight or (weight is not None and weight.requires_grad)
+            why = "" if seen else _UNSEEN
             for role, p in held.items():
                 # A bias of which one part's weight is not seen is in no layer: its other rows would train alone.
                 result[id(p)] = why if role == "weight" else result.get(id(p), "") or why
@@ -235,7 +236,7 @@ def _refusal(module: nn.Module, name: str) -> str | None:
         return f"no handler for {type(module).__name__}"
     refusal = handler.refusal(module)
     if isinstance(handler, CompoundHandler):
-        return f"in no part of {type(module).__name__} that multiplies by a matrix"
+        return refusal or f"in no part of {type(module).__name__} that multiplies by a matrix"
     if refusal is None and name not in handler.roles(module):
         return f"{type(handler).__name__} does not treat {name!r}"
     return refusal

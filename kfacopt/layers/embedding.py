@@ -29,14 +29,7 @@ class EmbeddingHandler(LayerHandler):
     parameter_names: tuple[str, ...] = ("weight",)
 
     def refusal(self, module: nn.Module) -> str | None:
-        assert isinstance(module, nn.Embedding)
-        if module.max_norm is not None:
-            return "max_norm changes the weight in the forward pass"
-        if module.scale_grad_by_freq:
-            return "scale_grad_by_freq makes the gradient another function's than the loss's"
-        if module.sparse:
-            return "sparse=True gives sparse gradients"
-        return super().refusal(module)
+        return embedding_refusal(module) or super().refusal(module)
 
     @torch.no_grad()
     def input_rows(
@@ -67,3 +60,13 @@ class EmbeddingHandler(LayerHandler):
 
     def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
         return {"weight": rearrange(matrix, "o i -> i o")}
+
+
+def embedding_refusal(module: nn.Module) -> str | None:
+    """Why an `nn.Embedding` or `nn.EmbeddingBag` is asked for something that is no product with its weight."""
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    if module.max_norm is not None:
+        return "max_norm changes the weight in the forward pass"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq makes the gradient another function's than the loss's"
+    return "sparse=True gives sparse gradients" if module.sparse else None

@@ -65,12 +65,12 @@ def test_a_loss_that_is_a_module_of_the_model(kind: type[nn.Module]) -> None:
 
 
 def test_an_encoder_without_covered_layers() -> None:
-    class Recurrent(nn.Module):
+    class Bent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder, self.decoder = nn.GRUCell(4, 5), nn.Linear(5, 3)
+            self.encoder, self.decoder = nn.PReLU(4), nn.Linear(4, 3)
 
-    (x, y), model = batch(), fresh(Recurrent)
+    (x, y), model = batch(), fresh(Bent)
     optimizer = attached(model, lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()

@@ -194,7 +194,6 @@ def test_refusals() -> None:
             return super()._conv_forward(input, weight - weight.mean(), bias)
 
     for layer, words in (
-        (nn.ConvTranspose2d(2, 3, 3), "transposed"),
         (nn.LazyConv2d(3, 3), "lazy"),
         (Standardised(2, 3, 3), "_conv_forward of its own"),
     ):

@@ -142,15 +142,17 @@ def test_a_refused_module_has_no_rows() -> None:
 
 
 def _computed() -> list[nn.Module]:
-    with pytest.warns(FutureWarning):
-        old = nn.utils.weight_norm(nn.Linear(3, 2))
+    linear = nn.Linear(3, 2)
+    prune.l1_unstructured(linear, "weight", 0.5)
     return [
-        old,
-        nn.utils.spectral_norm(nn.Linear(3, 2)),
-        parametrizations.weight_norm(nn.Linear(3, 2)),
-        parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)),
+        parametrizations.spectral_norm(nn.Conv2d(2, 3, 3), dim=1),
         parametrizations.orthogonal(nn.Embedding(4, 2)),
+        parametrizations.weight_norm(nn.Linear(3, 2), dim=1),
+        parametrizations.weight_norm(nn.ConvTranspose2d(3, 2, 2)),
+        parametrizations.weight_norm(Named(3, 2)),
+        parametrizations.weight_norm(parametrizations.spectral_norm(nn.Linear(3, 2))),
         prune.l1_unstructured(nn.Linear(3, 2), "bias", 0.5),
+        prune.l1_unstructured(linear, "bias", 0.5),
     ]
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.capture.chunks import Reached, rows_in_chunks, split_cotangents
 from kfacopt.capture.graph import Uses, nodes_below
 from kfacopt.capture.guard import Guard
-from kfacopt.capture.passes import CotangentPass
+from kfacopt.capture.passes import CotangentPass, Ends
 from kfacopt.capture.recording import recorded, without_autocast
 from kfacopt.capture.records import Site
 from kfacopt.capture.tensor_hooks import HooksSince
@@ -99,9 +99,7 @@ class Sweep:
             return iter((terms.restore(empirical_gradients(self._loss_func, terms)),))
         return split_cotangents(self._estimator.cotangents(terms), sites, self._byte_budget)
 
-    def _reach(
-        self, prediction: Tensor, edges: Mapping[Site, GradientEdge], guard: Guard, cotangents: Tensor
-    ) -> Reached:
+    def _reach(self, prediction: Tensor, edges: Mapping[Site, Ends], guard: Guard, cotangents: Tensor) -> Reached:
         if self._forward_only:
             result: dict[Layer, list[tuple[Site, Tensor]]] = {}
             for site in edges:
@@ -111,7 +109,7 @@ class Sweep:
         return self._backward(get_gradient_edge(prediction), edges, cotangents, guard) if edges else {}
 
 
-def _refuse_other_uses(layers: Sequence[Layer], prediction: Tensor, edges: Mapping[Site, GradientEdge]) -> None:
+def _refuse_other_uses(layers: Sequence[Layer], prediction: Tensor, edges: Mapping[Site, Ends]) -> None:
     """Refuse layers that act on the prediction otherwise than by calls of their modules.
 
     Raises:
@@ -122,8 +120,8 @@ def _refuse_other_uses(layers: Sequence[Layer], prediction: Tensor, edges: Mappi
     uses: Uses = Counter()
     for _ in nodes_below(node, reached, uses):
         pass
-    for site, edge in edges.items():
-        if edge.node in reached:
+    for site, ends in edges.items():
+        if any(edge is not None and edge.node in reached for edge in ends):
             uses.subtract(site.uses)
     names = [repr(layer.name) for layer in layers if any(uses[id(p)] > 0 for p in layer.parameters.values())]
     if names:

@@ -76,7 +76,7 @@ class Spectral(Direction):
 
     It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults).
     Layers of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it
-    refreshes. A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers' weights, and layers
+    refreshes. A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers
     whose use the hooks do not see. Of packed parameters (attention's) each projection is a matrix; of a weight that an
     embedding shares with the output layer the words are the outputs. Elementwise layers have nothing to orthogonalize
     and train by AdamW, as biases of layers without curvature do; so do layers that `layers` leaves out: no statistics

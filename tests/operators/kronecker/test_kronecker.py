@@ -119,7 +119,7 @@ def test_ekfac_is_the_ggn_along_its_basis(case: Case, approx: str, budget: int) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", [case for case in DENSE if case.id != "bags-cut"])  # padded to each batch's longest
 def test_mini_batches_make_no_difference(case: Case, kind: Any, fisher_type: str) -> None:
     whole = operator(kind, case, fisher_type=fisher_type)
     parts = operator(kind, case, first=max(1, case.data // 3), fisher_type=fisher_type, byte_budget=1)

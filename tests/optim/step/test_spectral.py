@@ -550,12 +550,12 @@ def test_refusals_of_spectral(options: dict[str, float]) -> None:
 
 
 class Gates(nn.Module):
-    """Attention, a recurrent layer and a head: a matrix that no handler covers among such as handlers do."""
+    """Attention, recurrent layers and a head: matrices that the handler refuses among such as handlers cover."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+        self.recurrent = nn.LSTM(4, 3, 2, batch_first=True, dropout=0.1)
         self.position = nn.Parameter(torch.zeros(5, 4))
         self.head = nn.Linear(3, 2)
 
@@ -568,7 +568,7 @@ class Gates(nn.Module):
 
 def recurrent_case() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    return Gates().double(), nn.MSELoss(), torch.randn(6, 5, 4).double(), torch.randn(6, 2).double()
+    return Gates().double().eval(), nn.MSELoss(), torch.randn(6, 5, 4).double(), torch.randn(6, 2).double()
 
 
 def test_matrices_without_curvature_take_the_spectral_step_of_no_curvature() -> None:
@@ -626,7 +626,9 @@ def test_frozen_refused_and_set_aside_matrices_are_no_plain_ones() -> None:
     ]
     left_out = kfacopt.Spectral(layers=lambda layer: layer.name != "head")
     optimizer = kfacopt.SpectralDescent(model, loss, groups, direction=left_out)
-    assert set(optimizer._plain) - {model.attention.out_proj.weight} == {model.recurrent.weight_hh_l0}
+    recurrent = model.recurrent
+    plain = {recurrent.weight_hh_l0, recurrent.weight_ih_l1, recurrent.weight_hh_l1}
+    assert set(optimizer._plain) - {model.attention.out_proj.weight} == plain
     before = copy.deepcopy(model.state_dict())
     train_step(optimizer, model, loss, x, y)
     assert torch.equal(before["recurrent.weight_ih_l0"], model.recurrent.weight_ih_l0)

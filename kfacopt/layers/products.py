@@ -1,0 +1,168 @@
+"""Matrices that a module of one's own multiplies by with `@` or `F.linear`, without a layer for each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.linear import LinearHandler
+from kfacopt.likelihoods.estimator import tensors_of
+
+
+class ProductsHandler(CompoundHandler):
+    """Named matrices of a module as linear layers, found by their products in the graph of each call.
+
+    Register it for a class of your own that holds raw matrices (a `ParameterList` of them, say). What multiplies a
+    matrix may have any leading shape, the data first, as `torch.nn.Linear` has it; a matrix may be used several times
+    in a call, of which each is more places. Other uses (`einsum`, a product from the left, of a part of the matrix) are
+    noticed: the matrix trains by AdamW then, which a warning and `coverage()` say. All else that the module holds
+    trains by AdamW, too.
+
+    Args:
+        linear: Paths of the matrices `[o i]` that `F.linear(x, W)` or `x @ W.T` uses; of a `ParameterList`, all in it.
+        matmul: Paths of the matrices `[i o]` that `x @ W` uses.
+
+    Raises:
+        ValueError: If no path is given, or one twice.
+
+    >>> class Gated(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.pair = nn.ParameterList(torch.eye(3) for _ in range(2))
+    ...
+    ...     def forward(self, x):
+    ...         return (x @ self.pair[0]).sigmoid() * (x @ self.pair[1])
+    >>> from kfacopt.layers import handler_for, register_handler
+    >>> with register_handler(Gated, ProductsHandler(matmul=["pair"])):
+    ...     [part.name for part in handler_for(Gated()).parts(Gated())]
+    ['pair.0', 'pair.1']
+    """
+
+    def __init__(self, linear: Sequence[str] = (), matmul: Sequence[str] = ()) -> None:
+        paths = [*linear, *matmul]
+        if isinstance(linear, str) or isinstance(matmul, str) or not paths or len(set(paths)) < len(paths):
+            raise ValueError(
+                f"linear and matmul must be sequences of paths of matrices, each path once, got {linear!r} and "
+                f"{matmul!r}"
+            )
+        super().__init__("treated as its products", tuple(paths))
+        self._ways: dict[str, LayerHandler] = dict.fromkeys(linear, LinearHandler())
+        self._ways |= dict.fromkeys(matmul, TransposedHandler())
+
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        found = []
+        for path, handler in self._ways.items():
+            for name, parameter in module.named_parameters():
+                if (name == path or name.startswith(f"{path}.")) and parameter.ndim == 2:
+                    found.append(Part(name, "products found in the graph", self, handler, {"weight": name}))
+        return tuple(found)
+
+    def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
+        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return {}
+        parts = {module.get_parameter(part.paths["weight"]): part for part in self.parts(module)}
+        data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
+        found: dict[nn.Parameter, list[_Product]] = {}
+        reads: Counter[nn.Parameter] = Counter()
+        for weight, product in _reads([x.grad_fn for x in tensors_of(call.output)], parts, call.above):
+            reads[weight] += 1
+            found.setdefault(weight, []).extend([] if product is None else [product])
+        calls = {}
+        for weight, products in found.items():
+            part = parts[weight]
+            as_declared = all(p.transposed == isinstance(part.handler, TransposedHandler) for p in products)
+            if (
+                len(products) < reads[weight]
+                or not as_declared
+                or any(p.inputs.shape[0] % max(data, 1) for p in products)
+            ):
+                continue
+            inputs = torch.cat([_with_data(p.inputs, data) for p in products], dim=1)
+            outputs = weight.shape[1 if products[0].transposed else 0]
+            shape = torch.Size((*inputs.shape[:2], outputs))
+            edges = tuple(GradientEdge(p.node, 0) for p in products)
+            rows = [p.inputs.shape[0] for p in products]
+            calls[part.name] = PartCall((inputs,), shape, edges, partial(_joined, data, rows, outputs))
+        return calls
+
+
+class TransposedHandler(LinearHandler):
+    """Rows of `y = x W`: those of a linear layer with `Wᵀ`."""
+
+    def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"].mT
+
+    def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        return {"weight": matrix.mT}
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """`inputs @ W`, or `Wᵀ` if it is not `transposed`: a node of the graph, inputs `[(n s) i]`."""
+
+    node: Node
+    inputs: Tensor
+    transposed: bool
+
+
+def _reads(
+    roots: Sequence[Node | None], weights: Collection[nn.Parameter], above: Collection[Node]
+) -> Iterator[tuple[nn.Parameter, _Product | None]]:
+    """Every operation that reads one of some weights; None: it is no product with the whole of it from the right."""
+    wanted = {id(weight) for weight in weights}
+    queue = [root for root in roots if root is not None]
+    seen = {*queue, *above}
+    while queue:
+        node = queue.pop()
+        kind = node.name()
+        for place, (following, _) in enumerate(node.next_functions):
+            weight, turns = _leaf(following)
+            if weight is not None and id(weight) in wanted:
+                product = None
+                if kind in ("AddmmBackward0", "MmBackward0") and place == len(node.next_functions) - 1:
+                    saved = node._saved_mat1 if kind == "AddmmBackward0" else node._saved_self  # type: ignore[attr-defined]
+                    product = _Product(node, saved.detach(), transposed=turns % 2 == 0)
+                yield weight, product
+            elif following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+
+
+def _leaf(node: Node | None) -> tuple[nn.Parameter | None, int]:
+    """The parameter behind a factor, and how often it was transposed on the way."""
+    turns = 0
+    while node is not None:
+        kind = node.name()
+        if kind == "torch::autograd::AccumulateGrad":
+            return node.variable, turns  # type: ignore[attr-defined]
+        if kind in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
+            turns += 1
+        elif kind != "ToCopyBackward0":  # autocast
+            break
+        node = node.next_functions[0][0]
+    return None, 0
+
+
+def _with_data(rows: Tensor, data: int) -> Tensor:
+    """`[(n s) i]` as `[n s i]`."""
+    return rows.reshape(data, rows.shape[0] // max(data, 1), rows.shape[1])
+
+
+def _joined(data: int, rows: Sequence[int], outputs: int, arrived: Sequence[Tensor | None]) -> Tensor:
+    """What arrived at each product, `[v (n s) o]` (None: nothing), as `[v n s o]`."""
+    some = next(gradient for gradient in arrived if gradient is not None)
+    every = [
+        some.new_zeros(len(some), count, outputs) if gradient is None else gradient
+        for gradient, count in zip(arrived, rows, strict=True)
+    ]
+    apart = [g.reshape(len(g), data, g.shape[1] // max(data, 1), outputs) for g in every]
+    return torch.cat(apart, dim=2)
