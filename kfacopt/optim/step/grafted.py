@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step.base import Direction, Step, Updates
-from kfacopt.optim.step.lengths import layer_length, norms, times
+from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, layer_length, norms, shrunk, times
 
 
 class Grafted(Direction):
@@ -29,18 +29,26 @@ class Grafted(Direction):
         direction: Where to go.
         length_of: Another direction, whose step's Frobenius norm counts, or `layer -> norm`. Layers that it leaves out
             train by AdamW.
+        full_steps: For so many steps a layer's own length is whole, after them it falls as `sqrt(full_steps / number of
+            steps)` (see `kfacopt.optim.step.lengths.shrunk`); None: it stays. Another direction's lengths are its own.
 
     >>> from kfacopt.optim.step.preconditioned import Preconditioned
     >>> Grafted(Preconditioned(momentum=0.95)).defaults()
     {'momentum': 0.95}
     """
 
-    def __init__(self, direction: Direction, length_of: Direction | Callable[[Layer], float] = layer_length) -> None:
+    def __init__(
+        self,
+        direction: Direction,
+        length_of: Direction | Callable[[Layer], float] = layer_length,
+        full_steps: int | None = FULL_STEPS,
+    ) -> None:
         for name, part in {"direction": direction, "length_of": length_of}.items():
             if not isinstance(part, Direction) and (name == "direction" or not callable(part)):
                 wanted = "a kfacopt.Direction" + ("" if name == "direction" else " or a function of the layer")
                 raise TypeError(f"{name} must be {wanted}, got {part!r}")
-        self.direction, self.length_of = direction, length_of
+        check_full_steps(full_steps)
+        self.direction, self.length_of, self._full_steps = direction, length_of, full_steps
 
     def __repr__(self) -> str:
         return f"Grafted({self.direction}, length_of={getattr(self.length_of, '__name__', self.length_of)})"
@@ -75,7 +83,8 @@ class Grafted(Direction):
 
     def _lengths(self, step: Step, layers: list[Layer]) -> Mapping[Layer, float | Tensor]:
         if not isinstance(self.length_of, Direction):
-            return {layer: self.length_of(layer) for layer in layers}
+            kept = shrunk(step.number, self._full_steps)
+            return {layer: kept * self.length_of(layer) for layer in layers}
         other = self.length_of.updates(step)
         return {layer: other.scale * norm for layer, norm in norms(step.by_layer(other.tensors)).items()}
 

@@ -14,6 +14,7 @@ from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
 from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
 from kfacopt.sharding import Processes
 
@@ -48,7 +49,7 @@ class Spectral(Direction):
         U ← L polar(Lᵀ M R) Rᵀ                        M the layer's m as a matrix [*k o i]
         v ← row_decay · v + (1 - row_decay) (mean of squares of each row of U, over that of all of U)
         U ← U / sqrt(v)                               row by row
-        u ← sqrt(outputs) U / ‖U‖_F                   for each layer
+        u ← sqrt(outputs) U / ‖U‖_F                   for each layer, times sqrt(full_steps / t) once that is below one
 
     **In which norm it descends steepest.** Measure a step D by the largest singular value of its whitened form, `‖S⁻¹
     D‖₂`. Of all D = S Z with `‖Z‖₂ ≤ 1`, U takes the most off the loss's linear part: `⟨M, S Z⟩ = ⟨Sᵀ M, Z⟩`, which is
@@ -95,6 +96,8 @@ class Spectral(Direction):
         row_decay: Decay of the running mean square of each row; None: rows stay as they are.
         warmup: Steps over which the momentum grows: a new gradient weighs three times as much in the first of them, as
             old ones are soon of another place then. 0: none.
+        full_steps: For so many steps the length is whole, after them it falls as `sqrt(full_steps / number of steps)`
+            (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
 
     Raises:
         ValueError: If a number is out of range.
@@ -113,13 +116,15 @@ class Spectral(Direction):
         layers: Callable[[Layer], bool] = dense_layers,
         row_decay: float | None = 0.95,
         warmup: int = 300,
+        full_steps: int | None = FULL_STEPS,
     ) -> None:
         check_number("momentum", momentum)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
-        self._row_decay, self._warmup = row_decay, warmup
+        check_full_steps(full_steps)
+        self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
         self._momentum, self._layers = momentum, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
@@ -174,7 +179,8 @@ class Spectral(Direction):
             squares, evening = squares / averages, averages.rsqrt()
         # Squares end at `tiny`, so the norm at its root; of a zero matrix the factor is to be finite.
         norms = (squares.flatten(1).sum(-1) * matrices.shape[stack.inputs]).sqrt().clamp_min(tiny**0.5)
-        factors = evening * _column(stack.length / norms, squares)
+        length = shrunk(step.number, self._full_steps) * stack.length
+        factors = evening * _column(length / norms, squares)
         return factors.unsqueeze(stack.inputs), norms
 
     def _products(self, device: str, processes: Processes) -> torch.dtype:
