@@ -22,6 +22,7 @@ from kfacopt.capture.scaling import own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import DIFFERENTIATED, USED_ELSEWHERE
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
 
@@ -51,8 +52,9 @@ class CurvaturePass:
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
         needs_inputs: See `CurvatureBackend.needs_inputs`.
-        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
-            delivered any more.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how; no rows of
+            them are delivered any more.
+        differentiated: Layers through whose calls a derivative was taken before the forward had ended.
         hooks_since: Hooks of the user's that a graph may hold.
     """
 
@@ -62,7 +64,8 @@ class CurvaturePass:
         self._layers, self._estimator, self._loss_graph = layers, estimator, loss_graph
         self._bring_down = CotangentPass()
         self.all_places, self.needs_inputs = False, True
-        self.used_elsewhere: set[Layer] = set()
+        self.used_elsewhere: dict[Layer, str] = {}
+        self.differentiated: set[Layer] = set()
         self.hooks_since = HooksSince()
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
@@ -115,7 +118,7 @@ class CurvaturePass:
         """The calls that led to a prediction, of layers that act by their calls alone."""
         walk = read.walk
         self.used_elsewhere |= {
-            layer
+            layer: DIFFERENTIATED if layer in self.differentiated else USED_ELSEWHERE
             for layer in self._layers
             if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
         }

@@ -141,7 +141,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
         capture, backend = self._open_capture(), self._fed
-        wants_rows = backend is not None and backend.wants_rows(self._step)
+        wants_rows = bool(self._layers) and backend is not None and backend.wants_rows(self._step)
         capture.arm(wants_rows, self._wants_terms(), self._wants_replays())
         self._expected = {layer.name for layer in self._layers} if capture.wants_rows else set()
         if self._processes.size > 1:

@@ -15,7 +15,7 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
 from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
-from kfacopt.layers.plain import plain_matrices_in
+from kfacopt.layers.plain import PlainMatrix, plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
@@ -228,7 +228,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _find_plain(self) -> None:
         """Matrices without curvature that the direction steps all the same."""
-        self._plain: dict[nn.Parameter, tuple[int, ...]] = {}
+        self._plain: dict[nn.Parameter, PlainMatrix] = {}
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))

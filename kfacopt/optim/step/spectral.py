@@ -14,6 +14,7 @@ from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.gradient_metric import steepest_by_gradients
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
 from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
 from kfacopt.sharding import Processes
@@ -75,13 +76,14 @@ class Spectral(Direction):
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
     of how outputs go together stays.
 
-    It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults).
-    Layers of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it
-    refreshes. A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers
-    whose use the hooks do not see. Of packed parameters (attention's) each projection is a matrix; of a weight that an
-    embedding shares with the output layer the words are the outputs. Elementwise layers have nothing to orthogonalize
-    and train by AdamW, as biases of layers without curvature do; so do layers that `layers` leaves out: no statistics
-    are taken of them then, and `coverage()` says so.
+    It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults). Layers
+    of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it refreshes.
+    A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers whose use
+    the hooks do not see. Where the forward takes derivatives of the model, as a physics-informed network's does, the
+    metric is that of the matrix's own gradients (`gradient_metric.py`). Of packed parameters (attention's) each
+    projection is a matrix; of a weight that an embedding shares with the output layer the words are the outputs.
+    Elementwise layers have nothing to orthogonalize and train by AdamW, as biases of layers without curvature do; so do
+    layers that `layers` leaves out: no statistics are taken of them then, and `coverage()` says so.
 
     Args:
         momentum: Decay of the running average, a param group's `momentum` from then on.
@@ -159,6 +161,8 @@ class Spectral(Direction):
 
     def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
         """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""
+        if stack.differentiated:
+            return steepest_by_gradients(step, stack, self._polar)
         if not stack.curved:
             return self._polar(stack.matrices)
         return step.steepest(stack.layers, stack.matrices, self._polar)
