@@ -54,7 +54,7 @@ class CurvaturePass:
         needs_inputs: See `CurvatureBackend.needs_inputs`.
         used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how; no rows of
             them are delivered any more.
-        differentiated: Layers through whose calls a derivative was taken before the forward had ended.
+        differentiated: Names of layers through whose calls a derivative was taken before the forward had ended.
         hooks_since: Hooks of the user's that a graph may hold.
     """
 
@@ -65,7 +65,7 @@ class CurvaturePass:
         self._bring_down = CotangentPass()
         self.all_places, self.needs_inputs = False, True
         self.used_elsewhere: dict[Layer, str] = {}
-        self.differentiated: set[Layer] = set()
+        self.differentiated: set[str] = set()
         self.hooks_since = HooksSince()
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
@@ -117,11 +117,11 @@ class CurvaturePass:
     def _edges(self, read: Read) -> dict[Site, Ends]:
         """The calls that led to a prediction, of layers that act by their calls alone."""
         walk = read.walk
-        self.used_elsewhere |= {
-            layer: DIFFERENTIATED if layer in self.differentiated else USED_ELSEWHERE
-            for layer in self._layers
-            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
-        }
+        for layer in self._layers:
+            is_differentiated = layer.name in self.differentiated
+            held = layer.parameters.values()
+            if any((is_differentiated or walk.explained[id(p)]) and walk.used_elsewhere(p) for p in held):
+                self.used_elsewhere[layer] = DIFFERENTIATED if is_differentiated else USED_ELSEWHERE
         # The tensors of an ambiguous output may each have kept the same call.
         marks = {site: references for one in read.forwards for site, references in one.sites.items()}
         edges: dict[Site, Ends] = {}

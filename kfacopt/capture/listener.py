@@ -187,7 +187,7 @@ class Capture:
                 self._within.update(dict.fromkeys(marks, site.uses))
                 self._sites[site] = tuple(map(weakref.ref, marks))
                 for edge in edges:
-                    own(edge.node.register_prehook(partial(_passed_through, weakref.ref(self), site.layer)))
+                    own(edge.node.register_prehook(partial(_passed_through, weakref.ref(self), site.layer.name)))
         if self._open:
             self._open[-1].note(found)
             return
@@ -370,11 +370,11 @@ def _ended(capture: weakref.ref[Capture], backward: weakref.ref[_Backward]) -> N
             held._backward = None
 
 
-def _passed_through(capture: weakref.ref[Capture], layer: Layer, _: Sequence[Tensor | None]) -> None:
+def _passed_through(capture: weakref.ref[Capture], name: str, _: Sequence[Tensor | None]) -> None:
     """A backward goes through a layer's call: within a forward, and with a graph, it takes a derivative."""
     held = capture()
     if held is not None and held.within_forward and torch.is_grad_enabled():
-        held.passes.differentiated.add(layer)
+        held.passes.differentiated.add(name)
 
 
 def _arrive(capture: weakref.ref[Capture], mark: Mark, gradients: Sequence[Tensor | None]) -> None:

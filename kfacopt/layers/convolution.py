@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -81,7 +82,8 @@ class ConvolutionHandler(LayerHandler):
         columns = []
         for role in (role for role in axes if role in parts):
             leading = parts[role].shape[: parts[role].ndim - axes[role]]
-            inputs = conv.weight[0].numel() if role == "weight" else 1
+            # Not from the weight: to read one that is computed may change what it is computed from (spectral_norm).
+            inputs = conv.in_channels // conv.groups * math.prod(conv.kernel_size) if role == "weight" else 1
             columns.append(parts[role].reshape(*leading, groups, conv.out_channels // groups, inputs))
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
         return matrix if groups > 1 else matrix.squeeze(-3)
