@@ -20,6 +20,7 @@ from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
 from kfacopt.capture.scaling import own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType, LossTerms
@@ -47,6 +48,7 @@ class CurvaturePass:
         layers: Whose rows are delivered.
         estimator: Turns prediction and gradient into cotangents.
         loss_graph: What lies above the predictions in the running backward, where that can be found out.
+        sharded: The parts of the model that an engine shards.
 
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
@@ -57,9 +59,13 @@ class CurvaturePass:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], estimator: FisherEstimator, loss_graph: Callable[[], LossGraph | None]
+        self,
+        layers: Sequence[Layer],
+        estimator: FisherEstimator,
+        loss_graph: Callable[[], LossGraph | None],
+        sharded: ShardedModel,
     ) -> None:
-        self._layers, self._estimator, self._loss_graph = layers, estimator, loss_graph
+        self._layers, self._estimator, self._loss_graph, self._sharded = layers, estimator, loss_graph, sharded
         self._bring_down = CotangentPass()
         self.all_places, self.needs_inputs = False, True
         self.used_elsewhere: set[Layer] = set()
@@ -103,7 +109,7 @@ class CurvaturePass:
         deliver: Callable[[Layer, Rows], None],
     ) -> None:
         forward, ends = read.forwards[0], [edge.node for edge in edges.values()]
-        guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
+        guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends, self._sharded.left_as_is)
         reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
         approx = self._estimator.kfac_approx
         for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places, self.needs_inputs):
@@ -113,11 +119,11 @@ class CurvaturePass:
 
     def _edges(self, read: Read) -> dict[Site, GradientEdge]:
         """The calls that led to a prediction, of layers that act by their calls alone."""
-        walk = read.walk
+        walk, leaf = read.walk, self._sharded.leaf
         self.used_elsewhere |= {
             layer
             for layer in self._layers
-            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in layer.parameters.values())
+            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in map(leaf, layer.parameters.values()))
         }
         # The tensors of an ambiguous output may each have kept the same call.
         marks = {site: reference() for one in read.forwards for site, reference in one.sites.items()}

@@ -39,6 +39,7 @@ from kfacopt.capture.records import Call, Forward, Site, Tally
 from kfacopt.capture.roots import OpenCall, returns_losses
 from kfacopt.capture.targets import Targets
 from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
@@ -53,6 +54,7 @@ class Capture:
         estimator: Turns prediction and gradient into cotangents.
         deliver: Called with each layer's rows, inside the user's backward.
         discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
+        sharded: The parts of the model that an engine shards.
 
     Attributes:
         tally: What arrived since the last step.
@@ -70,18 +72,21 @@ class Capture:
         estimator: FisherEstimator,
         deliver: Callable[[Layer, Rows], None],
         discard: Callable[[], None],
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.wants_rows = True
         self.wants_terms = False
         self.wants_replays = False
         self.tally = Tally()
-        self._gradients = Gradients(list(model.parameters()))
+        sharded = ShardedModel(model) if sharded is None else sharded
+        self._sharded = sharded
+        self._gradients = Gradients(list(model.parameters()), sharded)
         self._loss = RunningLoss()
         self._returned = Returned(self._gradients)
         self._task = -1
         self.derivatives = Derivatives(self._gradients)
         self._estimator = estimator
-        self.passes = CurvaturePass(layers, estimator, self._loss_graph)
+        self.passes = CurvaturePass(layers, estimator, self._loss_graph, sharded)
         self._deliver, self._discard = deliver, discard
         self._layers = layers_of_modules(layers)
         self._open: list[OpenCall] = []
@@ -159,7 +164,8 @@ class Capture:
             for tensor in tensors_of((inputs, kwargs, output)):
                 if tensor.grad_fn is not None:
                     self._passed[tensor] = None
-            for site, edge in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output):
+            sharded = self._sharded
+            for site, edge in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output, sharded.leaf):
                 mark = leave_mark(edge.node)
                 self._within[mark] = site.uses
                 self._sites[site] = weakref.ref(mark)
@@ -231,6 +237,7 @@ class Capture:
                 self._discard()
                 self.reset_tally()
                 self._backward = None
+                self._sharded.recover()
                 raise
 
     def _forget_thrown_away(self) -> None:

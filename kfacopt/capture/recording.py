@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -73,11 +73,17 @@ def layers_of_modules(layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
 
 
 def sites_of(
-    layers: Iterable[Layer], module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    layers: Iterable[Layer],
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    leaf: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
 ) -> list[tuple[Site, GradientEdge]]:
     """One call of a module as calls of its layers, and where the gradients of their outputs arrive.
 
     Layers whose parameters the call did not use (functional_call) or of which the graph shows nothing are left out.
+    The graph knows a parameter as its `leaf` (`ShardedModel.leaf`).
     """
     own = [layer for layer in layers if layer.held_by(module)]
     first = output[0] if own and own[0].part is not None and isinstance(output, tuple) else output
@@ -86,18 +92,23 @@ def sites_of(
     above = {x.grad_fn for x in tensors_of((inputs, kwargs)) if x.grad_fn is not None}
     uses = uses_within(first.grad_fn, above)
     if own[0].part is not None:
-        return _sites_of_parts(own, module, output, above, uses)
+        return _sites_of_parts(own, module, output, above, uses, leaf)
     detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
     named = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
     edge = get_gradient_edge(first)
     return [
-        (Site(layer, module, detached, named, edge.output_nr, first.shape, _uses_of([layer], uses)), edge)
+        (Site(layer, module, detached, named, edge.output_nr, first.shape, _uses_of([layer], uses, leaf)), edge)
         for layer in own
     ]
 
 
 def _sites_of_parts(
-    layers: Sequence[Layer], module: nn.Module, output: Any, above: Collection[Node], uses: Uses
+    layers: Sequence[Layer],
+    module: nn.Module,
+    output: Any,
+    above: Collection[Node],
+    uses: Uses,
+    leaf: Callable[[nn.Parameter], Tensor],
 ) -> list[tuple[Site, GradientEdge]]:
     assert layers[0].part is not None
     calls = layers[0].part.compound.calls(module, output, above)
@@ -105,15 +116,15 @@ def _sites_of_parts(
     for layer in layers:
         if layer.part is None or (call := calls.get(layer.part.name)) is None:
             continue
-        read = Counter[int]() if result else _uses_of(layers, uses)
+        read = Counter[int]() if result else _uses_of(layers, uses, leaf)
         shape = torch.Size((*call.inputs.shape[:-1], call.columns.stop - call.columns.start))
         number = call.edge.output_nr
         result.append((Site(layer, module, (call.inputs,), {}, number, shape, read, call.arrange), call.edge))
     return result
 
 
-def _uses_of(layers: Iterable[Layer], uses: Uses) -> Uses:
-    held = {id(p) for layer in layers for p in layer.parameters.values()}
+def _uses_of(layers: Iterable[Layer], uses: Uses, leaf: Callable[[nn.Parameter], Tensor]) -> Uses:
+    held = {id(leaf(p)) for layer in layers for p in layer.parameters.values()}
     return Counter({key: count for key, count in uses.items() if key in held})
 
 

@@ -15,11 +15,19 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.capture.listener import Capture
 from kfacopt.capture.recording import without_autocast
 from kfacopt.capture.scaling import LossScale
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
-from kfacopt.optim.checks import check_engine, check_model, check_params, check_processes
+from kfacopt.optim.checks import (
+    check_copies,
+    check_engine,
+    check_model,
+    check_params,
+    check_processes,
+    check_unchanged,
+)
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
@@ -59,6 +67,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
     ) -> None:
         model, self._processes = unwrapped(model)
         check_model(model)
+        self._sharded = ShardedModel(model)
+        self._sharded.reshard()
         check_params(params)
         check_processes(self._processes, self._alone)
         self._agreed = Agreement()
@@ -74,6 +84,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._expected: set[str] = set()
         self._unseen_uses: dict[nn.Parameter, str] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
+        check_copies(self._sharded, self.param_groups)
         self._attach()
 
     # -- what is captured ------------------------------------------------------------------------------------------
@@ -106,6 +117,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
         self._pattern = self._covered_pattern()
+        self._sharded = ShardedModel(self.model)
+        self._sharded.reshard()
         deliver, discard, all_places, needs_inputs = _ignore, _ignore, False, True
         if (backend := self._fed) is not None:
             wanted = self._parameters(curvature=True)
@@ -122,7 +135,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if self._capture is not None:
             is_paused = self._capture.is_paused
             self._capture.close()
-        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
+        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard, self._sharded)
         self._capture.passes.all_places, self._capture.passes.needs_inputs = all_places, needs_inputs
         self._capture.is_paused = is_paused
         self._arm()
@@ -277,6 +290,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         check_processes(self._processes, self._alone)
         if self._processes.is_open:
             check_engine(self.model)
+            check_unchanged(self.model, self._sharded)
 
     def _settle_scale(self) -> float:
         """Take in by which factor the loss of this step's backwards differs from the plain one.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
+from kfacopt.sharding import shard_of, shards, whole_of
 
 State = MutableMapping[Any, Any]
 """`torch.optim.Optimizer.state`: a dict for each parameter."""
@@ -27,7 +28,7 @@ def averaged(
 ) -> dict[nn.Parameter, Tensor]:
     """Gradients with momentum of some parameters; the running averages move on.
 
-    A new gradient weighs `freshness` times `1 - momentum`.
+    A new gradient weighs `freshness` times `1 - momentum`. Of sharded parameters each process averages its shards.
     """
     covered = {id(p) for p in parameters}
     result: dict[nn.Parameter, Tensor] = {}
@@ -39,12 +40,12 @@ def averaged(
                 by_weight.setdefault(_weight(state[p], p, momentum), []).append(p)
         for weight, held in by_weight.items():
             means = rule.averaged_gradients(
-                [gradients[p] for p in held],
-                [state[p]["momentum_buffer"] for p in held],
+                [shards(gradients, p) for p in held],
+                [shard_of(state[p]["momentum_buffer"]) for p in held],
                 momentum=momentum,
                 weight=weight,
             )
-            result |= dict(zip(held, means, strict=True))
+            result |= {p: whole_of(mean, p) for p, mean in zip(held, means, strict=True)}
     return result
 
 
@@ -73,9 +74,9 @@ def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float
 
 
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's moments and step count of a parameter, zero at first."""
+    """AdamW's moments and step count of a parameter, zero at first; of a sharded one this process's shards."""
     own: dict[str, Tensor] = state[parameter]
     if "exp_avg" not in own:
         own["step"] = torch.zeros(())
         own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return own
+    return {name: shard_of(own[name]) for name in ("step", "exp_avg", "exp_avg_sq")}
