@@ -58,12 +58,42 @@ def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> 
     return weight
 
 
+def blank(parameter: nn.Parameter, averaged: bool) -> dict[str, Any]:
+    """All that is remembered of a parameter, as nothing is: AdamW's moments, and the running average if it has one."""
+    result: dict[str, Any] = {"step": torch.zeros(())}
+    names = ["exp_avg", "exp_avg_sq", *(["momentum_buffer"] if averaged else [])]
+    result |= {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
+    return result | ({"momentum_weight": 0.0} if averaged else {})
+
+
+def without_blanks(state: State) -> None:
+    """Forget what says nothing, as `blank` and `blank_row_squares` made it for a checkpoint."""
+    for own in state.values():
+        pairs = {"step": ("exp_avg", "exp_avg_sq"), "momentum_weight": ("momentum_buffer",)}
+        pairs |= {key: (key.replace("weight", "squares", 1),) for key in own if key.startswith("row_weight")}
+        for weight, values in pairs.items():
+            if weight in own and float(own[weight]) == 0.0:
+                for name in (weight, *values):
+                    own.pop(name, None)
+
+
+def blank_row_squares(key: Key, shape: Sequence[int]) -> dict[str, Any]:
+    """A matrix' running mean squares of rows, as nothing is remembered of it: `shape` is `[*k o]`."""
+    parameter, rows = key
+    held, weight = _names_of(rows)
+    return {held: torch.zeros(tuple(shape), dtype=parameter.dtype, device=parameter.device), weight: 0.0}
+
+
+def _names_of(rows: slice | None) -> tuple[str, str]:
+    place = "" if rows is None else f"[{rows.start}:{rows.stop}]"
+    return f"row_squares{place}", f"row_weight{place}"
+
+
 def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float) -> Tensor:
     """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected."""
     averages = []
     for (parameter, rows), now in zip(keys, squares.unbind(), strict=True):
-        own, place = state[parameter], "" if rows is None else f"[{rows.start}:{rows.stop}]"
-        held, weight = f"row_squares{place}", f"row_weight{place}"
+        own, (held, weight) = state[parameter], _names_of(rows)
         if held not in own:
             # In the parameter's dtype, which is what torch makes of it when a state is loaded.
             own[held], own[weight] = torch.zeros_like(now, dtype=parameter.dtype), 0.0

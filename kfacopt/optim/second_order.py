@@ -19,7 +19,7 @@ from kfacopt.layers.plain import plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
-from kfacopt.optim import deprecated, groups
+from kfacopt.optim import deprecated, groups, memory
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.descent import descend
@@ -366,6 +366,14 @@ class SecondOrderOptimizer(CapturingOptimizer):
             "step_length": self.step_length.state_dict(),
             "terms": self._terms,
         }
+
+    def _blank(self) -> dict[nn.Parameter, dict[str, Any]]:
+        stepped = {*self._plain, *(p for layer in self._layers for p in layer.parameters.values())}
+        held = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        blank = {p: memory.blank(p, p in stepped) for p in held}
+        for p, more in self.direction.remembered(self._layers, self._plain).items():
+            blank[p] |= more
+        return blank
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self.backend.load_state_dict(own["backend"])

@@ -41,8 +41,8 @@ class Stack:
 
     @property
     def keys(self) -> list[Key]:
-        """For each holder a parameter of its own, and which of its rows are: what is remembered of it belongs there."""
-        return [_key(holder) for holder in self.holders]
+        """`key_of` each holder."""
+        return [key_of(holder) for holder in self.holders]
 
 
 class Unstacked:
@@ -79,8 +79,7 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     ]
     held += [(p, tensors[p].reshape(tuple(shape)), False) for p, shape in step.plain.items() if p in tensors]
     for holder, matrix, curved in held:
-        tied = isinstance(holder, Layer) and holder.handler.structure == "tied"
-        key = matrix.shape, matrix.dtype, matrix.device, curved, -2 if tied else -1
+        key = matrix.shape, matrix.dtype, matrix.device, curved, inputs_axis(holder)
         found.setdefault(key, []).append((holder, matrix))
     return [
         Stack(tuple(h for h, _ in members), as_statistic(_stacked([m for _, m in members])), curved, inputs)
@@ -88,7 +87,13 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     ]
 
 
-def _key(holder: Holder) -> Key:
+def inputs_axis(holder: Holder) -> int:
+    """Which axis of a holder's matrix is that of the inputs (`Stack.inputs`)."""
+    return -2 if isinstance(holder, Layer) and holder.handler.structure == "tied" else -1
+
+
+def key_of(holder: Holder) -> Key:
+    """A parameter of its own, and which of its rows are: what is remembered of it belongs there."""
     if not isinstance(holder, Layer):
         return holder, None
     role, parameter = next(iter(holder.parameters.items()))
