@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _ENGINE = "torch.distributed.fsdp"
 
@@ -122,6 +122,30 @@ class ShardedModel:
                 f"fully_shard the same mesh everywhere"
             )
         return next(iter(meshes), None)
+
+    @property
+    def group(self) -> Any:
+        """torch's process group of the mesh; None: the default one, or none.
+
+        Raises:
+            RuntimeError: If the mesh has several axes, and not all processes that there are.
+        """
+        if (mesh := self.mesh) is None or (mesh.ndim > 1 and mesh.size() == distributed.get_world_size()):
+            return None
+        if mesh.ndim > 1:
+            raise RuntimeError(
+                f"fully_shard's device mesh {mesh} has {mesh.ndim} axes, but not all of the "
+                f"{distributed.get_world_size()} processes: give it all of them, or one axis"
+            )
+        return mesh.get_group()
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers; all must ask."""
+        if not self:
+            return number
+        asked = torch.tensor(number, device=self._groups[0].device)
+        distributed.all_reduce(asked, distributed.ReduceOp.MAX, group=self.group)
+        return int(asked)
 
     def check(self) -> None:
         """Refuse what cannot be trained yet, by name.

@@ -153,24 +153,7 @@ def unwrapped(model: Any) -> tuple[Any, Processes]:
         inner = compiled
     if isinstance(inner, DistributedDataParallel):
         return inner.module, Processes(inner.process_group, inner)
-    mesh = ShardedModel(inner).mesh if isinstance(inner, nn.Module) else None
-    return model, Processes() if mesh is None else Processes(_group_of(mesh))
-
-
-def _group_of(mesh: Any) -> Any:
-    """The processes of a device mesh.
-
-    Raises:
-        RuntimeError: If they are of several axes, and not all that there are.
-    """
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    if mesh.size() != distributed.get_world_size():
-        raise RuntimeError(
-            f"fully_shard's device mesh {mesh} has {mesh.ndim} axes, but not all of the "
-            f"{distributed.get_world_size()} processes: give it all of them, or one axis"
-        )
-    return None
+    return model, Processes(ShardedModel(inner).group if isinstance(inner, nn.Module) else None)
 
 
 def shard_of(tensor: Tensor) -> Tensor:
@@ -186,10 +169,15 @@ def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is laid out as a parameter; nobody is asked."""
     if not is_sharded(parameter) or is_sharded(whole):
         return shard_of(whole)
+    return shard_of(laid_out_as(whole, parameter))
+
+
+def laid_out_as(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, sharded as a parameter is; nobody is asked."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return shard_of(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:

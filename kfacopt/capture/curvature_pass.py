@@ -73,9 +73,13 @@ class CurvaturePass:
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
         """Count the loss terms in `tally` and deliver the rows."""
+        if read.gradient.numel() == 0:
+            self.attend(read)
+            return
         forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
         tally.passes += 1
         if not bool(terms.count > 0):
+            self.attend(read)
             return
         name, likelihoods = forward.name, self._estimator.likelihoods
         if not self._reads_no_gradient(forward):
@@ -108,14 +112,35 @@ class CurvaturePass:
         divisor: Tensor,
         deliver: Callable[[Layer, Rows], None],
     ) -> None:
-        forward, ends = read.forwards[0], [edge.node for edge in edges.values()]
-        guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends, self._sharded.left_as_is)
-        reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
-        approx = self._estimator.kfac_approx
-        for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places, self.needs_inputs):
+        guard, approx = self._guard(read, edges), self._estimator.kfac_approx
+        reach = partial(self._bring_down, GradientEdge(read.node, read.forwards[0].output_nr), edges, guard=guard)
+        chunks = self._in_step(cotangents, read.prediction)
+        for _, rows in rows_in_chunks(chunks, reach, divisor, approx, self.all_places, self.needs_inputs):
             for layer, some in rows.items():
                 deliver(layer, some)
         guard.watch()
+
+    def attend(self, read: Read) -> None:
+        """Take part in the passes of the other processes, where they need this one's shards of the parameters."""
+        if self._sharded and (edges := self._edges(read)):
+            guard, root = self._guard(read, edges), GradientEdge(read.node, read.forwards[0].output_nr)
+            for nothing in self._in_step(iter(()), read.prediction):
+                self._bring_down(root, edges, nothing, guard=guard)
+            guard.watch()
+
+    def _guard(self, read: Read, edges: dict[Site, GradientEdge]) -> Guard:
+        ends, root = [edge.node for edge in edges.values()], read.forwards[0].root
+        return Guard([read.node], self.hooks_since, root, warnings.warn, ends, self._sharded.left_as_is)
+
+    def _in_step(self, chunks: Iterator[Tensor], prediction: Tensor) -> Iterator[Tensor]:
+        """Chunks of cotangents; of a sharded model as many in all processes, and as long, filled up with zeros."""
+        while self._sharded:
+            own = next(chunks, prediction.new_zeros(0, *prediction.shape))
+            if (wanted := self._sharded.largest(len(own))) == 0:
+                return
+            lacking = prediction.new_zeros(wanted - len(own), *prediction.shape)
+            yield torch.cat([own, lacking]) if len(lacking) else own
+        yield from chunks
 
     def _edges(self, read: Read) -> dict[Site, GradientEdge]:
         """The calls that led to a prediction, of layers that act by their calls alone."""

@@ -256,7 +256,7 @@ class Capture:
             if self._leads_to_calls(forward, node):
                 raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
             return [mark]
-        if gradient is None or gradient.numel() == 0:
+        if gradient is None or (gradient.numel() == 0 and not self._sharded):
             return [mark]
         if prediction._version != forward.version:
             raise RuntimeError(

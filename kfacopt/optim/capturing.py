@@ -354,9 +354,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend; nothing is changed then.
+            ValueError: If it is of another model or backend, or shards of a whole one; nothing is changed then.
         """
-        (rest, own), key = carried.split(state_dict), self._own_state_key
+        (rest, own), key = carried.split(state_dict, self.param_groups), self._own_state_key
         if key and (own is None or key not in own):
             raise KeyError(
                 f"this state dict has no 'curvature' section with {key!r}: it is not one of a {type(self).__name__}"

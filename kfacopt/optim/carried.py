@@ -14,9 +14,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kfacopt.fsdp import is_sharded
 from kfacopt.optim.groups import Groups
+from kfacopt.sharding import laid_out_as
 
 KEY = "curvature_state"
 _ASKS = "torch.distributed.checkpoint.state_dict"
@@ -78,9 +80,38 @@ def with_curvature(
     return state_dict
 
 
-def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A state dict without its curvature, and that, wherever it is: in a section of its own, or in the param groups."""
+def split(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A state dict without its curvature, and that, wherever it is: in a section of its own, or in the param groups.
+
+    What it has of a parameter is laid out as the parameter is here: that of a whole model goes into a sharded one.
+
+    Args:
+        state_dict: torch's, with `state` by number, or by name as `torch.distributed.checkpoint` hands it over.
+        groups: The optimizer's that is to take it over.
+
+    Raises:
+        ValueError: If it has one process's shards of what is whole here.
+    """
     rest = {key: value for key, value in state_dict.items() if key != "curvature"}
+    stored = [key for group in rest.get("param_groups", ()) for key in group["params"]]
+    home = dict(zip(stored, (p for group in groups for p in group["params"]), strict=False))
+    rest["state"] = {k: _laid_out(own, home[k]) if k in home else own for k, own in rest.get("state", {}).items()}
     packed = [group[KEY] for group in rest.get("param_groups", ()) if group.get(KEY)]
     rest["param_groups"] = [{k: v for k, v in group.items() if k != KEY} for group in rest.get("param_groups", ())]
     return rest, unpack(packed[0]) if packed else state_dict.get("curvature")
+
+
+def _laid_out(own: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    result = dict(own)
+    for name, value in own.items():
+        if not isinstance(value, Tensor) or is_sharded(value) == is_sharded(parameter):
+            continue
+        if is_sharded(value):
+            raise ValueError(
+                f"the state dict has one process's shards of a parameter's {name!r}, which is whole here: state_dict() "
+                f"of a sharded model goes into one that is sharded alike. Use torch.distributed.checkpoint "
+                f"(get_optimizer_state_dict) to go to another number of processes"
+            )
+        if value.shape == parameter.shape:
+            result[name] = laid_out_as(value.to(parameter.device), parameter)
+    return result

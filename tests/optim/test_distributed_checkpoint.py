@@ -177,13 +177,43 @@ def each_process_may_save_its_own() -> None:
     assert torch.equal(whole_weights(resumed), whole_weights(net))
 
 
+def whole_states_go_into_sharded_models() -> None:
+    """What one process saved without `torch.distributed.checkpoint`; the other way there are shards only."""
+    for name, make in MAKES.items():
+        batches = make_batches(6)
+        net, made = started("one", make)
+        go_on(net, made, batches[:3])
+        file = Path(tempfile.mkdtemp()) / "one"
+        torch.save({"net": net.state_dict(), "made": made.state_dict()}, file)
+        stored = torch.load(file, weights_only=True)
+        go_on(net, made, batches[3:])
+        fresh = make_net()
+        fresh.load_state_dict(stored["net"])
+        resumed = per_block(fresh)
+        again = make(resumed)
+        again.load_state_dict(stored["made"])
+        go_on(resumed, again, _batches_of("two", batches[3:]))
+        torch.testing.assert_close(whole_weights(resumed), whole_weights(net), rtol=1e-12, atol=1e-12)
+        _, other = started("one", make)
+        before = other.state_dict()
+        with pytest.raises(ValueError, match="one process's shards"):
+            other.load_state_dict(again.state_dict())
+        assert other.state_dict().keys() == before.keys(), name
+        assert not other.state
+
+
 Checks = Mapping[str, Callable[[], None]]
 RESUMED: Checks = {f"{how}: {name}": partial(resumes, name, how) for how in ("nested", "flattened") for name in MAKES}
 CHECKS: Checks = {
     **{f"full: {name}": partial(resumes, name, "full") for name in MAKES},
     **{
         check.__name__: check
-        for check in (asking_before_the_first_step_changes_nothing, words_resume, each_process_may_save_its_own)
+        for check in (
+            asking_before_the_first_step_changes_nothing,
+            words_resume,
+            each_process_may_save_its_own,
+            whole_states_go_into_sharded_models,
+        )
     },
 }
 

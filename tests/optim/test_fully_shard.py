@@ -20,6 +20,7 @@ from tests.optim.test_processes import (
     CE,
     EQUAL,
     HEADS,
+    IGNORED,
     Batch,
     Heads,
     Make,
@@ -366,6 +367,55 @@ def a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
     assert made.health()["skipped_steps"] == 1.0
 
 
+def a_process_without_terms() -> None:
+    """All targets of process 0 are ignored in two of the steps; what runs forwards again waits for nobody then."""
+    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
+
+    def in_two(model: nn.Module, batch: Batch) -> None:
+        for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
+            backward(model, half)
+
+    whole = make_batches()
+    for _, y in whole[:3:2]:
+        y[: len(y) // 2] = IGNORED
+    one, _ = train(make, whole, in_two, alone())
+    two, _ = train_sharded(make, [share(batch) for batch in whole], backward)
+    equals(two, one)
+    judged = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
+    net, made = train_sharded(judged, [share(batch) for batch in whole], backward)
+    assert bool(whole_weights(net).isfinite().all())
+    assert made.param_groups[0]["damping"] != judged(make_net()).param_groups[0]["damping"]
+
+
+def processes_may_have_unlike_many_data() -> None:
+    """One has six of eight, and then none: its passes are other in number, and wait for each other all the same."""
+    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
+
+    def parts(step: int, batch: Batch) -> list[Batch]:
+        sizes = ([6, 2], [0, 8], [4, 4], [8, 0])[step % 4]
+        return list(zip(batch[0].split(sizes), batch[1].split(sizes), strict=True))
+
+    rank, steps = distributed.get_rank(), list(enumerate(make_batches(5)))
+    net = make_net()
+    made = make(nn.parallel.DistributedDataParallel(net, process_group=alone()))
+    for step, batch in steps:
+        made.zero_grad()
+        for part in parts(step, batch):
+            if len(part[0]):
+                backward(net, part)
+        made.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kfacopt.capture.chunks._CACHED", 700)  # some cotangents at a time
+        two, _ = train_sharded(make, [parts(step, batch)[rank] for step, batch in steps], backward)
+    equals(two, net)
+
+
+def an_operator_is_refused() -> None:
+    net = per_block(make_net())
+    with pytest.raises(RuntimeError, match="params are sharded"):
+        kfacopt.operators.GGNLinearOperator(net, CE(), list(net.parameters()), make_batches(1))
+
+
 def the_first_alone_may_ask() -> None:
     """No communication in what is only looked at."""
     net, made = train_sharded(optimizer(kfacopt.EKFAC), [share(b) for b in make_batches(2)], plain(CE()))
@@ -393,15 +443,23 @@ GRADIENTS: Mapping[str, Callable[[], None]] = {
 TRAJECTORIES: Mapping[str, Callable[[], None]] = {
     f"equal: {name}": partial(equals_one_process, name) for name in SHARDED
 }
-OTHERS: Mapping[str, Callable[[], None]] = {
+MODELS: Mapping[str, Callable[[], None]] = {
     check.__name__: check
     for check in (
         columns_are_as_good_as_rows,
         there_may_be_fewer_rows_than_processes,
         words_equal_one_process,
         heads_equal_one_process,
+    )
+}
+OTHERS: Mapping[str, Callable[[], None]] = {
+    check.__name__: check
+    for check in (
         the_engine_goes_on_where_it_was,
         a_gradient_that_is_not_finite_skips_the_step_everywhere,
+        a_process_without_terms,
+        processes_may_have_unlike_many_data,
+        an_operator_is_refused,
         the_first_alone_may_ask,
         what_works_in_one_process_only_is_refused,
     )
@@ -416,6 +474,11 @@ def gradients() -> Found:
 @pytest.fixture(scope="module")
 def trajectories() -> Found:
     return run_together(TRAJECTORIES, seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def models() -> Found:
+    return run_together(MODELS, seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +499,11 @@ def test_gradients(gradients: Found, name: str) -> None:
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_trajectories(trajectories: Found, name: str) -> None:
     holds(trajectories, name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(models: Found, name: str) -> None:
+    holds(models, name)
 
 
 @pytest.mark.parametrize("name", OTHERS)
