@@ -3,6 +3,7 @@
     scripts/train task=classification optimizer=kfac
     scripts/train -m optimizer=sgd,adamw,ekfac     (a sweep)
     scripts/train trainer=ddp trainer.devices=2     (several processes)
+    scripts/train trainer=fsdp2 trainer.devices=2   (several that hold a part of the model each)
     scripts/train resume=runs/train/<folder>
 
 Everything goes to one run folder: the resolved config, metrics.csv, loss.png, report.png (curvature) and checkpoints.
@@ -137,7 +138,8 @@ def checkpoint_of(resume: str) -> Path:
         FileNotFoundError: There is none.
     """
     path = Path(resume)
-    found = [path] if path.is_file() else sorted(path.glob("checkpoints/*.ckpt"), key=_written)
+    is_one = path.is_file() or (path / ".metadata").exists()  # the latter: a file of each process
+    found = [path] if is_one else sorted(path.glob("checkpoints/*.ckpt"), key=_written)
     if not found:
         raise FileNotFoundError(
             f"resume={resume} must name a checkpoint or a run folder with one: there is none in {path / 'checkpoints'}."

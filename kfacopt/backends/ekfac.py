@@ -99,7 +99,6 @@ class EKFACBackend(LayerwiseBackend):
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
-        matrix = layer.pack(layer.values())
-        dense = layer.handler.structure == "tied" and is_dense(matrix.shape[-1])
-        cuttable = matrix.ndim == 2 and (dense or layer.handler.structure == "outer")
+        dense = layer.handler.structure == "tied" and is_dense(layer.shape[-1])
+        cuttable = len(layer.shape) == 2 and (dense or layer.handler.structure == "outer")
         return PartialEigenBlock(self._tail, self._exponent) if cuttable else CorrectedEigenBlock(self._exponent)

@@ -12,7 +12,7 @@ from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import whole_of
+from kfacopt.linalg.tensors import tensor_of_rows
 
 
 class KroneckerBlock(FactoredBlock):
@@ -56,7 +56,7 @@ class KroneckerBlock(FactoredBlock):
         lefts, rights = zip(*(block._cached() for block in held), strict=True)
         if len(held) == 1:
             return _solved(lefts[0], rights[0], matrices[0]).unsqueeze(0)
-        left, right = whole_of(lefts), whole_of(rights)
+        left, right = tensor_of_rows(lefts), tensor_of_rows(rights)
         if left is None or right is None:
             # The blocks hold views of it from now on, so that it is made once a refresh.
             left, right = torch.stack(lefts), torch.stack(rights)

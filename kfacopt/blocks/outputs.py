@@ -13,7 +13,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import whole_of
+from kfacopt.linalg.tensors import tensor_of_rows
 
 WIDEST = 4096
 """Outputs up to which G is kept whole, in 64 MiB of float32; of more its diagonal is."""
@@ -156,7 +156,7 @@ class OutputBlock(Block):
 def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
     """A tensor of each block as one `[b ..]`; the blocks hold views of it then, so that it is made once a refresh."""
     tensors = [getattr(block, name) for block in blocks]
-    if (whole := whole_of(tensors)) is None:
+    if (whole := tensor_of_rows(tensors)) is None:
         whole = torch.stack(tensors)
         for block, view in zip(blocks, whole.unbind(), strict=True):
             setattr(block, name, view)

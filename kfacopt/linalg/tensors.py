@@ -54,14 +54,14 @@ def stacked(numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(numbers))
 
 
-def whole_of(rows: Sequence[Tensor]) -> Tensor | None:
+def tensor_of_rows(rows: Sequence[Tensor]) -> Tensor | None:
     """The tensor whose rows, all of them and in their order, some tensors are; None: there is none.
 
     Who wants many tensors as one at every step lets their owners hold views of it: nothing is copied until an owner
     holds something else (a loaded state, a renewed inverse), which is told by itself.
 
     >>> whole = torch.ones(2, 2)
-    >>> whole_of(whole.unbind()) is whole, whole_of([whole[0], whole[1].clone()])
+    >>> tensor_of_rows(whole.unbind()) is whole, tensor_of_rows([whole[0], whole[1].clone()])
     (True, None)
     """
     whole: Tensor | None = rows[0]._base

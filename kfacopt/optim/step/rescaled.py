@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.tensors import stacked
-from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 
 
 class RescaledGradients(Direction):
@@ -48,6 +48,9 @@ class RescaledGradients(Direction):
 
     def refusal(self, layer: Layer) -> str | None:
         return self.direction.refusal(layer)
+
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, Sequence[int]]) -> Remembered:
+        return self.direction.remembered(layers, plain)
 
     def updates(self, step: Step) -> Updates:
         stepped = [p for p in step.stepped if p in step.gradients]
