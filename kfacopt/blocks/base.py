@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg.polar import PolarFactor
@@ -29,14 +30,16 @@ class Block(ABC):
     mean loss per loss term; `damping` is added to the operator in the same units.
     """
 
-    title: ClassVar[str]
+    title: str
     """What `coverage()` calls it."""
     symmetric: frozenset[str] = frozenset()
     """Which of the averages are symmetric matrices, of which half is enough to send; diagonal ones have one axis."""
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
+        self.diagonals = diagonals
+        """Which Kronecker factors, of a block that has them, are their diagonals."""
         self.retries = 0
         """Decompositions that failed and were tried again, or left the cache as it was, since the beginning."""
 
@@ -186,15 +189,24 @@ def flat_rows(rows: Tensor) -> Tensor:
     return rows.flatten(-3, -2)
 
 
-def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype) -> tuple[Tensor, float]:
+def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool = False) -> tuple[Tensor, float]:
     """Sum of `a aᵀ` over the rows, `[*k i i]` or the diagonal `[i]`, and the number of rows.
 
     Kronecker factor A of Eschenhagen et al. 2023, equation 16 (expand) or 22 (reduce: there is one row per datum).
+    Of one-hot rows it is diagonal by itself.
     """
     if isinstance(inputs, OneHot):
         return inputs.counts(dtype), float(inputs.indices.numel())
     flat = flat_rows(inputs)
+    if diagonal:
+        return squared_columns(flat), float(flat.shape[-2])
     return flat.mT @ flat, float(flat.shape[-2])
+
+
+def squared_columns(rows: Tensor) -> Tensor:
+    """Sum of the squares of each column over all rows, `[d]`, from `[.. d]`: the diagonal of `Σ r rᵀ`."""
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(0, -2), dim=0)
+    return norms.square()
 
 
 def gradient_covariance(gradients: Tensor) -> Tensor:

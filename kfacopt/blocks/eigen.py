@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
@@ -18,23 +19,24 @@ class EigenBlock(FactoredBlock):
     """`(Q_G ⊗ Q_A) diag(λ_G λ_Aᵀ) (Q_G ⊗ Q_A)ᵀ`: KFAC whose damping is added to the eigenvalues, exactly.
 
     Args:
-        input_factor: Running average of A, `[*k i i]` or the diagonal `[i]` (then Q_A is the identity).
-        gradient_factor: Running average of G, `[*k o o]`.
+        diagonals: Which factors are their diagonals; their eigenbasis is the identity.
+        input_factor: Running average of A, `[*k i i]` or the diagonal `[i]`.
+        gradient_factor: Running average of G, `[*k o o]` or the diagonal `[o]`.
     """
 
     title = "KFAC, eigenbasis"
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
+        super().__init__(diagonals)
         self._left: Tensor | None = None
         self._right: Tensor | None = None
         self._values_left: Tensor | None = None
         self._values_right: Tensor | None = None
         self._reciprocal: tuple[float, Tensor] | None = None
 
-    def basis(self) -> tuple[Tensor, Tensor | None]:
+    def basis(self) -> tuple[Tensor | None, Tensor | None]:
         """Eigenbases Q_G `[*k o o]` and Q_A `[*k i i]` (None: the identity)."""
-        if self._left is None:
+        if self._values_left is None:
             raise RuntimeError("this block has no eigenbasis yet: refresh() comes first")
         return self._left, self._right
 
@@ -57,20 +59,18 @@ class EigenBlock(FactoredBlock):
             self.retries += 1  # the cache, or its absence, stays; the next step tries again
             return
         self.retries += retries_left + retries_right
-        assert basis_left is not None  # G is never diagonal
         self._change_basis(basis_left, basis_right, values_left, values_right)
 
     def refine(self) -> None:
         """Bring the basis nearer to the statistics by one warm-started QR step, at about half an eigh's cost."""
         left, right = self.factors()
         basis_left, basis_right = self.basis()
-        new_left = refine_basis(left, basis_left)
-        new_right = None if basis_right is None else refine_basis(right, basis_right)
-        values_left = (new_left * (left @ new_left)).sum(-2)
-        values_right = right if new_right is None else (new_right * (right @ new_right)).sum(-2)
+        (values_left, new_left), (values_right, new_right) = _refined(left, basis_left), _refined(right, basis_right)
         self._change_basis(new_left, new_right, values_left, values_right)
 
-    def _change_basis(self, left: Tensor, right: Tensor | None, values_left: Tensor, values_right: Tensor) -> None:
+    def _change_basis(
+        self, left: Tensor | None, right: Tensor | None, values_left: Tensor, values_right: Tensor
+    ) -> None:
         self._left, self._right = left, right
         self._values_left, self._values_right = values_left, values_right
         self._reciprocal = None
@@ -82,7 +82,8 @@ class EigenBlock(FactoredBlock):
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         left, right = self.basis()
         coordinates = kronecker.rotate(left, matrix, right)
-        return kronecker.rotate_back(left, coordinates.mul_(self._reciprocals(damping)), right)
+        own = None if coordinates is matrix else coordinates  # along the identity they are the caller's
+        return kronecker.rotate_back(left, torch.mul(coordinates, self._reciprocals(damping), out=own), right)
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
         return kronecker.rotate(self.basis()[0], matrix, self.basis()[1]) * self._reciprocals(damping).sqrt()
@@ -142,13 +143,14 @@ class CorrectedEigenBlock(EigenBlock):
 
     Args:
         exponent: Power of the damped eigenvalues to divide by.
+        diagonals: Which factors are their diagonals: E is of the curvature itself all the same, along the identity.
         corrected: Running average of E, `[*k o i]`, in the present basis.
     """
 
     title = "EKFAC"
 
-    def __init__(self, exponent: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, exponent: float = 1.0, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008
+        super().__init__(diagonals)
         self._exponent = exponent
         self.corrected = RunningAverage()
 
@@ -157,7 +159,7 @@ class CorrectedEigenBlock(EigenBlock):
 
     def update(self, rows: Rows) -> None:
         super().update(rows)
-        if self._left is not None:
+        if self._values_left is not None:
             self.corrected.add(squared_coordinates(rows, *self.basis()), rows.new_terms)
 
     def renewed(self) -> dict[str, Tensor | None]:
@@ -175,15 +177,26 @@ class CorrectedEigenBlock(EigenBlock):
         values = kronecker.damp_factored(self.eigenvalues(), left, right, damping)
         return values if self._exponent == 1.0 else values.pow_(self._exponent)
 
-    def _change_basis(self, left: Tensor, right: Tensor | None, values_left: Tensor, values_right: Tensor) -> None:
+    def _change_basis(
+        self, left: Tensor | None, right: Tensor | None, values_left: Tensor, values_right: Tensor
+    ) -> None:
         held = self.corrected.value
-        if held is not None and self._left is not None:
+        if held is not None:
             # diag of the held operator in the new basis: squared overlaps of the old and new directions.
-            held = (left.mT @ self._left).square() @ held
+            if left is not None and self._left is not None:
+                held = (left.mT @ self._left).square() @ held
             if right is not None and self._right is not None:
                 held = held @ (right.mT @ self._right).square().mT
             self.corrected.value = held
         super()._change_basis(left, right, values_left, values_right)
+
+
+def _refined(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenbasis of a factor after one more QR step; of a diagonal one there is nothing to refine."""
+    if basis is None:
+        return factor.clamp_min(0.0), None
+    better = refine_basis(factor, basis)
+    return (better * (factor @ better)).sum(-2), better
 
 
 def squared_coordinates(
@@ -197,18 +210,18 @@ def squared_coordinates(
 
     Args:
         rows: Inputs `[*k n s i]` or one-hot, gradients `[v *k n s o]`.
-        left: Q_G, `[*k o o]`, or None if the gradients are coordinates already.
+        left: Q_G, `[*k o o]`, or None for the identity, or if the gradients are coordinates already.
         right: Q_A, `[*k i r]`, or None for the identity.
         budget: Elements that a temporary may have.
     """
     if rows.transposed is not None:
-        assert left is not None
         return squared_tied_coordinates(rows, left, right, budget)
     if isinstance(rows.inputs, OneHot):
         return _squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
     places, outputs, columns = rows.gradients.shape[-2], rows.gradients.shape[-1], rows.inputs.shape[-1]
-    # Rotating rows takes s (o² + i²) products a datum, rotating its gradient o i (o + i).
-    late = places > 3 and places * (outputs**2 + columns**2) > outputs * columns * (outputs + columns)
+    # Rotating rows takes s (o² + i²) products a datum, rotating its gradient o i (o + i); the identity takes none.
+    on_left, on_right = outputs * (left is not None), columns * (right is not None)
+    late = places > 3 and places * (on_left**2 + on_right**2) > outputs * columns * (on_left + on_right)
     if late:
         parts = [_squared_by_datum(g, rows.inputs, (left, right), budget) for g in rows.gradients]
         return sum(parts[1:], start=parts[0])

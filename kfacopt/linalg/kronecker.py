@@ -2,7 +2,8 @@
 
 A *factor* is a symmetric matrix `[*k d d]`, or the diagonal `[d]` of one: the input factor of a layer with one-hot
 inputs (an embedding) is diagonal, and as large as the vocabulary. A one-dimensional tensor is always a diagonal.
-An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal factor).
+An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal factor). So is the factor of a side too
+wide to be squared, which is of the inputs or of the outputs.
 """
 
 from __future__ import annotations
@@ -17,24 +18,28 @@ from kfacopt.linalg.symmetric import root as symmetric_root
 
 
 def multiply(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """`left @ matrix @ right` for factors left `[*k o o]` and right `[*k i i]` or diagonal `[i]`; matrix `[*k o i]`.
+    """`left @ matrix @ right` for factors left `[*k o o]` or `[o]` and right `[*k i i]` or `[i]`; matrix `[*k o i]`.
 
     >>> multiply(torch.eye(2), torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
     [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
-    if right.ndim == 1:
-        return left @ (matrix * right)
-    return left @ (matrix @ right)
+    return _from_left(left, matrix * right if right.ndim == 1 else matrix @ right)
 
 
-def rotate(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+def _from_left(factor: Tensor, matrix: Tensor) -> Tensor:
+    return factor.unsqueeze(-1) * matrix if factor.ndim == 1 else factor @ matrix
+
+
+def rotate(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """`leftᵀ @ matrix @ right`: coordinates of `matrix` `[*k o i]` in the Kronecker eigenbasis `left ⊗ right`."""
-    return left.mT @ (matrix if right is None else matrix @ right)
+    rotated = matrix if right is None else matrix @ right
+    return rotated if left is None else left.mT @ rotated
 
 
-def rotate_back(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+def rotate_back(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """`left @ matrix @ rightᵀ`: the inverse of `rotate` for orthonormal bases."""
-    return left @ (matrix if right is None else matrix @ right.mT)
+    rotated = matrix if right is None else matrix @ right.mT
+    return rotated if left is None else left @ rotated
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -83,13 +88,14 @@ def root(factor: Tensor) -> Tensor:
 
 
 def sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """`left @ matrix @ rightᵀ` for roots left `[*k o o]` and right `[*k i i]` or diagonal `[i]`."""
-    return left @ (matrix * right if right.ndim == 1 else matrix @ right.mT)
+    """`left @ matrix @ rightᵀ` for roots left `[*k o o]` or `[o]` and right `[*k i i]` or `[i]`."""
+    return _from_left(left, matrix * right if right.ndim == 1 else matrix @ right.mT)
 
 
 def transposed_sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ @ matrix @ right`, the adjoint of `sandwich`."""
-    return left.mT @ (matrix * right if right.ndim == 1 else matrix @ right)
+    adjoint = left if left.ndim == 1 else left.mT
+    return _from_left(adjoint, matrix * right if right.ndim == 1 else matrix @ right)
 
 
 def product_of_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -99,7 +105,7 @@ def product_of_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     multiples of each other.
 
     Args:
-        pairs: G_j `[o o]` and A_j `[i i]`, or all diagonal `[i]`; positive semi-definite.
+        pairs: G_j `[o o]`, or all diagonal `[o]`, and A_j `[i i]`, or all diagonal `[i]`; positive semi-definite.
 
     >>> left, right = product_of_sum([(torch.eye(2), torch.ones(3)), (2 * torch.eye(2), torch.arange(3.0))])
     >>> torch.kron(left, right.diag()).diagonal().round()
