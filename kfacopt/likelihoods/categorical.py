@@ -139,7 +139,7 @@ class Categorical(Likelihood):
     def _sampled(self, terms: LossTerms, probabilities: Tensor, labels: Tensor) -> Tensor:
         """`sqrt(scale / v) (p - e_y)` at labels `[v m]`."""
         deviation = (terms.scale / labels.shape[0]).sqrt()
-        vectors = (probabilities * deviation[:, None]).expand(labels.shape[0], -1, -1).clone()
+        vectors = probabilities.expand(labels.shape[0], -1, -1) * deviation[:, None]
         height = -deviation.expand_as(labels)
         return vectors.scatter_add_(-1, labels[..., None], height[..., None])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.likelihoods.precision import Precision, largest_magnitude
+from kfacopt.linalg.tensors import magnitude
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     axes = [0] if gradient.ndim == 1 else sorted({1, gradient.ndim - 1})
     wide = gradient.float() if gradient.dtype != torch.float64 else gradient
     sums = [wide.sum(axis).abs().sum() for axis in axes]
-    total, *residuals = torch.stack([wide.abs().sum(), *sums]).tolist()
+    total, *residuals = torch.stack([magnitude(wide), *sums]).tolist()
     residual = dict(zip(axes, residuals, strict=True))
     # The gradient of a single class is zero, which says nothing.
     axes.sort(key=lambda axis: (residual[axis], gradient.shape[axis] == 1))
@@ -149,7 +150,8 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     """The labels whose gradients are, up to one factor, the rows `[m c]` of `gradient`."""
     lowest, labels = gradient.min(-1)
     # Without a negative entry, p - 1 was rounded to zero at the label; other entries may have underflowed.
-    labels = torch.where(lowest < 0, labels, probabilities.argmax(-1))
+    if bool((rounded := lowest >= 0).any()):
+        labels = labels.masked_scatter(rounded, probabilities[rounded].argmax(-1))
     size = torch.maximum(-lowest, gradient.amax(-1))
     inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
     gradient = gradient * inverse  # so that loss scaling does not over- or underflow squares

@@ -40,7 +40,8 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
         return terms
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
     own, rows = terms.gradient, terms.rows(gradient).to(terms.gradient.dtype)
-    squares, along, length = (torch.linalg.vecdot(a, b) for a, b in ((own, own), (rows, own), (rows, rows)))
+    squares, length = (torch.linalg.vector_norm(a, dim=-1).square() for a in (own, rows))
+    along = torch.linalg.vecdot(rows, own)
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     size = squares.sqrt()
