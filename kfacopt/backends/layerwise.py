@@ -225,9 +225,11 @@ class LayerwiseBackend(CurvatureBackend):
 
     def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:
         ready = [(layer, s) for layer, s in settings.items() if self.blocks[layer.name].ready]
-        conditions = [self.blocks[layer.name].condition(s.damping) for layer, s in ready]
+        found = [self.blocks[layer.name].condition(s.damping).double() for layer, s in ready]
+        conditions = torch.stack(found).tolist() if found else []  # together: the device is waited for once
         return {
-            "condition": float(torch.stack(conditions).max()) if conditions else float("nan"),
+            "condition": max(conditions, default=float("nan")),
+            **{f"condition/{layer.name or '(root)'}": of for (layer, _), of in zip(ready, conditions, strict=True)},
             "staleness": float(self._refreshes.staleness(self._step)),
             "refresh_ms": 1e3 * self._last_refresh_seconds,
             "fallbacks": float(sum(block.retries for block in self.blocks.values())),
