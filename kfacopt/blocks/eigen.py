@@ -10,6 +10,7 @@ from torch import Tensor
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, at_once, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
+from kfacopt.blocks.squares import squared_one_hot, squared_sums
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
@@ -261,7 +262,7 @@ def squared_coordinates(
     if rows.transposed is not None:
         return squared_tied_coordinates(rows, left, right, budget)
     if isinstance(rows.inputs, OneHot):
-        return _squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
+        return squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
     places, outputs, columns = rows.gradients.shape[-2], rows.gradients.shape[-1], rows.inputs.shape[-1]
     # Rotating rows takes s (o² + i²) products a datum, rotating its gradient o i (o + i); the identity takes none.
     on_left, on_right = outputs * (left is not None), columns * (right is not None)
@@ -277,7 +278,7 @@ def squared_coordinates(
     if places <= 3:
         parts = [_squared_by_pairs(g, inputs) for g in gradients]
     else:
-        parts = [_squared_sums(g, inputs, budget) for g in gradients]
+        parts = [squared_sums(g, inputs, budget) for g in gradients]
     return sum(parts[1:], start=parts[0])
 
 
@@ -295,19 +296,6 @@ def _squared_by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
     return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
 
 
-def _squared_sums(gradients: Tensor, inputs: Tensor, budget: int) -> Tensor:
-    """`Σ_n (Σ_s g aᵀ)²` of gradients `[*k n s o]` and inputs `[*k n s i]`; data and outputs in pieces."""
-    leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
-    outputs, columns = gradients.shape[-1], inputs.shape[-1]
-    total = gradients.new_zeros(*leading, outputs, columns)
-    budget = at_once(gradients.device, budget)
-    for some in chunks_of_data(outputs, leading.numel() * columns, budget):
-        own, places = gradients[..., some], total[..., some, :]
-        for part in chunks_of_data(gradients.shape[-3], places.numel(), budget):
-            places += (own[..., part, :, :].mT @ inputs[..., part, :, :]).square_().sum(-3)
-    return total
-
-
 def _squared_by_datum(
     gradients: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None, budget: int
 ) -> Tensor:
@@ -322,17 +310,3 @@ def _squared_by_datum(
             per_datum = (left if left.ndim == 2 else left.unsqueeze(-3)).mT @ per_datum
         total += _times_basis(per_datum, right).square_().sum(-3)
     return total
-
-
-def _squared_one_hot(gradients: Tensor, inputs: OneHot) -> Tensor:
-    """A datum's gradient at one word is the sum over the word's places in that datum; most words are absent."""
-    data, _ = inputs.indices.shape
-    keys = inputs.indices + inputs.size * torch.arange(data, device=gradients.device).unsqueeze(-1)
-    unique, place = keys.flatten().unique(return_inverse=True)
-    word = unique % inputs.size
-    total = gradients.new_zeros(inputs.size, gradients.shape[-1])
-    for cotangent in gradients:
-        flat = cotangent.flatten(-3, -2)
-        per_datum = flat.new_zeros(unique.numel(), flat.shape[-1]).index_add_(0, place, flat)
-        total.index_add_(0, word, per_datum.square_())
-    return total.mT

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kfacopt.blocks.base import chunks_of_data, gradient_covariance, input_covariance, squared_columns
 from kfacopt.blocks.sides import Diagonals
+from kfacopt.blocks.squares import squared_one_hot, squared_sums
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
@@ -76,26 +77,42 @@ def squared_tied_coordinates(rows: Rows, left: Tensor | None, right: Tensor | No
     assert rows.transposed is not None
     words, heads = rows.inputs, rows.transposed
     assert isinstance(heads.inputs, Tensor)
-    columns = words.size if right is None else right.shape[-1]
+    if right is None:
+        return _along_words(rows, words, heads, left, budget)
     inputs = _rotated(heads.inputs, left)
-    total = inputs.new_zeros(inputs.shape[-1], columns)
+    total = inputs.new_zeros(inputs.shape[-1], right.shape[-1])
     together = rows.gradients.shape[1] == heads.gradients.shape[1]
     for looked_up, head in zip(rows.gradients, heads.gradients, strict=True):
         for part in chunks_of_data(max(len(looked_up), len(head)), total.numel() + words.size, budget):
-            own = _of_words(_rotated(looked_up[part], left), words.indices[part], right, words.size)
+            own = _of_words(_rotated(looked_up[part], left), words.indices[part], right)
             other = inputs[part].mT @ _rotated(head[part], right)
             for gradients in (own + other,) if together else (own, other):
                 total += gradients.square().sum(0)
     return total
 
 
+def _along_words(rows: Rows, words: OneHot, heads: Rows, left: Tensor | None, budget: int) -> Tensor:
+    """The same along the words themselves: `other² + own² + 2 own · other`, of which own is zero at most words."""
+    assert isinstance(heads.inputs, Tensor)
+    looked_up, inputs = _rotated(rows.gradients, left), _rotated(heads.inputs, left)
+    total = squared_one_hot(looked_up, words)
+    by_word = total.mT
+    together = rows.gradients.shape[1] == heads.gradients.shape[1]
+    places = words.indices.shape[1] * (heads.gradients.shape[-2] + 2 * inputs.shape[-1])
+    for own, head in zip(looked_up, heads.gradients, strict=True):
+        by_word += squared_sums(head, inputs, budget)
+        for part in chunks_of_data(len(head), places, budget) if together else ():
+            index = words.indices[part]
+            at_words = head[part].gather(-1, index.unsqueeze(1).expand(-1, head.shape[-2], -1))
+            cross = own[part] * (at_words.mT @ inputs[part])
+            by_word.index_add_(0, index.flatten(), cross.flatten(0, 1), alpha=2.0)
+    return total.clamp_min_(0.0)  # a sum of squares, but for rounding
+
+
 def _rotated(rows: Tensor, basis: Tensor | None) -> Tensor:
     return rows if basis is None else rows @ basis
 
 
-def _of_words(gradients: Tensor, indices: Tensor, right: Tensor | None, size: int) -> Tensor:
+def _of_words(gradients: Tensor, indices: Tensor, right: Tensor) -> Tensor:
     """`Σ_s g eᵀ Q_A` of each datum, `[n k l]`, from gradients `[n s k]` and the words' indices `[n s]`."""
-    if right is not None:
-        return gradients.mT @ right[indices]
-    placed = gradients.new_zeros(len(gradients), size, gradients.shape[-1])
-    return placed.scatter_add_(1, indices.unsqueeze(-1).expand_as(gradients), gradients).mT
+    return gradients.mT @ right[indices]

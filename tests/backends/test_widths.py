@@ -208,6 +208,16 @@ class Language(nn.Module):
         return logits
 
 
+def test_a_vector_for_each_word_is_warned_of() -> None:
+    model = Language(1001, 2, tied=False)
+    made = kfacopt.EKFAC(model, nn.CrossEntropyLoss(), curvature="ggn")
+    x = torch.randint(1001, (2, 1))
+    with pytest.warns(UserWarning, match="there are 1001: sampling, curvature='mc'"):
+        nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+    made.step()
+    assert made.health()["unseen_layers"] == 0.0
+
+
 class Largest(TorchDispatchMode):
     """Notes the most elements of any tensor that an operation returns, on any thread of this process' main one."""
 
