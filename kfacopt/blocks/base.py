@@ -13,20 +13,13 @@ from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg.polar import PolarFactor
+from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE
 
 ELEMENTS_AT_ONCE = 2**24
 """How many elements a temporary may have where memory would grow with data times parameters.
 
 64 MiB in float32: little beside a model's own memory, and enough for products to be long. Fewer: more and shorter
 products; more: more memory. Results change by rounding only.
-"""
-
-
-ELEMENTS_IN_CACHE = 2**18
-"""How many elements a temporary had better have on a processor: 1 MiB in float32.
-
-It stays in the cache then, and the allocator has it at hand. Squared per-datum gradients of a head of 50,000 words took
-36 ms so, and 124 ms in one piece; of usual layers (128 x 512, 64 places) 66 and 150.
 """
 
 
