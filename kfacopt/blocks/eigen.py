@@ -227,12 +227,16 @@ def _solved_by_rows(matrix: Tensor, basis: Tensor | None, values: Callable[[slic
         values: Of some rows, `[m' d]`, to divide their coordinates by.
     """
     result = matrix.new_empty(matrix.shape)
+    if basis is not None:
+        # Factors on the right that lie transposed: a product with few columns takes a third of the time (32: 2.0 ms
+        # instead of 6.1 for 50,000 rows), with many as long.
+        into, back = basis.mT.contiguous().mT, basis.contiguous().mT
     # Five of them at a time, so a quarter of what is fast for one.
     for some in chunks_of_data(len(matrix), matrix.shape[-1], at_once(matrix.device) // 4):
         if basis is None:
             result[some] = matrix[some] / values(some)
         else:
-            result[some] = (matrix[some] @ basis).div_(values(some)) @ basis.mT
+            result[some] = (matrix[some] @ into).div_(values(some)) @ back
     return result
 
 
