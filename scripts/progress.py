@@ -59,7 +59,8 @@ def counted(items: Sequence[Item], describe: Callable[[Item], str], console: Con
         describe: What a line says of the item that is being done.
         console: Where to.
 
-    >>> list(counted([1, 2], str, Console(file=io.StringIO())))
+    >>> from io import StringIO
+    >>> list(counted([1, 2], str, Console(file=StringIO())))
     [1, 2]
     """
     now = ""
