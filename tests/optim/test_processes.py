@@ -126,6 +126,9 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
         {},
     ),
     "kfac-exact": (optimizer(backend=lambda: kfacopt.EigenKFACBackend(1, 2, stagger=False)), plain(CE()), {}),
+    "kfac-wide": (optimizer(backend=lambda: kfacopt.KFACBackend(1, 2, widest=3)), plain(CE()), {}),
+    "ekfac-wide": (optimizer(backend=lambda: kfacopt.EKFACBackend(1, 2, widest=3)), plain(CE()), {}),
+    "kfac-exact-wide": (optimizer(backend=lambda: kfacopt.EigenKFACBackend(1, 2, widest=3)), plain(CE()), {}),
     "spectral": (optimizer(kfacopt.SpectralDescent), plain(CE()), {}),
     "spectral-every-other": (
         optimizer(kfacopt.SpectralDescent, backend=lambda: kfacopt.OneSidedKFACBackend(1, 2, 0.5, stagger=False)),
