@@ -17,6 +17,7 @@ from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.tied import TransposedFactors
+from kfacopt.blocks.trial import misfit
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import PolarFactor
@@ -262,6 +263,8 @@ class LayerwiseBackend(CurvatureBackend):
                 continue
             if (mismatch := self._mismatch(name, kept)) is not None:
                 raise ValueError(f"the curvature state of {name!r} is of {mismatch}")
+            if (why := misfit(self.blocks[name], kept, layer)) is not None:
+                raise ValueError(f"the curvature state of {name!r} does not fit its layer {list(layer.shape)}: {why}")
             chosen[name] = kept
         for name, layer in self._layers.items():
             if name in chosen:

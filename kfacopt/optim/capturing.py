@@ -23,6 +23,7 @@ from kfacopt.optim.checks import check_engine, check_model, check_params, check_
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
+from kfacopt.optim.stored import check_stored
 from kfacopt.optim.together import Agreement, agreed
 from kfacopt.sharding import unwrapped
 
@@ -338,7 +339,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend; nothing is changed then.
+            ValueError: If it is of another model or backend, or damaged, with the place; nothing is changed then.
         """
         own, key = state_dict.get("curvature"), self._own_state_key
         if key and (own is None or key not in own):
@@ -347,18 +348,24 @@ class CapturingOptimizer(torch.optim.Optimizer):
             )
         self._follow_changes()
         before, unseen_uses = self._own_state(), self._unseen_uses
+        held_before = {name: self.__dict__[name] for name in ("state", "param_groups", *self._own_attributes)}
         try:
+            check_stored(state_dict, [p for group in self.param_groups for p in group["params"]], self.defaults)
             if own is not None:
                 held = dict(self.model.named_parameters())
                 self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}
                 self._follow_changes()
                 self._load_own_state(own)
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
-        except (ValueError, KeyError):
+        except Exception as error:
+            self.__dict__.update(held_before)
             self._unseen_uses = unseen_uses
             self._follow_changes()
             self._load_own_state(before)
-            raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"this {type(self).__name__} cannot go on from this state dict: {said}") from error
         if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:
             self._forget()  # what waits for the step is one process's part of it
         self._arm()
