@@ -36,8 +36,19 @@ def misfit(block: Block, state: Mapping[str, Any], layer: Layer) -> str | None:
         trial.load_state_dict(dict(state), nothing.device)
         if trial.ready and trial.solve(nothing, 1.0).shape != nothing.shape:
             return "its cache solves for matrices of another shape"
+        groups = nothing.shape[:-2]  # an axis of one would pass for any number of them
+        for name, held in trial.cache().items():
+            if held is not None and not (held.is_floating_point() and held.shape[: len(groups)] == groups):
+                return f"{name} is {held.dtype} {list(held.shape)}"
+        stored = [(name, a.value, a.pending) for name, a in trial.averages().items()]
+        trial.discard()
         trial.update(_nothing_seen(layer, nothing))
-        trial.fold(0.5)
+        fresh = {name: average.pending for name, average in trial.averages().items()}
+        for name, *tensors in stored:
+            for there, here in ((tensor, fresh[name]) for tensor in tensors if tensor is not None):
+                if here is not None and (there.shape, there.dtype) != (here.shape, here.dtype):
+                    found, wanted = (f"{t.dtype} {list(t.shape)}" for t in (there, here))
+                    return f"{name} is {found}, where the layer's rows make {wanted}"
     except KeyError as error:
         return f"it lacks {error}"
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:

@@ -23,7 +23,7 @@ from kfacopt.optim.checks import check_engine, check_model, check_params, check_
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
-from kfacopt.optim.stored import check_stored
+from kfacopt.optim.stored import check_stored, read
 from kfacopt.optim.together import Agreement, agreed
 from kfacopt.sharding import unwrapped
 
@@ -324,7 +324,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         """Take over what `_own_state` returned, or raise a ValueError before anything is changed."""
-        self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
+        read("curvature/estimator", self._estimator, own["estimator"], next(self.model.parameters()).device)
         self._step, self._report["skipped_steps"] = int(own["step"]), float(own["skipped_steps"])
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         capture = self._open_capture()
@@ -350,7 +350,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
         before, unseen_uses = self._own_state(), self._unseen_uses
         held_before = {name: self.__dict__[name] for name in ("state", "param_groups", *self._own_attributes)}
         try:
-            check_stored(state_dict, [p for group in self.param_groups for p in group["params"]], self.defaults)
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            names = [n for n in self.defaults if n in self.param_groups[0]]  # torch adds to the defaults on loading
+            check_stored(state_dict, super().state_dict() | {"curvature": before}, parameters, names)
             if own is not None:
                 held = dict(self.model.named_parameters())
                 self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}

@@ -14,27 +14,30 @@ _TOGETHER = (("momentum_buffer", "momentum_weight"), ("exp_avg", "exp_avg_sq", "
 """What is remembered of a parameter is there as a whole, or not at all."""
 
 
-def check_stored(state_dict: Mapping[str, Any], parameters: Sequence[nn.Parameter], names: Collection[str]) -> None:
-    """Refuse a state dict with numbers that are none, hyper-parameters that are missing, or moments of another shape.
+def check_stored(
+    state_dict: Mapping[str, Any], here: Mapping[str, Any], parameters: Sequence[nn.Parameter], names: Collection[str]
+) -> None:
+    """Refuse a state dict with numbers that are none, things of another kind than here, or moments of another shape.
 
     Args:
         state_dict: What is to be loaded.
+        here: The state dict of the optimizer that is to load it.
         parameters: Of all param groups, in order.
         names: The hyper-parameters of a group.
 
     Raises:
         ValueError: If so, with the place within the state dict.
 
-    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, [], [])
+    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, {}, [], [])
     Traceback (most recent call last):
     ValueError: state/0/exp_avg holds numbers that are not finite
     """
     for section in ("state", "param_groups"):
         if section not in state_dict:
             raise ValueError(f"there is no {section!r}: it is not an optimizer's state dict, or a part of one")
-    _check_numbers(state_dict, "")
+    _check_values(state_dict, here, "")
     for number, group in enumerate(state_dict["param_groups"]):
-        if missing := [name for name in names if name not in group]:
+        if missing := [name for name in (*names, "params") if name not in group]:
             raise ValueError(f"param_groups/{number} lacks {', '.join(map(repr, missing))}")
     places = [place for group in state_dict["param_groups"] for place in group["params"]]
     if len(places) == len(parameters):  # else torch says so
@@ -42,19 +45,62 @@ def check_stored(state_dict: Mapping[str, Any], parameters: Sequence[nn.Paramete
             _check_memory(f"state/{place}", state_dict["state"].get(place, {}), parameter)
 
 
-def _check_numbers(value: Any, place: str) -> None:
-    """A tensor has finite numbers only; a plain number may be infinite (no bound), but not NaN."""
+def read(place: str, part: Any, *state: Any) -> None:
+    """Let a part take its state over; whatever goes wrong is said to be at a place of the state dict.
+
+    Args:
+        place: Of the part's state.
+        part: Has a `load_state_dict`.
+        state: Its arguments.
+
+    Raises:
+        ValueError: Instead of what went wrong; but for a lack of memory.
+    """
+    try:
+        part.load_state_dict(*state)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{place}: {said}") from error
+
+
+def _check_values(value: Any, here: Any, place: str) -> None:
+    """Tensors have finite numbers only; plain numbers may be infinite (no bound), and NaN where they are here.
+
+    Where there is something here, it is of the same kind; None is of any.
+    """
+    if value is not None and here is not None and _kind(value) != _kind(here):
+        raise ValueError(f"{place} must be {_kind(here)}, got {_kind(value)} ({value!r:.40})")
     if isinstance(value, Mapping):
         for key, held in value.items():
-            _check_numbers(held, f"{place}/{key}" if place else str(key))
+            within = here.get(key) if isinstance(here, Mapping) else None
+            _check_values(held, within, f"{place}/{key}" if place else str(key))
     elif isinstance(value, (list, tuple)):
+        if isinstance(here, tuple) and len(value) != len(here):
+            raise ValueError(f"{place} must have {len(here)} entries, got {len(value)}")
         for number, held in enumerate(value):
-            _check_numbers(held, f"{place}/{number}")
+            within = here[number] if isinstance(here, (list, tuple)) and number < len(here) else None
+            _check_values(held, within, f"{place}/{number}")
     elif isinstance(value, Tensor):
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{place} holds numbers that are not finite")
-    elif isinstance(value, float) and math.isnan(value):
+        if isinstance(here, Tensor) and value.is_floating_point() != here.is_floating_point():
+            raise ValueError(f"{place} must be of a dtype like {here.dtype}, got {value.dtype}")
+        if isinstance(here, Tensor) and value.ndim != here.ndim:
+            raise ValueError(f"{place} must have {here.ndim} axes, got the shape {list(value.shape)}")
+    elif isinstance(value, float) and math.isnan(value) and not (isinstance(here, float) and math.isnan(here)):
         raise ValueError(f"{place} is not a number")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a dict"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return "a number"
+    return "a tensor" if isinstance(value, Tensor) else "text" if isinstance(value, str) else type(value).__name__
 
 
 def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -> None:
@@ -76,8 +122,10 @@ def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -
 
 def _shape(name: str, parameter: nn.Parameter) -> torch.Size | None:
     """Of what is remembered under a name; of squares of rows the number of rows. None: of any shape."""
-    if name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+    if name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "last_step"):
         return parameter.shape
+    if name == "step":
+        return torch.Size([])
     if name.startswith("row_squares") and parameter.ndim > 0:
         rows = re.fullmatch(r"row_squares\[(\d+):(\d+)\]", name)
         return torch.Size([int(rows[2]) - int(rows[1]) if rows else parameter.shape[0]])
