@@ -31,7 +31,7 @@ from report import draw_losses
 from kfacopt import report
 from kfacopt.experiments.in_memory import InMemoryData
 from kfacopt.experiments.tasks import Task
-from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
+from kfacopt.lightning import AtomicCheckpointIO, CurvatureCallback, InterruptCheckpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -108,6 +108,7 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
             epochs,
             *callbacks,
         ],
+        plugins=[AtomicCheckpointIO()],
         _convert_="all",
     )
     if trainer.is_global_zero:

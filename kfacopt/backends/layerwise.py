@@ -18,6 +18,7 @@ from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.tied import TransposedFactors
+from kfacopt.blocks.trial import misfit
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
@@ -279,6 +280,8 @@ class LayerwiseBackend(CurvatureBackend):
                 continue
             if (mismatch := self._mismatch(name, kept)) is not None:
                 raise ValueError(f"the curvature state of {name!r} is of {mismatch}")
+            if (why := misfit(self.blocks[name], kept, layer)) is not None:
+                raise ValueError(f"the curvature state of {name!r} does not fit its layer {list(layer.shape)}: {why}")
             chosen[name] = kept
         for name, layer in self._layers.items():
             if name in chosen:

@@ -19,10 +19,10 @@ from kfacopt.layers.base import Rows
 from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
-from kfacopt.optim import carried, checks, memory
+from kfacopt.optim import carried, checks, memory, stored
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
-from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
+from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
 from kfacopt.optim.together import Agreement, agreed
 from kfacopt.sharding import unwrapped
 
@@ -257,11 +257,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         )
         if self._agreed.in_the_loss:
             if self._solves_on_replays():
-                raise RuntimeError(
-                    f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write "
-                    f"a module whose forward takes the derivatives and returns the residual, and give the optimizer "
-                    f"that as its model; take derivatives that are only looked at without create_graph=True"
-                )
+                raise RuntimeError(OF_ANOTHER_GRADIENT)
             self._open_capture().tally.replayable = False
         self._unseen_uses |= uses_out_of_sight(self._layers, self._agreed, self._unseen_uses)
         self._follow_changes()
@@ -342,7 +338,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         """Take over what `_own_state` returned, or raise a ValueError before anything is changed."""
-        self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
+        stored.read("curvature/estimator", self._estimator, own["estimator"], next(self.model.parameters()).device)
         self._step, self._report["skipped_steps"] = int(own["step"]), float(own["skipped_steps"])
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         self._open_capture().reset()
@@ -354,27 +350,31 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend, or shards of a whole one; nothing is changed then.
+            ValueError: If it is of another model or backend, or shards of a whole one, or damaged, with the place;
+                nothing is changed then.
         """
-        (rest, own), key = carried.split(state_dict, self.param_groups), self._own_state_key
-        if key and (own is None or key not in own):
-            raise KeyError(
-                f"this state dict has no 'curvature' section with {key!r}: it is not one of a {type(self).__name__}"
-            )
+        own = carried.curvature_of(state_dict)
+        stored.check_section(own, self._own_state_key, type(self).__name__)
         self._follow_changes()
         before, unseen_uses = self._own_state(), self._unseen_uses
-        try:
-            if own is not None:
-                held = self._named
-                self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}
-                self._follow_changes()
-                self._load_own_state(own)
-            super().load_state_dict(rest)
-        except (ValueError, KeyError):
+        held_before = {name: self.__dict__[name] for name in ("state", "param_groups", *self._own_attributes)}
+
+        def undo() -> None:
+            self.__dict__.update(held_before)
             self._unseen_uses = unseen_uses
             self._follow_changes()
             self._load_own_state(before)
-            raise
+
+        with stored.taken_over(type(self).__name__, undo):
+            here = super().state_dict() | {"curvature": before}
+            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults)
+            rest = carried.without_curvature(state_dict, self.param_groups)
+            if own is not None:
+                uses, held = own.get("unseen_uses", {}), self._named
+                self._unseen_uses = {held[name]: why for name, why in uses.items() if name in held}
+                self._follow_changes()
+                self._load_own_state(own)
+            super().load_state_dict(rest)
         memory.without_blanks(self.state)
         if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:
             self._forget()  # what waits for the step is one process's part of it

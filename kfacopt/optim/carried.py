@@ -80,8 +80,25 @@ def with_curvature(
     return state_dict
 
 
-def split(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A state dict without its curvature, and that, wherever it is: in a section of its own, or in the param groups.
+def curvature_of(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The curvature in a state dict, wherever it is: in a section of its own, or in the param groups.
+
+    Raises:
+        ValueError: If what the param groups have cannot be read.
+    """
+    groups = state_dict.get("param_groups")
+    held = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list | tuple) else []
+    for number, packed in enumerate(group.get(KEY) for group in held):
+        if packed:
+            try:
+                return unpack(packed)
+            except Exception as error:
+                raise ValueError(f"param_groups/{number}/{KEY} of this state dict cannot be read: {error}") from error
+    return state_dict.get("curvature")
+
+
+def without_curvature(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any]:
+    """The rest of a state dict.
 
     What it has of a parameter is laid out as the parameter is here: that of a whole model goes into a sharded one.
 
@@ -93,12 +110,11 @@ def split(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any]
         ValueError: If it has one process's shards of what is whole here.
     """
     rest = {key: value for key, value in state_dict.items() if key != "curvature"}
-    stored = [key for group in rest.get("param_groups", ()) for key in group["params"]]
+    stored = [key for group in rest["param_groups"] for key in group["params"]]
     home = dict(zip(stored, (p for group in groups for p in group["params"]), strict=False))
-    rest["state"] = {k: _laid_out(own, home[k]) if k in home else own for k, own in rest.get("state", {}).items()}
-    packed = [group[KEY] for group in rest.get("param_groups", ()) if group.get(KEY)]
-    rest["param_groups"] = [{k: v for k, v in group.items() if k != KEY} for group in rest.get("param_groups", ())]
-    return rest, unpack(packed[0]) if packed else state_dict.get("curvature")
+    rest["state"] = {k: _laid_out(own, home[k]) if k in home else own for k, own in rest["state"].items()}
+    rest["param_groups"] = [{k: v for k, v in group.items() if k != KEY} for group in rest["param_groups"]]
+    return rest
 
 
 def _laid_out(own: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

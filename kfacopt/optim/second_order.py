@@ -19,7 +19,7 @@ from kfacopt.layers.plain import plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
-from kfacopt.optim import deprecated, groups, memory
+from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.descent import descend
@@ -376,15 +376,15 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return blank
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
-        self.backend.load_state_dict(own["backend"])
+        stored.read("curvature/backend", self.backend, own["backend"])
         super()._load_own_state(own)
         if "direction" not in own and isinstance(self.direction, Grafted):
             # 0.1 knew no other than the natural gradient's own length; its bound comes with its param groups.
             self.direction = self.direction.direction
-        self.direction.load_state_dict(own.get("direction", {}))
+        stored.read("curvature/direction", self.direction, own.get("direction", {}))
         # Before 0.2 the quadratic model's state was called "step_rule", and no other length had one.
         if length := own.get("step_length", own.get("step_rule")):
-            self.step_length.load_state_dict(length)
+            stored.read("curvature/step_length", self.step_length, length)
         self._terms = float(own["terms"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
