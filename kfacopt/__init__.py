@@ -12,6 +12,7 @@ from kfacopt.backends import LayerwiseBackend as LayerwiseBackend
 from kfacopt.backends import OneSidedKFACBackend as OneSidedKFACBackend
 from kfacopt.backends import Settings as Settings
 from kfacopt.blocks import Block as Block
+from kfacopt.checkpoints import save_checkpoint as save_checkpoint
 from kfacopt.damping import LevenbergMarquardt as LevenbergMarquardt
 from kfacopt.damping import RelativeDamping as RelativeDamping
 from kfacopt.layers import LayerHandler as LayerHandler

@@ -1,7 +1,8 @@
 """One page on a training run: its loss, and what curvature did meanwhile, from what was logged.
 
 A run folder is what `scripts/train` or a `CSVLogger` of Lightning writes, with the columns of
-`kfacopt.lightning.CurvatureCallback`: `curvature/<name>`, or `curvature/<n>/<name>` of the n-th of several optimizers.
+`kfacopt.lightning.CurvatureCallback`: `curvature/<name>`, or `curvature/<n>/<name>` of the n-th of several optimizers;
+`curvature/<name>/<layer>` of a layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kfacopt.optional import required
 if TYPE_CHECKING:  # an optional dependency
     from matplotlib.axes import Axes
 
-_CURVATURE = re.compile(r"curvature/(?:(\d+)/)?([\w]+)$")
+_CURVATURE = re.compile(r"curvature/(?:(\d+)/)?([A-Za-z_]\w*)(?:/(.+))?$")
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -32,18 +33,21 @@ class Panel(NamedTuple):
         names: What is drawn: numbers of `health()`, or "loss".
         logarithmic: The vertical axis.
         marked: A number of `health()` whose positive values are marked by dots on the first curve.
+        layers: Whether it is of every layer; those that end highest are told apart, the others are grey.
     """
 
     title: str
     names: tuple[str, ...]
     logarithmic: bool = True
     marked: str | None = None
+    layers: bool = False
 
 
 PANELS = (
     Panel("loss", ("loss",)),
     Panel("step, ms (dots: refreshes)", ("step_ms", "factor_ms"), marked="refresh_ms"),
     Panel("worst condition", ("condition",)),
+    Panel("condition of each layer", ("condition",), layers=True),
     Panel("damping", ("damping", "model_damping")),
     Panel("KL divergence of a step", ("kl",)),
     Panel("shortened by", ("kl_scale", "step_size"), logarithmic=False),
@@ -56,7 +60,7 @@ Curve = list[tuple[int, float]]
 
 
 def report(run_folder: str | Path, path: str | Path | None = None) -> Path:
-    """Draw a training run on one page: loss, step times with refreshes marked, condition, damping, KL and overhead.
+    """Draw a training run on one page: loss, step times with refreshes, conditions, damping, divergence, overhead.
 
     Args:
         run_folder: With a `metrics.csv` in it or below it; of several the newest counts.
@@ -129,23 +133,29 @@ def _metrics(folder: Path) -> Path:
 
 def _chosen(panel: Panel, columns: Iterable[str]) -> list[str]:
     """The columns that belong on a panel."""
-    return [name for name in columns if _name(name) in panel.names]
+    named = {name: _name(name) for name in columns}
+    return [name for name, (what, layer) in named.items() if what in panel.names and bool(layer) == panel.layers]
 
 
-def _name(column: str) -> str:
-    """What a column is of: a number of `health()` by its name, any loss by "loss"."""
+def _name(column: str) -> tuple[str, str]:
+    """What a column is of: a number of `health()` by its name, any loss by "loss"; and of which layer ("": of all)."""
     match = _CURVATURE.match(column)
     if match is not None:
-        return match[2]
-    return "loss" if column.endswith("loss") else ""
+        return match[2], match[3] or ""
+    return "loss" if column.endswith("loss") else "", ""
 
 
 def _draw(panel: Panel, chosen: list[str], curves: dict[str, Curve], axes: Axes) -> None:
     positive = all(value > 0.0 for name in chosen for _, value in curves[name])
+    if panel.layers:
+        ranked = sorted(chosen, key=lambda name: curves[name][-1][1], reverse=True)
+        chosen, others = ranked[: len(_COLOURS)], ranked[len(_COLOURS) :]
+        for name in others:
+            axes.plot(*zip(*curves[name], strict=True), color="#bbbbbb", linewidth=0.6)
     for name, colour in zip(chosen, _COLOURS * len(chosen), strict=False):
-        label = name.removeprefix("curvature/")
+        label = name.removeprefix("curvature/").removeprefix(f"{panel.names[0]}/" if panel.layers else "")
         axes.plot(*zip(*curves[name], strict=True), color=colour, linewidth=1.0, label=label)
-        if panel.marked is not None and _name(name) == panel.names[0]:
+        if panel.marked is not None and _name(name)[0] == panel.names[0]:
             times = dict(curves.get(name.replace(panel.names[0], panel.marked), []))
             marks = [(step, value) for step, value in curves[name] if times.get(step, 0.0) > 0.0]
             if marks:
@@ -154,5 +164,5 @@ def _draw(panel: Panel, chosen: list[str], curves: dict[str, Curve], axes: Axes)
         axes.set_yscale("log")
     axes.set_ylabel(panel.title, fontsize=8)
     axes.grid(alpha=0.25)
-    if len(chosen) > 1:
+    if len(chosen) > 1 or panel.layers:
         axes.legend(fontsize=7, loc="upper right")

@@ -1,8 +1,8 @@
 """Several processes as one: what they sum up, agree on, and divide among themselves.
 
-Each process runs the model on its own data, and an engine of torch's (`DistributedDataParallel`) averages the
-gradients. What is said here is only what a second-order step needs beside that. One process takes the same path; it has
-nobody to ask, and nothing is sent.
+Each process runs the model on its own data, and an engine of torch's (`DistributedDataParallel`, `fully_shard`)
+averages the gradients. What is said here is only what a second-order step needs beside that. One process takes the same
+path; it has nobody to ask, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kfacopt.fsdp import ShardedModel, is_sharded
 from kfacopt.linalg.tensors import flat, split_like
 
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def unwrapped(model: Any) -> tuple[Any, Processes]:
     """The module that an engine of torch's wraps, and the processes that train it; any other model as it is.
 
     What the wrapper adds to a forward would be run again with it: one of `DistributedDataParallel`'s nodes counts how
-    often a backward passes it.
+    often a backward passes it. `fully_shard` wraps nothing: its processes are those of the parameters' mesh.
 
     >>> model = nn.Linear(2, 1)
     >>> unwrapped(model)[0] is model
@@ -150,9 +151,90 @@ def unwrapped(model: Any) -> tuple[Any, Processes]:
     inner = model
     while isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
         inner = compiled
-    if not isinstance(inner, DistributedDataParallel):
-        return model, Processes()
-    return inner.module, Processes(inner.process_group, inner)
+    if isinstance(inner, DistributedDataParallel):
+        return inner.module, Processes(inner.process_group, inner)
+    return model, Processes(ShardedModel(inner).group if isinstance(inner, nn.Module) else None)
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or the whole of one that is not sharded; nobody is asked.
+
+    >>> shard_of(torch.ones(2))
+    tensor([1., 1.])
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of a whole tensor that is laid out as a parameter; nobody is asked."""
+    if not is_sharded(parameter) or is_sharded(whole):
+        return shard_of(whole)
+    return shard_of(laid_out_as(whole, parameter))
+
+
+def laid_out_as(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same in all processes, sharded as a parameter is; nobody is asked."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of which each process has its shard, laid out as a parameter; all processes are asked."""
+    if not is_sharded(parameter):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    shape, stride = parameter.shape, parameter.stride()
+    laid = DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return laid.full_tensor()
+
+
+class Whole(Mapping[nn.Parameter, Tensor]):
+    """Sharded tensors by parameter, each gathered when it is first asked for: all processes must ask for the same.
+
+    Args:
+        shards: Tensors as the engine lays them out, or whole ones.
+
+    Attributes:
+        shards: Those, for who needs no more than what this process holds.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> Whole({weight: torch.zeros(2)})[weight]
+    tensor([0., 0.])
+    """
+
+    def __init__(self, shards: Mapping[nn.Parameter, Tensor]) -> None:
+        self.shards = shards
+        self._gathered: dict[nn.Parameter, Tensor] = {}
+
+    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
+        if parameter not in self._gathered:
+            held = self.shards[parameter]
+            self._gathered[parameter] = held.full_tensor() if is_sharded(held) else held  # type: ignore[attr-defined]
+        return self._gathered[parameter]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.shards)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.shards
+
+
+def wholes(tensors: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
+    """Tensors by parameter that can be read as wholes; where none is sharded, the very same."""
+    return Whole(tensors) if any(map(is_sharded, tensors.values())) else tensors
+
+
+def shards(tensors: Mapping[nn.Parameter, Tensor], parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter's tensor; nobody is asked."""
+    held = tensors.shards if isinstance(tensors, Whole) else tensors
+    return shard_like(held[parameter], parameter)
 
 
 def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:

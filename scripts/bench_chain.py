@@ -23,7 +23,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -153,10 +152,12 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(sizes[0])))
         return
     found: dict[str, list[dict[str, Any]]] = {size.key: [] for size in sizes}
-    for _ in range(arguments.repeats):
-        for size in sizes:
-            found[size.key].append(in_a_process(size, arguments.threads))
-    console = Console()
+    # Not in a process that is measured, whose memory it would be part of.
+    from progress import counted, output
+
+    console = output()
+    for size in counted(sizes * arguments.repeats, lambda size: f"batch, width, depth {size.key}", console):
+        found[size.key].append(in_a_process(size, arguments.threads))
     console.print(table(found))
     for short, long in LINEAR:
         if short in found and long in found:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
+from progress import counted, output
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -223,7 +222,7 @@ GROWING = ("Hessian", "GGN", "FisherMC")
 def grow(widths: Sequence[int], seconds: float, batch_size: int = 8) -> list[Size]:
     """Products of MLPs with two hidden layers of each width."""
     sizes = []
-    for width in track(widths, transient=True):
+    for width in counted(widths, lambda width: f"two hidden layers of {width}", output()):
         instance = Problem("", lambda w=width: mlp(w, w, w, 10), (width,), batch_size).make()  # type: ignore[misc]
         actions = {name: instance.product(getattr(operators, f"{name}LinearOperator")) for name in GROWING}
         contestants = {"gradient": instance.gradient(), **actions}
@@ -287,7 +286,7 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=1e7, help="parameters of the largest of them")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    console = Console()
+    console = output()
     if arguments.growth:
         steps = 7
         widths = [round((0.5 * 1e4 * (arguments.largest / 1e4) ** (i / (steps - 1))) ** 0.5) for i in range(steps)]
@@ -296,7 +295,8 @@ def main() -> None:
         draw(sizes, arguments.growth)
         return
     works = [work for work in WORKS if work.name.startswith(tuple(arguments.only))]
-    results = {work: race(work.contestants(), arguments.seconds) for work in track(works, transient=True)}
+    races = counted(works, lambda work: f"{work.name}, {arguments.seconds:g} s", console)
+    results = {work: race(work.contestants(), arguments.seconds) for work in races}
     console.print(table(results))
     console.print(
         f"Theirs: curvlinops. {arguments.threads} threads, medians of alternate turns, {arguments.seconds:g} s a row."

@@ -20,8 +20,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from progress import counted, output
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -101,14 +101,25 @@ def contestants() -> dict[str, Factory]:
     return found
 
 
-def race(factories: dict[str, Factory], batches: Iterator[Tensor], steps: int, turn: int) -> dict[str, Contestant]:
-    """Build all and let them take turns; the first turn warms up and is not counted."""
+def race(
+    factories: dict[str, Factory],
+    batches: Iterator[Tensor],
+    steps: int,
+    turn: int,
+    title: str = "",
+    console: Console | None = None,
+) -> dict[str, Contestant]:
+    """Build all and let them take turns; the first turn warms up and is not counted.
+
+    How far that is a line says now and then, with `title`, where the console is no terminal with a bar.
+    """
     racing = {}
     for name, factory in factories.items():
         torch.manual_seed(0)
         model = DeepAutoencoder()
         racing[name] = Contestant(model, factory(model))
-    for begin in track(range(-turn, steps, turn), transient=True):
+    told = f"{title}, in turns of {turn} steps: {', '.join(factories)}"
+    for begin in counted(range(-turn, steps, turn), lambda _: told, console or output()):
         images = [next(batches) for _ in range(turn)]
         for contestant in racing.values():
             for batch in images:
@@ -168,8 +179,11 @@ def main() -> None:
     if arguments.only:
         factories = {name: factories[name] for name in dict.fromkeys(["SGD", *arguments.only])}
     batches = batches_of(arguments.batch_size)
-    repeats = [race(factories, batches, arguments.steps, arguments.turn) for _ in range(arguments.repeats)]
-    console = Console()
+    console = output()
+    repeats = [
+        race(factories, batches, arguments.steps, arguments.turn, f"repeat {n + 1} of {arguments.repeats}", console)
+        for n in range(arguments.repeats)
+    ]
     console.print(table(repeats))
     console.print(
         f"Batch size {arguments.batch_size}, {torch.get_num_threads()} threads, mean of "

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 EVERY = 10.0
 """Seconds from line to line."""
@@ -46,6 +49,29 @@ def told(text: Callable[[], str], console: Console, every: float = EVERY) -> Ite
     finally:
         over.set()
         thread.join()
+
+
+def counted(items: Sequence[Item], describe: Callable[[Item], str], console: Console) -> Iterator[Item]:
+    """The items one after the other; how far that is, as a bar on a terminal and otherwise as a line now and then.
+
+    Args:
+        items: What there is to do.
+        describe: What a line says of the item that is being done.
+        console: Where to.
+
+    >>> from io import StringIO
+    >>> list(counted([1, 2], str, Console(file=StringIO())))
+    [1, 2]
+    """
+    now = ""
+
+    def text() -> str:
+        return now
+
+    with told(text, console):
+        for number, item in enumerate(track(items, console=console, transient=True, disable=not console.is_terminal)):
+            now = f"{number + 1} of {len(items)}: {describe(item)}"
+            yield item
 
 
 class Epochs(Callback):

@@ -3,6 +3,7 @@
     scripts/train task=classification optimizer=kfac
     scripts/train -m optimizer=sgd,adamw,ekfac     (a sweep)
     scripts/train trainer=ddp trainer.devices=2     (several processes)
+    scripts/train trainer=fsdp2 trainer.devices=2   (several that hold a part of the model each)
     scripts/train resume=runs/train/<folder>
 
 Everything goes to one run folder: the resolved config, metrics.csv, loss.png, report.png (curvature) and checkpoints.
@@ -30,7 +31,7 @@ from report import draw_losses
 from kfacopt import report
 from kfacopt.experiments.in_memory import InMemoryData
 from kfacopt.experiments.tasks import Task
-from kfacopt.lightning import CurvatureCallback, InterruptCheckpoint
+from kfacopt.lightning import AtomicCheckpointIO, CurvatureCallback, InterruptCheckpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -107,6 +108,7 @@ def train(config: DictConfig, callbacks: Sequence[Callback] = ()) -> float | Non
             epochs,
             *callbacks,
         ],
+        plugins=[AtomicCheckpointIO()],
         _convert_="all",
     )
     if trainer.is_global_zero:
@@ -137,7 +139,8 @@ def checkpoint_of(resume: str) -> Path:
         FileNotFoundError: There is none.
     """
     path = Path(resume)
-    found = [path] if path.is_file() else sorted(path.glob("checkpoints/*.ckpt"), key=_written)
+    is_one = path.is_file() or (path / ".metadata").exists()  # the latter: a file of each process
+    found = [path] if is_one else sorted(path.glob("checkpoints/*.ckpt"), key=_written)
     if not found:
         raise FileNotFoundError(
             f"resume={resume} must name a checkpoint or a run folder with one: there is none in {path / 'checkpoints'}."

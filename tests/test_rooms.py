@@ -14,9 +14,11 @@ PACKAGE = Path(__file__).parents[1] / "kfacopt"
 # From the ground up. A room may import from those before it, and from itself.
 ROOMS = [
     "optional",
+    "checkpoints",
     "run_report",
     "schedules",
     "linalg",
+    "fsdp",
     "sharding",
     "likelihoods",
     "layers",
@@ -84,7 +86,8 @@ def test_files_are_short(path: Path) -> None:
 
 def test_the_top_level_holds_rooms() -> None:
     files = {path.stem for path in PACKAGE.glob("*.py")}
-    assert files <= {"__init__", "schedules", "damping", "optional", "run_report", "sharding"}
+    top = {"__init__", "checkpoints", "schedules", "damping", "optional", "run_report", "sharding", "fsdp"}
+    assert files <= top
     # docs/ holds the pages of the documentation and no Python.
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"} <= {*ROOMS, "docs"}
     assert not list((PACKAGE / "docs").rglob("*.py"))

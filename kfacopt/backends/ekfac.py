@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kfacopt.backends.base import Settings
-from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
+from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent, check_widest
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
-from kfacopt.blocks.tied import is_dense
+from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
 
@@ -21,6 +21,8 @@ class FullEKFACBackend(LayerwiseBackend):
         refresh_every: Steps between two eigendecompositions of a layer's factors.
         refine_every: Steps between two warm-started QR steps that keep the basis fresh in between; None: never.
         stagger: Spread the layers' refreshes over the interval.
+        widest: Inputs or outputs up to which there is an eigenbasis; of more (a vocabulary's) the corrected eigenvalues
+            are along the inputs or outputs themselves.
     """
 
     all_places = True
@@ -31,13 +33,16 @@ class FullEKFACBackend(LayerwiseBackend):
         refresh_every: Interval = EKFAC_REFRESH_EVERY,
         refine_every: Interval | None = None,
         stagger: bool = True,
+        widest: int = WIDEST,
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
+        self._widest = check_widest(widest)
         refine = None if refine_every is None else as_interval("refine_every", refine_every)
         self._refinements = None if refine is None else Timetable(refine, stagger)
 
     def make_block(self, layer: Layer) -> Block:
-        return DiagonalBlock() if layer.handler.structure == "elementwise" else CorrectedEigenBlock()
+        elementwise = layer.handler.structure == "elementwise"
+        return DiagonalBlock() if elementwise else CorrectedEigenBlock(diagonals=Diagonals.of(layer, self._widest))
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         super().refresh(step, settings)
@@ -69,7 +74,7 @@ class EKFACBackend(LayerwiseBackend):
 
     Eigenvectors whose eigenvalue is at most `tail` times the factor's mean are not rotated into; they share the mean of
     their eigenvalues (`kfacopt.blocks.PartialEigenBlock`). Layers that cannot be cut (grouped convolutions, embeddings,
-    and any side of at most 64) keep everything. `FullEKFACBackend` cuts nothing.
+    layers with a side beyond `widest`, and any side of at most 64) keep everything. `FullEKFACBackend` cuts nothing.
 
     Args:
         factor_every: Steps between two updates of the factors and of the corrected eigenvalues.
@@ -78,6 +83,8 @@ class EKFACBackend(LayerwiseBackend):
         exponent: Power of the damped curvature to divide by: 1 is the natural gradient; 1/2 scales as Adam and Shampoo
             do, which serves where the noise of the gradient outweighs it (small batches of a language model).
         stagger: Spread the layers' refreshes over the interval.
+        widest: Inputs or outputs up to which there is an eigenbasis; of more (a vocabulary's) the corrected eigenvalues
+            are along the inputs or outputs themselves.
     """
 
     all_places = True
@@ -89,17 +96,19 @@ class EKFACBackend(LayerwiseBackend):
         tail: float = 0.3,
         exponent: float = 1.0,
         stagger: bool = True,
+        widest: int = WIDEST,
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
         if not 0.0 < tail < 1.0:
             raise ValueError(f"tail must lie between 0 and 1, got {tail}; FullEKFACBackend cuts nothing")
-        self._tail, self._exponent = tail, check_exponent(exponent)
+        self._tail, self._exponent, self._widest = tail, check_exponent(exponent), check_widest(widest)
         self.newton = exponent == 1.0
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
             return DiagonalBlock()
-        matrix = layer.pack(layer.values())
-        dense = layer.handler.structure == "tied" and is_dense(matrix.shape[-1])
-        cuttable = matrix.ndim == 2 and (dense or layer.handler.structure == "outer")
-        return PartialEigenBlock(self._tail, self._exponent) if cuttable else CorrectedEigenBlock(self._exponent)
+        diagonals = Diagonals.of(layer, self._widest)
+        cuttable = len(layer.shape) == 2 and not any(diagonals)
+        if cuttable:
+            return PartialEigenBlock(self._tail, self._exponent)
+        return CorrectedEigenBlock(self._exponent, diagonals)

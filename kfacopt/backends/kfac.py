@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent
+from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent, check_widest
 from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock, OutputBlock
-from kfacopt.blocks.outputs import WIDEST
+from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
 
@@ -18,6 +18,7 @@ class KFACBackend(LayerwiseBackend):
         exponent: Power of the damped factors to divide by: 1 is the natural gradient, 1/2 scales as Shampoo does
             (Gupta et al. 2018). Normalisation layers keep 1.
         stagger: Spread the layers' inversions over the interval.
+        widest: Inputs or outputs up to which a factor is a whole matrix; of more (a vocabulary's) it is its diagonal.
     """
 
     def __init__(
@@ -26,14 +27,15 @@ class KFACBackend(LayerwiseBackend):
         refresh_every: Interval = KFAC_REFRESH_EVERY,
         exponent: float = 1.0,
         stagger: bool = True,
+        widest: int = WIDEST,
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
-        self._exponent = check_exponent(exponent)
+        self._exponent, self._widest = check_exponent(exponent), check_widest(widest)
         self.newton = exponent == 1.0
 
     def make_block(self, layer: Layer) -> Block:
         elementwise = layer.handler.structure == "elementwise"
-        return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent)
+        return DiagonalBlock() if elementwise else KroneckerBlock(self._exponent, Diagonals.of(layer, self._widest))
 
 
 class OneSidedKFACBackend(KFACBackend):
@@ -59,8 +61,7 @@ class OneSidedKFACBackend(KFACBackend):
         stagger: bool = True,
         widest: int = WIDEST,
     ) -> None:
-        super().__init__(factor_every, refresh_every, exponent, stagger)
-        self._widest = widest
+        super().__init__(factor_every, refresh_every, exponent, stagger, widest)
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
@@ -78,12 +79,19 @@ class EigenKFACBackend(LayerwiseBackend):
         factor_every: Steps between two updates of the Kronecker factors.
         refresh_every: Steps between two eigendecompositions.
         stagger: Spread the layers' eigendecompositions over the interval.
+        widest: Inputs or outputs up to which a factor is a whole matrix; of more it is its diagonal.
     """
 
     def __init__(
-        self, factor_every: Interval = FACTOR_EVERY, refresh_every: Interval = KFAC_REFRESH_EVERY, stagger: bool = True
+        self,
+        factor_every: Interval = FACTOR_EVERY,
+        refresh_every: Interval = KFAC_REFRESH_EVERY,
+        stagger: bool = True,
+        widest: int = WIDEST,
     ) -> None:
         super().__init__(factor_every, refresh_every, stagger)
+        self._widest = check_widest(widest)
 
     def make_block(self, layer: Layer) -> Block:
-        return DiagonalBlock() if layer.handler.structure == "elementwise" else EigenBlock()
+        elementwise = layer.handler.structure == "elementwise"
+        return DiagonalBlock() if elementwise else EigenBlock(Diagonals.of(layer, self._widest))

@@ -16,13 +16,18 @@ from kfacopt.backends.ownership import Work, done_by_owners, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.tied import TransposedFactors
+from kfacopt.blocks.trial import misfit
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
 from kfacopt.sharding import Processes
+
+_WHOLE = "whole"
+"""The factors of a block of which none was too wide."""
 
 
 class LayerwiseBackend(CurvatureBackend):
@@ -64,11 +69,12 @@ class LayerwiseBackend(CurvatureBackend):
     def _new_block(self, layer: Layer) -> Block:
         block = self.make_block(layer)
         if layer.handler.structure == "tied" and isinstance(block, FactoredBlock):
-            block.transposed = TransposedFactors()
+            block.transposed = TransposedFactors(block.diagonals)
         return block
 
     def treatment(self, layer: Layer) -> str:
-        return self.blocks[layer.name].title
+        narrowed = self._narrowed(layer)
+        return self.blocks[layer.name].title + (f", {narrowed.named()}" if any(narrowed) else "")
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Blocks of layers that stay keep their statistics; those of layers that go (frozen ones) wait for them."""
@@ -229,13 +235,16 @@ class LayerwiseBackend(CurvatureBackend):
 
     def health(self, settings: Mapping[Layer, Settings]) -> dict[str, float]:
         ready = [(layer, s) for layer, s in settings.items() if self.blocks[layer.name].ready]
-        conditions = [self.blocks[layer.name].condition(s.damping) for layer, s in ready]
+        found = [self.blocks[layer.name].condition(s.damping).double() for layer, s in ready]
+        conditions = torch.stack(found).tolist() if found else []  # together: the device is waited for once
         return {
-            "condition": float(torch.stack(conditions).max()) if conditions else float("nan"),
+            "condition": max(conditions, default=float("nan")),
+            **{f"condition/{layer.name or '(root)'}": of for (layer, _), of in zip(ready, conditions, strict=True)},
             "staleness": float(self._refreshes.staleness(self._step)),
             "refresh_ms": 1e3 * self._last_refresh_seconds,
             "fallbacks": float(sum(block.retries for block in self.blocks.values())),
             "dropped_updates": float(self.dropped.total()),
+            "diagonal_factors": float(sum(sum(self._narrowed(layer)) for layer in self._layers.values())),
             **{f"dropped_updates/{name}": float(count) for name, count in self.dropped.items()},
         }
 
@@ -271,6 +280,8 @@ class LayerwiseBackend(CurvatureBackend):
                 continue
             if (mismatch := self._mismatch(name, kept)) is not None:
                 raise ValueError(f"the curvature state of {name!r} is of {mismatch}")
+            if (why := misfit(self.blocks[name], kept, layer)) is not None:
+                raise ValueError(f"the curvature state of {name!r} does not fit its layer {list(layer.shape)}: {why}")
             chosen[name] = kept
         for name, layer in self._layers.items():
             if name in chosen:
@@ -289,16 +300,24 @@ class LayerwiseBackend(CurvatureBackend):
         """What a stored block must have in common with the one that takes it over."""
         layer = self._layers[name]
         return {
+            "factors": self._narrowed(layer).named() or _WHOLE,
             "kind": type(self.blocks[name]).__name__,
             "shape": list(layer.shape),
             "roles": list(layer.roles),
         }
 
+    def _narrowed(self, layer: Layer) -> Diagonals:
+        """Which factors are diagonal as the layer is too wide; of one-hot inputs A is so by itself."""
+        gradient, input_ = self.blocks[layer.name].diagonals
+        return Diagonals(gradient, input_ and layer.handler.structure != "one-hot")
+
     def _mismatch(self, name: str, kept: Mapping[str, Any]) -> str | None:
         """How a stored block differs from the one here that would take it over; None if it does not."""
         for what, here in self._described(name).items():
-            if (there := kept.get(what, here)) != here:
-                return f"{what} {there}, but the layer here has {here}"
+            # Version 0.1 kept every factor whole, and did not say so.
+            if (there := kept.get(what, _WHOLE if what == "factors" else here)) != here:
+                remedy = " (make the backend with the widest= of then)" if what == "factors" else ""
+                return f"{what} {there}, but the layer here has {here}{remedy}"
         return None
 
     def _schedules(self) -> tuple[Any, Any]:
@@ -329,6 +348,17 @@ def check_exponent(exponent: float) -> float:
     if not 0.0 < exponent <= 1.0:
         raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
     return exponent
+
+
+def check_widest(widest: int) -> int:
+    """A width up to which factors are whole matrices, if it is one.
+
+    Raises:
+        ValueError: If it is not a positive int.
+    """
+    if not isinstance(widest, int) or widest < 1:
+        raise ValueError(f"widest must be a positive int (inputs or outputs), got {widest!r}")
+    return widest
 
 
 def _device(layer: Layer) -> torch.device:

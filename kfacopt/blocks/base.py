@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg.polar import PolarFactor
+from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE
 
 ELEMENTS_AT_ONCE = 2**24
 """How many elements a temporary may have where memory would grow with data times parameters.
@@ -29,14 +31,16 @@ class Block(ABC):
     mean loss per loss term; `damping` is added to the operator in the same units.
     """
 
-    title: ClassVar[str]
+    title: str
     """What `coverage()` calls it."""
     symmetric: frozenset[str] = frozenset()
     """Which of the averages are symmetric matrices, of which half is enough to send; diagonal ones have one axis."""
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
+        self.diagonals = diagonals
+        """Which Kronecker factors, of a block that has them, are their diagonals."""
         self.retries = 0
         """Decompositions that failed and were tried again, or left the cache as it was, since the beginning."""
 
@@ -192,15 +196,27 @@ def flat_rows(rows: Tensor) -> Tensor:
     return rows.flatten(-3, -2)
 
 
-def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype) -> tuple[Tensor, float]:
+def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool = False) -> tuple[Tensor, float]:
     """Sum of `a aᵀ` over the rows, `[*k i i]` or the diagonal `[i]`, and the number of rows.
 
     Kronecker factor A of Eschenhagen et al. 2023, equation 16 (expand) or 22 (reduce: there is one row per datum).
+    Of one-hot rows it is diagonal by itself.
     """
     if isinstance(inputs, OneHot):
         return inputs.counts(dtype), float(inputs.indices.numel())
     flat = flat_rows(inputs)
+    if diagonal:
+        return squared_columns(flat), float(flat.shape[-2])
     return flat.mT @ flat, float(flat.shape[-2])
+
+
+def squared_columns(rows: Tensor) -> Tensor:
+    """Sum of the squares of each column over all rows, `[d]`, from `[.. d]`: the diagonal of `Σ r rᵀ`."""
+    flat = rows.flatten(0, -2)
+    total = flat.new_zeros(flat.shape[-1])
+    for part in chunks_of_data(len(flat), len(total), at_once(flat.device)):
+        total += flat[part].square().sum(0)
+    return total
 
 
 def gradient_covariance(gradients: Tensor) -> Tensor:
@@ -213,6 +229,11 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
         return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
     return flat.mT @ flat
+
+
+def at_once(device: torch.device, budget: int = ELEMENTS_AT_ONCE) -> int:
+    """How many elements of a temporary are fast on a device, and within the budget."""
+    return min(budget, ELEMENTS_IN_CACHE) if device.type == "cpu" else budget
 
 
 def chunks_of_data(data: int, elements_per_datum: int, budget: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:

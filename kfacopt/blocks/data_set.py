@@ -99,14 +99,13 @@ class DataSetEigenBlock(EigenBlock):
         values_left, basis_left = self._left_spectrum()
         self._change_basis(basis_left, basis_right, values_left, values_right)
 
-    def _left_spectrum(self) -> tuple[Tensor, Tensor]:
+    def _left_spectrum(self) -> tuple[Tensor, Tensor | None]:
         owner = self.owner
         if isinstance(owner, EigenBlock):
             return owner.factor_eigenvalues()[0], owner.basis()[0]
         assert self.gradient_factor.value is not None
         values, basis, retries = kronecker.spectrum(self.gradient_factor.value)
         self.retries += retries
-        assert basis is not None  # G is never diagonal
         return values, basis
 
     def correct(self, rows: Rows, left: Tensor | None, right: Tensor | None) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kfacopt.blocks.base import Block, gradient_covariance, input_covariance
+from kfacopt.blocks.base import Block, gradient_covariance, input_covariance, squared_columns
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import TransposedFactors
 from kfacopt.layers.base import Rows
@@ -15,15 +16,16 @@ class FactoredBlock(Block):
     """A block whose statistics are the Kronecker factors A and G.
 
     Args:
+        diagonals: Which of them are their diagonals, of sides too wide to be squared; that of one-hot inputs always is.
         input_factor: Running average of A, `[*k i i]` or the diagonal `[i]`.
-        gradient_factor: Running average of G, `[*k o o]`.
+        gradient_factor: Running average of G, `[*k o o]` or the diagonal `[o]`.
     """
 
     symmetric = frozenset(f"{use}{side}_factor" for use in ("", "transposed_") for side in ("input", "gradient"))
     of_inputs = frozenset({"input_factor", "transposed_input_factor"})
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
+        super().__init__(diagonals)
         self.input_factor = RunningAverage()
         self.gradient_factor = RunningAverage()
         self.owner: FactoredBlock | None = None
@@ -46,7 +48,7 @@ class FactoredBlock(Block):
         return own or (self.transposed is not None and self.transposed.estimated)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """G `[*k o o]` and A `[*k i i]` or `[i]`."""
+        """G `[*k o o]` or `[o]`, and A `[*k i i]` or `[i]`."""
         own = None
         if self.gradient_factor.value is not None and self.input_factor.value is not None:
             own = self.gradient_factor.value, self.input_factor.value
@@ -57,7 +59,8 @@ class FactoredBlock(Block):
 
     def update(self, rows: Rows) -> None:
         if rows.first:
-            self.input_factor.add(*input_covariance(rows.for_factors().inputs, rows.gradients.dtype))
+            inputs = rows.for_factors().inputs
+            self.input_factor.add(*input_covariance(inputs, rows.gradients.dtype, self.diagonals.input))
         self.update_gradient_factor(rows)
         if self.transposed is not None and rows.transposed is not None:
             self.transposed.update(rows.transposed)
@@ -65,7 +68,8 @@ class FactoredBlock(Block):
     def update_gradient_factor(self, rows: Rows) -> None:
         """`update` of G alone."""
         if self.owner is None:
-            self.gradient_factor.add(gradient_covariance(rows.for_factors().gradients), rows.new_terms)
+            total = squared_columns if self.diagonals.gradient else gradient_covariance
+            self.gradient_factor.add(total(rows.for_factors().gradients), rows.new_terms)
 
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
+from kfacopt.blocks.sides import Diagonals
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import whole_of
+from kfacopt.linalg.tensors import tensor_of_rows
 
 
 class KroneckerBlock(FactoredBlock):
@@ -23,14 +24,15 @@ class KroneckerBlock(FactoredBlock):
 
     Args:
         exponent: Power of the damped factors to divide by; other powers than 1 take an eigendecomposition.
+        diagonals: Which factors are their diagonals.
         input_factor: Running average of A, `[*k i i]` or the diagonal `[i]`.
-        gradient_factor: Running average of G, `[*k o o]`.
+        gradient_factor: Running average of G, `[*k o o]` or the diagonal `[o]`.
     """
 
     title = "KFAC"
 
-    def __init__(self, exponent: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, exponent: float = 1.0, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008
+        super().__init__(diagonals)
         self._exponent = exponent
         self._inverses: tuple[Tensor, Tensor] | None = None
         self._roots: tuple[Tensor, Tensor] | None = None
@@ -52,11 +54,13 @@ class KroneckerBlock(FactoredBlock):
 
     @staticmethod
     def solve_together(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float]) -> Tensor:
+        if any(blocks[0].diagonals):  # of one shape: so are all
+            return Block.solve_together(blocks, matrices, dampings)
         held = [block for block in blocks if isinstance(block, KroneckerBlock)]
         lefts, rights = zip(*(block._cached() for block in held), strict=True)
         if len(held) == 1:
             return _solved(lefts[0], rights[0], matrices[0]).unsqueeze(0)
-        left, right = whole_of(lefts), whole_of(rights)
+        left, right = tensor_of_rows(lefts), tensor_of_rows(rights)
         if left is None or right is None:
             # The blocks hold views of it from now on, so that it is made once a refresh.
             left, right = torch.stack(lefts), torch.stack(rights)

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Block, gradient_covariance
+from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import whole_of
-
-WIDEST = 4096
-"""Outputs up to which G is kept whole, in 64 MiB of float32; of more its diagonal is."""
+from kfacopt.linalg.tensors import tensor_of_rows
 
 
 class OutputBlock(Block):
@@ -38,8 +36,8 @@ class OutputBlock(Block):
     title = "K-FAC's G"
 
     def __init__(self, shape: Sequence[int], exponent: float = 1.0, widest: int = WIDEST) -> None:
-        super().__init__()
-        self._inputs, self._exponent, self._wide = shape[-1], exponent, shape[-2] > widest
+        super().__init__(Diagonals(gradient=shape[-2] > widest))
+        self._inputs, self._exponent, self._wide = shape[-1], exponent, self.diagonals.gradient
         self.symmetric = frozenset() if self._wide else frozenset({"gradient_factor"})
         self.gradient_factor = RunningAverage()
         self._inverse: Tensor | None = None
@@ -156,7 +154,7 @@ class OutputBlock(Block):
 def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
     """A tensor of each block as one `[b ..]`; the blocks hold views of it then, so that it is made once a refresh."""
     tensors = [getattr(block, name) for block in blocks]
-    if (whole := whole_of(tensors)) is None:
+    if (whole := tensor_of_rows(tensors)) is None:
         whole = torch.stack(tensors)
         for block, view in zip(blocks, whole.unbind(), strict=True):
             setattr(block, name, view)

@@ -20,6 +20,7 @@ from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
 from kfacopt.capture.scaling import own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import DIFFERENTIATED, USED_ELSEWHERE
@@ -48,6 +49,7 @@ class CurvaturePass:
         layers: Whose rows are delivered.
         estimator: Turns prediction and gradient into cotangents.
         loss_graph: What lies above the predictions in the running backward, where that can be found out.
+        sharded: The parts of the model that an engine shards.
 
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
@@ -59,9 +61,13 @@ class CurvaturePass:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], estimator: FisherEstimator, loss_graph: Callable[[], LossGraph | None]
+        self,
+        layers: Sequence[Layer],
+        estimator: FisherEstimator,
+        loss_graph: Callable[[], LossGraph | None],
+        sharded: ShardedModel,
     ) -> None:
-        self._layers, self._estimator, self._loss_graph = layers, estimator, loss_graph
+        self._layers, self._estimator, self._loss_graph, self._sharded = layers, estimator, loss_graph, sharded
         self._bring_down = CotangentPass()
         self.all_places, self.needs_inputs = False, True
         self.used_elsewhere: dict[Layer, str] = {}
@@ -70,9 +76,13 @@ class CurvaturePass:
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
         """Count the loss terms in `tally` and deliver the rows."""
+        if read.gradient.numel() == 0:
+            self.attend(read)
+            return
         forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
         tally.passes += 1
         if not bool(terms.count > 0):
+            self.attend(read)
             return
         name, likelihoods = forward.name, self._estimator.likelihoods
         if not self._reads_no_gradient(forward):
@@ -105,21 +115,43 @@ class CurvaturePass:
         divisor: Tensor,
         deliver: Callable[[Layer, Rows], None],
     ) -> None:
-        forward, ends = read.forwards[0], [edge.node for some in edges.values() for edge in some if edge is not None]
-        guard = Guard([read.node], self.hooks_since, forward.root, warnings.warn, ends)
-        reach = partial(self._bring_down, GradientEdge(read.node, forward.output_nr), edges, guard=guard)
-        approx = self._estimator.kfac_approx
-        for _, rows in rows_in_chunks(cotangents, reach, divisor, approx, self.all_places, self.needs_inputs):
+        guard, approx = self._guard(read, edges), self._estimator.kfac_approx
+        reach = partial(self._bring_down, GradientEdge(read.node, read.forwards[0].output_nr), edges, guard=guard)
+        chunks = self._in_step(cotangents, read.prediction)
+        for _, rows in rows_in_chunks(chunks, reach, divisor, approx, self.all_places, self.needs_inputs):
             for layer, some in rows.items():
                 deliver(layer, some)
         guard.watch()
 
+    def attend(self, read: Read) -> None:
+        """Take part in the passes of the other processes, where they need this one's shards of the parameters."""
+        if self._sharded and (edges := self._edges(read)):
+            guard, root = self._guard(read, edges), GradientEdge(read.node, read.forwards[0].output_nr)
+            for nothing in self._in_step(iter(()), read.prediction):
+                self._bring_down(root, edges, nothing, guard=guard)
+            guard.watch()
+
+    def _guard(self, read: Read, edges: dict[Site, Ends]) -> Guard:
+        ends = [edge.node for some in edges.values() for edge in some if edge is not None]
+        root = read.forwards[0].root
+        return Guard([read.node], self.hooks_since, root, warnings.warn, ends, self._sharded.left_as_is)
+
+    def _in_step(self, chunks: Iterator[Tensor], prediction: Tensor) -> Iterator[Tensor]:
+        """Chunks of cotangents; of a sharded model as many in all processes, and as long, filled up with zeros."""
+        while self._sharded:
+            own = next(chunks, prediction.new_zeros(0, *prediction.shape))
+            if (wanted := self._sharded.largest(len(own))) == 0:
+                return
+            lacking = prediction.new_zeros(wanted - len(own), *prediction.shape)
+            yield torch.cat([own, lacking]) if len(lacking) else own
+        yield from chunks
+
     def _edges(self, read: Read) -> dict[Site, Ends]:
         """The calls that led to a prediction, of layers that act by their calls alone."""
-        walk = read.walk
+        walk, leaf = read.walk, self._sharded.leaf
         for layer in self._layers:
             is_differentiated = layer.name in self.differentiated
-            held = layer.parameters.values()
+            held = list(map(leaf, layer.parameters.values()))
             if any((is_differentiated or walk.explained[id(p)]) and walk.used_elsewhere(p) for p in held):
                 self.used_elsewhere[layer] = DIFFERENTIATED if is_differentiated else USED_ELSEWHERE
         # The tensors of an ambiguous output may each have kept the same call.

@@ -18,8 +18,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from kfacopt.capture.graph import Mark
 from kfacopt.capture.records import Tally
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.sharding import shard_of
 
 
 class Destination(Enum):
@@ -35,6 +37,7 @@ class Gradients:
 
     Args:
         parameters: The model's.
+        sharded: The parts of the model that an engine shards: gradients come to the whole copies then.
 
     >>> weight, x = nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)
     >>> gradients, found = Gradients([weight]), []
@@ -47,8 +50,8 @@ class Gradients:
     ['NOWHERE', 'RETURNED', 'GRAD']
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[nn.Parameter], sharded: ShardedModel | None = None) -> None:
+        self._parameters, self._sharded = parameters, sharded
         self._asked = (-1, Destination.NOWHERE)  # the last backward asked about, and the answer
 
     def destination(self) -> Destination:
@@ -63,7 +66,8 @@ class Gradients:
         for parameter in self._parameters:
             if parameter.requires_grad:
                 try:
-                    if torch._C._will_engine_execute_node(get_gradient_edge(parameter).node):
+                    leaf = parameter if self._sharded is None else self._sharded.leaf(parameter)
+                    if torch._C._will_engine_execute_node(get_gradient_edge(leaf).node):
                         return Destination.GRAD
                 except RuntimeError:  # torch refuses the question for what autograd.grad returns
                     found = Destination.RETURNED
@@ -72,7 +76,11 @@ class Gradients:
     @property
     def thrown_away(self) -> bool:
         """Whether nothing but zeros lies in `.grad`: whatever was brought there is gone."""
-        return not any(_any(p.grad) for p in self._parameters if p.grad is not None)
+        held = [shard_of(p.grad) for p in self._parameters if p.grad is not None]
+        if any(map(_any, held)) or (self._sharded is not None and self._sharded.has_waiting):
+            return False
+        # A process may have no row of any parameter: it sees no gradient that is there.
+        return not held or any(map(torch.numel, held))
 
     def held(self) -> list[Tensor | None]:
         """The tensors in `.grad`, as they are."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from itertools import chain, product
 from typing import Any
@@ -51,6 +51,7 @@ class Guard:
         refuse: Called with the reason after a pass that held a backward inside the backward. By default it raises a
             RuntimeError.
         ends: Where the passes end; none: at the leaves.
+        engine: A context around each pass, in which an engine that shards the model is kept as it is.
 
     >>> class Log(torch.autograd.Function):
     ...     @staticmethod
@@ -77,8 +78,9 @@ class Guard:
         model: nn.Module | None = None,
         refuse: Callable[[str], Any] = _refuse,
         ends: Iterable[Node] = (),
+        engine: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._model, self._refuse = model, refuse
+        self._model, self._refuse, self._engine = model, refuse, engine
         self._hooks = since.found(() if model is None else model.modules())
         found = _Code([node for node in roots if node is not None], ends)
         self._functions, self._code = found.functions, [*found.functions, *found.unpacking]
@@ -94,9 +96,10 @@ class Guard:
         """Around one pass."""
         with silent(self._hooks):
             if self._reach is None:
-                yield
+                with self._engine():
+                    yield
             else:
-                with self._undone(self._reach):
+                with self._undone(self._reach), self._engine():
                     yield
 
     @property

@@ -39,6 +39,7 @@ from kfacopt.capture.records import Call, Forward, Marks, Site, Tally
 from kfacopt.capture.roots import OpenCall, returns_losses
 from kfacopt.capture.targets import Targets
 from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
@@ -53,6 +54,7 @@ class Capture:
         estimator: Turns prediction and gradient into cotangents.
         deliver: Called with each layer's rows, inside the user's backward.
         discard: Called when a pass fails half-way: what was delivered since the last step is not to be used.
+        sharded: The parts of the model that an engine shards.
 
     Attributes:
         tally: What arrived since the last step.
@@ -71,18 +73,21 @@ class Capture:
         estimator: FisherEstimator,
         deliver: Callable[[Layer, Rows], None],
         discard: Callable[[], None],
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.wants_rows = True
         self.wants_terms = False
         self.wants_replays = False
         self.tally = Tally()
-        self._gradients = Gradients(list(model.parameters()))
+        sharded = ShardedModel(model) if sharded is None else sharded
+        self._sharded = sharded
+        self._gradients = Gradients(list(model.parameters()), sharded)
         self._loss = RunningLoss()
         self._returned = Returned(self._gradients)
         self._task = -1
         self.derivatives = Derivatives(self._gradients)
         self._estimator = estimator
-        self.passes = CurvaturePass(layers, estimator, self._loss_graph)
+        self.passes = CurvaturePass(layers, estimator, self._loss_graph, sharded)
         self._deliver, self._discard = deliver, discard
         self._layers = layers_of_modules(layers)
         self._open: list[OpenCall] = []
@@ -182,7 +187,8 @@ class Capture:
             for tensor in tensors_of((inputs, kwargs, output)):
                 if tensor.grad_fn is not None:
                     self._passed[tensor] = None
-            for site, edges in sites_of(self._layers.get(module, ()), module, inputs, kwargs, output):
+            held, leaf = self._layers.get(module, ()), self._sharded.leaf
+            for site, edges in sites_of(held, module, inputs, kwargs, output, leaf):
                 marks = [leave_mark(edge.node) for edge in edges]
                 self._within.update(dict.fromkeys(marks, site.uses))
                 self._sites[site] = tuple(map(weakref.ref, marks))
@@ -261,6 +267,7 @@ class Capture:
                 self._discard()
                 self.reset_tally()
                 self._backward = None
+                self._sharded.recover()
                 raise
 
     def _forget_thrown_away(self) -> None:
@@ -279,7 +286,7 @@ class Capture:
             if self._leads_to_calls(forward, node):
                 raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
             return [mark]
-        if gradient is None or gradient.numel() == 0:
+        if gradient is None or (gradient.numel() == 0 and not self._sharded):
             return [mark]
         if prediction._version != forward.version:
             raise RuntimeError(

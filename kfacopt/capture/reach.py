@@ -80,7 +80,7 @@ class Reach:
         """Take an object in, and return what can be got at from there."""
         kind = type(item)
         if kind not in self._looks:
-            opaque = _home(kind) in _OPAQUE
+            opaque = _home(kind) in _OPAQUE or str(kind.__module__).startswith("torch.distributed.")
             otherwise: _Look = _parts_of_nothing if opaque else Reach._instance
             self._looks[kind] = next((look for base, look in _KINDS.items() if issubclass(kind, base)), otherwise)
         return self._looks[kind](self, item)

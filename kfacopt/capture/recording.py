@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +18,9 @@ from kfacopt.capture.tensor_hooks import own
 from kfacopt.layers.compound import CompoundHandler, ModuleCall
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import tensors_of
+
+Leaf = Callable[[nn.Parameter], Tensor]
+"""What the graph knows a parameter as: itself, or the whole copy of a sharded one."""
 
 # Set while a forward or backward is nobody's: a curvature pass must not trigger another, nor a second optimizer's.
 _unnoticed: ContextVar[bool] = ContextVar("kfacopt_unnoticed", default=False)
@@ -74,15 +77,21 @@ def layers_of_modules(layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
 
 
 def sites_of(
-    layers: Iterable[Layer], module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    layers: Iterable[Layer],
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    leaf: Leaf = lambda parameter: parameter,
 ) -> list[tuple[Site, tuple[GradientEdge, ...]]]:
     """One call of a module as calls of its layers, and where the gradients that they depend on arrive.
 
     Layers whose parameters the call did not use (functional_call) or of which the graph shows nothing are left out.
+    The graph knows a parameter as its `leaf` (`ShardedModel.leaf`).
     """
     own = [layer for layer in layers if layer.held_by(module)]
     if own and own[0].part is not None:
-        return _sites_of_parts(own, own[0].part.compound, module, inputs, kwargs, output)
+        return _sites_of_parts(own, own[0].part.compound, module, inputs, kwargs, output, leaf)
     if not (own and isinstance(output, Tensor) and output.requires_grad and output.grad_fn is not None):
         return []
     uses = _uses_within([output], (inputs, kwargs))
@@ -90,7 +99,7 @@ def sites_of(
     named = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
     edge = get_gradient_edge(output)
     return [
-        (Site(layer, module, detached, named, (edge.output_nr,), output.shape, _uses_of([layer], uses)), (edge,))
+        (Site(layer, module, detached, named, (edge.output_nr,), output.shape, _uses_of([layer], uses, leaf)), (edge,))
         for layer in own
     ]
 
@@ -102,6 +111,7 @@ def _sites_of_parts(
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
+    leaf: Leaf,
 ) -> list[tuple[Site, tuple[GradientEdge, ...]]]:
     outputs = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
     done = ModuleCall(inputs, kwargs, output, _above((inputs, kwargs)))
@@ -111,7 +121,7 @@ def _sites_of_parts(
     for layer in layers:
         if layer.part is None or (call := calls.get(layer.part.name)) is None:
             continue
-        read = Counter[int]() if result else _uses_of(layers, uses)
+        read = Counter[int]() if result else _uses_of(layers, uses, leaf)
         numbers = tuple(edge.output_nr for edge in call.edges)
         result.append((Site(layer, module, call.inputs, {}, numbers, call.shape, read, call.arrange), call.edges))
     return result
@@ -127,8 +137,8 @@ def _uses_within(outputs: Sequence[Tensor], inputs: Any) -> Uses:
     return uses_within([x.grad_fn for x in outputs if x.grad_fn is not None], _above(inputs))
 
 
-def _uses_of(layers: Iterable[Layer], uses: Uses) -> Uses:
-    held = {id(p) for layer in layers for p in layer.parameters.values()}
+def _uses_of(layers: Iterable[Layer], uses: Uses, leaf: Leaf) -> Uses:
+    held = {id(leaf(p)) for layer in layers for p in layer.parameters.values()}
     return Counter({key: count for key, count in uses.items() if key in held})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,6 +151,16 @@ class Tally:
     passes: int = 0
     seconds: float = 0.0
     scale: LossScale = field(default_factory=LossScale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python; forwards cannot be kept."""
+        scale = self.scale.state_dict()
+        return {"pending_terms": float(self.terms), "pending_passes": self.passes, "pending_scale": scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, or nothing."""
+        self.terms, self.passes = float(state.get("pending_terms", 0.0)), int(state.get("pending_passes", 0))
+        self.scale = LossScale.of_state(state.get("pending_scale", {}))
 
     def merge(self, other: Tally) -> None:
         """Add what another tally counted."""

@@ -22,6 +22,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.likelihoods import Likelihood, LossTerms
 from kfacopt.likelihoods.precision import Precision
 from kfacopt.likelihoods.weights import mean_weight, times, weighed
+from kfacopt.sharding import shard_of
 
 
 @dataclass(eq=False)
@@ -241,12 +242,12 @@ class LossScale:
 
 
 def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Of dense gradients, in float32 at least, `[p]` in float64; 0 where there is none.
+    """Of dense gradients, in float32 at least, `[p]` in float64; 0 where there is none. Of sharded ones this process's.
 
     >>> norms_of([None, torch.tensor([3.0, 4.0])])
     tensor([0., 5.], dtype=torch.float64)
     """
-    dense = [g for g in gradients if g is not None and not g.is_sparse]
+    dense = [shard_of(g) for g in gradients if g is not None and not g.is_sparse]
     norms = iter(torch._foreach_norm(dense, 2, torch.float64 if _any_double(dense) else torch.float32) if dense else ())
     device = dense[0].device if dense else None
     zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
+from kfacopt.fsdp import is_engines
+
 Hooks = dict[int, Callable[..., Any]]
 """What torch keeps the hooks of one tensor or node in: by the `id` of their handles."""
 
@@ -82,11 +84,16 @@ class HooksSince:
 
 @contextmanager
 def silent(hooks: Iterable[Hooks]) -> Iterator[None]:
-    """Within this context none of the hooks is called; afterwards they are what they were."""
+    """Within this context none of the hooks is called; afterwards they are what they were.
+
+    Those of an engine that brings the parameters are called all the same.
+    """
     kept = [(held, dict(held)) for held in hooks]
     try:
-        for held, _ in kept:
-            held.clear()
+        for held, before in kept:
+            for number, hook in before.items():
+                if not is_engines(hook):
+                    del held[number]
         yield
     finally:
         for held, before in kept:
@@ -166,7 +173,7 @@ def watch(hooks: Iterable[Hooks]) -> None:
     """Look at what each hook returns when the user's own backward calls it."""
     for held in hooks:
         for number, hook in list(held.items()):
-            if not isinstance(hook, Watched):
+            if not isinstance(hook, Watched) and not is_engines(hook):
                 Watched(held, number)
 
 

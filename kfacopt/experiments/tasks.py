@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -53,6 +54,16 @@ class Task(LightningModule, ABC):
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The loss of one batch, differentiable, a mean over the data, no dimensions."""
+
+    def configure_model(self) -> None:
+        """Under Lightning's ModelParallelStrategy shard the network by `fully_shard`: blocks in a row, and the rest."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        rows = [module for module in self.model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        for block in (block for row in reversed(rows) for block in row if [*block.children()]):
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network's prediction."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.registry import RefusedHandler
@@ -162,7 +163,7 @@ def projection_edges(module: nn.MultiheadAttention, output: Tensor, above: Colle
     data = 1 if output.ndim == 2 else output.shape[0 if module.batch_first else 1]
     weights = _trained_weights(module)
     found: dict[str, list[Projection]] = {name: [] for name in weights}
-    owners = {weight: name for name, weight in weights.items()}
+    owners = {copy_in(module, weight): name for name, weight in weights.items()}
     for node, weight, first, rows, mat1 in _products(output.grad_fn, owners, above):
         name = owners[weight]
         if mat1.shape[0] % max(data, 1):

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kfacopt.layers.base import LayerHandler, OneHot
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.likelihoods import KFACType
@@ -84,7 +84,21 @@ class _ComputedHandler(CompoundHandler):
         return () if module._parameters.get("bias") is None else (shift,)
 
 
-class WeightNormHandler(_ComputedHandler):
+class _NormHandler(_ComputedHandler):
+    """Rows are scaled by numbers that the parameters are asked for: refused where these are sharded."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        return refusal_of_shards(module)
+
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        return () if self.refusal(module) else (*self._own_parts(module), *self._shift(module))
+
+    @abstractmethod
+    def _own_parts(self, module: nn.Module) -> tuple[Part, ...]:
+        """All but the bias."""
+
+
+class WeightNormHandler(_NormHandler):
     """A linear layer or convolution with `W_o = g_o v_o / |v_o|` (Salimans & Kingma 2016), old style or parametrized.
 
     The lengths g scale each output: their curvature is the GGN's diagonal, exactly. The directions v get the Kronecker
@@ -102,15 +116,14 @@ class WeightNormHandler(_ComputedHandler):
         super().__init__(handler)
         self._direction, self._length = direction, length
 
-    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+    def _own_parts(self, module: nn.Module) -> tuple[Part, ...]:
         direction = ScaledHandler(self._handler, self._scales)
         length = LengthHandler(self._handler, self._direction, self._length)
         whats = ("direction of the weight norm, but for the projection", "length of the weight norm")
-        parts = [
+        return (
             Part("direction", whats[0], self, direction, {"weight": self._direction}),
             Part("length", whats[1], self, length, {"weight": self._length}),
-        ]
-        return (*parts, *self._shift(module))
+        )
 
     def _scales(self, module: nn.Module) -> Tensor:
         v, g = (module.get_parameter(path) for path in (self._direction, self._length))
@@ -118,7 +131,7 @@ class WeightNormHandler(_ComputedHandler):
         return scales
 
 
-class SpectralNormHandler(_ComputedHandler):
+class SpectralNormHandler(_NormHandler):
     """A linear layer or convolution with `W = V / σ`, σ = uᵀ V v (Miyato et al. 2018), old style or parametrized.
 
     V gets the Kronecker factors of the weight, that of the outputs with each gradient over σ: its curvature with σ
@@ -135,10 +148,11 @@ class SpectralNormHandler(_ComputedHandler):
         super().__init__(handler)
         self._weight, self._left, self._right = weight, left, right
 
-    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+    def _own_parts(self, module: nn.Module) -> tuple[Part, ...]:
         weight = ScaledHandler(self._handler, self._scales)
-        what = "weight over its spectral norm, with that held"
-        return (Part("weight", what, self, weight, {"weight": self._weight}), *self._shift(module))
+        return (
+            Part("weight", "weight over its spectral norm, with that held", self, weight, {"weight": self._weight}),
+        )
 
     def _scales(self, module: nn.Module) -> Tensor:
         weight = module.get_parameter(self._weight).flatten(1)

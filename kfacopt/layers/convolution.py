@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -81,10 +80,9 @@ class ConvolutionHandler(LayerHandler):
         groups, axes = conv.groups, {"weight": 2 + len(conv.kernel_size), "bias": 1}
         columns = []
         for role in (role for role in axes if role in parts):
-            leading = parts[role].shape[: parts[role].ndim - axes[role]]
-            # Not from the weight: to read one that is computed may change what it is computed from (spectral_norm).
-            inputs = conv.in_channels // conv.groups * math.prod(conv.kernel_size) if role == "weight" else 1
-            columns.append(parts[role].reshape(*leading, groups, conv.out_channels // groups, inputs))
+            shape, leading = parts[role].shape, parts[role].ndim - axes[role]
+            inputs = shape[leading + 1 :].numel()  # not of conv.weight: to read that may compute it anew
+            columns.append(parts[role].reshape(*shape[:leading], groups, conv.out_channels // groups, inputs))
         matrix = columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
         return matrix if groups > 1 else matrix.squeeze(-3)
 

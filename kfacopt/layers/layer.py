@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from kfacopt.fsdp import is_sharded
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import Part
 
@@ -46,7 +47,10 @@ class Layer:
     @cached_property
     def shape(self) -> torch.Size:
         """Of the block's matrix, `[*k o i]`."""
-        return self.pack(self.values()).shape
+        if not any(map(is_sharded, self.parameters.values())):
+            return self.pack(self.values()).shape
+        empty = {role: torch.empty(p.shape, dtype=p.dtype, device="meta") for role, p in self.parameters.items()}
+        return self.pack({role: self.own_rows(role, t) for role, t in empty.items()}).shape
 
     @cached_property
     def alike(self) -> tuple[object, ...] | None:
@@ -57,9 +61,13 @@ class Layer:
 
     def held_by(self, module: nn.Module) -> bool:
         """Whether `module` holds the very parameters at present (`functional_call` puts others in their place)."""
-        if self.part is None:
-            return all(module._parameters.get(role) is p for role, p in self.parameters.items())
-        return all(self.part.parameter(module, role) is p for role, p in self.parameters.items())
+        for role, p in self.parameters.items():
+            held = module._parameters.get(role) if self.part is None else self.part.parameter(module, role)
+            # Of a sharded parameter the engine puts a whole copy there in a forward, and lets nothing else stay.
+            copied = held is not None and is_sharded(p) and not is_sharded(held) and held.shape == p.shape
+            if held is not p and not copied:
+                return False
+        return True
 
     def rows(self, role: str) -> slice | None:
         """Which rows of a parameter are the layer's; None: all."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.linear import LinearHandler
@@ -69,10 +70,10 @@ class ProductsHandler(CompoundHandler):
         # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return {}
-        parts = {module.get_parameter(part.paths["weight"]): part for part in self.parts(module)}
+        parts = {copy_in(module, module.get_parameter(part.paths["weight"])): part for part in self.parts(module)}
         data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
-        found: dict[nn.Parameter, list[_Product]] = {}
-        reads: Counter[nn.Parameter] = Counter()
+        found: dict[Tensor, list[_Product]] = {}
+        reads: Counter[Tensor] = Counter()
         for weight, product in _reads([x.grad_fn for x in tensors_of(call.output)], parts, call.above):
             reads[weight] += 1
             found.setdefault(weight, []).extend([] if product is None else [product])
@@ -115,8 +116,8 @@ class _Product:
 
 
 def _reads(
-    roots: Sequence[Node | None], weights: Collection[nn.Parameter], above: Collection[Node]
-) -> Iterator[tuple[nn.Parameter, _Product | None]]:
+    roots: Sequence[Node | None], weights: Collection[Tensor], above: Collection[Node]
+) -> Iterator[tuple[Tensor, _Product | None]]:
     """Every operation that reads one of some weights; None: it is no product with the whole of it from the right."""
     wanted = {id(weight) for weight in weights}
     queue = [root for root in roots if root is not None]
@@ -137,7 +138,7 @@ def _reads(
                 queue.append(following)
 
 
-def _leaf(node: Node | None) -> tuple[nn.Parameter | None, int]:
+def _leaf(node: Node | None) -> tuple[Tensor | None, int]:
     """The parameter behind a factor, and how often it was transposed on the way."""
     turns = 0
     while node is not None:

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from kfacopt.layers import recurrence
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.recurrence import Cell, Recurrence
 from kfacopt.likelihoods import KFACType
@@ -37,7 +37,8 @@ class RecurrentHandler(CompoundHandler):
     rows are due.
 
     Handled exactly: several layers, both directions, `proj_size`, `batch_first` or not, unbatched inputs, packed
-    sequences, states given and returned. Dropout between layers is drawn inside the kernel: refused, by name.
+    sequences, states given and returned. Dropout between layers is drawn inside the kernel: refused, by name. So is a
+    module that `fully_shard` has sharded.
 
     >>> handler, module = RecurrentHandler(), nn.LSTM(3, 4, 2, dropout=0.5)
     >>> handler.refusal(module)
@@ -57,7 +58,7 @@ class RecurrentHandler(CompoundHandler):
         for name in _names(module):
             if not isinstance(module._parameters.get(name), nn.Parameter):
                 return f"{name} is computed from other parameters (weight norm, pruning, ...)"
-        return None
+        return refusal_of_shards(module)
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
         if self.refusal(module) is not None:

@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
+from kfacopt.lightning.atomic import AtomicCheckpointIO as AtomicCheckpointIO
 from kfacopt.lightning.callback import CurvatureCallback as CurvatureCallback
 from kfacopt.lightning.interrupt import InterruptCheckpoint as InterruptCheckpoint

@@ -19,9 +19,9 @@ class CurvatureCallback(Callback):
 
     The first way to train with Lightning is to return `kfacopt.EKFAC` (or any other optimizer of kfacopt) from
     `configure_optimizers`, over the LightningModule itself or over a module in it. Nothing else is needed to train;
-    this callback adds what `health()` knows, as `curvature/<name>`, to every logger, on the steps on which Lightning
-    logs (`log_every_n_steps`), shows some of it in the progress bar, and closes the optimizers at the end of the fit or
-    when an exception stops it, so that the model is a plain one again.
+    this callback adds what `health()` knows, as `curvature/<name>` and `curvature/<name>/<layer>`, to every logger, on
+    the steps on which Lightning logs (`log_every_n_steps`), shows some of it in the progress bar, and closes the
+    optimizers at the end of the fit or when an exception stops it, so that the model is a plain one again.
 
     The second way is for a LightningModule that knows nothing of kfacopt: given `optimizer`, the callback replaces what
     `configure_optimizers` returned, before a checkpoint's state is restored. The learning-rate scheduler stays, with

@@ -9,6 +9,7 @@ they become the output-gradient covariances of K-FAC (Martens & Grosse 2015; Esc
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from torch import Generator, Tensor
 
 from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import Precision
+
+MANY_VECTORS = 1000
+"""Vectors of the type-2 Fisher, a backward pass each, from which on one is warned: there are as many as words."""
 
 
 class Spelled(StrEnum):
@@ -331,6 +335,12 @@ class Likelihood(ABC):
     def _type2(self, terms: LossTerms) -> Iterator[Tensor]:
         chunk, positions = self.vectors_per_chunk, terms.terms_per_datum
         outputs = terms.parameters.shape[1]
+        if outputs * positions > MANY_VECTORS:
+            warnings.warn(
+                f"the type-2 Fisher ('ggn') takes a backward pass for each class or output of a datum, and there are "
+                f"{outputs * positions}: sampling, curvature='mc' (fisher_type='mc' of operators), takes one",
+                stacklevel=2,
+            )
         for start in range(0, outputs, chunk):
             columns = self.hessian_sqrt(terms, slice(start, min(start + chunk, outputs)))
             if positions == 1:

@@ -15,6 +15,7 @@ from kfacopt.likelihoods.precision import (
     widest,
 )
 from kfacopt.likelihoods.softmax_gradient import ReadLabels, Smoothing, class_axes, read_labels, unused_outputs
+from kfacopt.linalg.tensors import row_pieces
 
 
 class Categorical(Likelihood):
@@ -107,9 +108,11 @@ class Categorical(Likelihood):
         uniform = torch.rand(rows, mc_samples, generator=generator, device=device, dtype=probabilities.dtype)
         # Inverting the distribution function takes one random number a draw, and unlike torch.multinomial it does not
         # fail (on CUDA: not for good) when a batch has diverged.
-        cumulative = probabilities.cumsum(-1)
-        uniform = uniform.to(probabilities.device) * cumulative[:, -1:]
-        labels = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=classes - 1)
+        uniform, drawn = uniform.to(probabilities.device), []
+        for some in row_pieces(probabilities):
+            cumulative = probabilities[some].cumsum(-1)
+            drawn.append(torch.searchsorted(cumulative, uniform[some] * cumulative[:, -1:], right=True))
+        labels = torch.cat(drawn).clamp_(max=classes - 1)
         return self._sampled(terms, probabilities, rearrange(labels, "m v -> v m"))
 
     def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
@@ -139,7 +142,7 @@ class Categorical(Likelihood):
     def _sampled(self, terms: LossTerms, probabilities: Tensor, labels: Tensor) -> Tensor:
         """`sqrt(scale / v) (p - e_y)` at labels `[v m]`."""
         deviation = (terms.scale / labels.shape[0]).sqrt()
-        vectors = (probabilities * deviation[:, None]).expand(labels.shape[0], -1, -1).clone()
+        vectors = probabilities.expand(labels.shape[0], -1, -1) * deviation[:, None]
         height = -deviation.expand_as(labels)
         return vectors.scatter_add_(-1, labels[..., None], height[..., None])
 

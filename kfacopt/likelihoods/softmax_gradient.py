@@ -7,12 +7,14 @@ vectors, of which one fits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kfacopt.likelihoods.precision import Precision, largest_magnitude
+from kfacopt.linalg.tensors import magnitude, row_pieces
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     axes = [0] if gradient.ndim == 1 else sorted({1, gradient.ndim - 1})
     wide = gradient.float() if gradient.dtype != torch.float64 else gradient
     sums = [wide.sum(axis).abs().sum() for axis in axes]
-    total, *residuals = torch.stack([wide.abs().sum(), *sums]).tolist()
+    total, *residuals = torch.stack([magnitude(wide), *sums]).tolist()
     residual = dict(zip(axes, residuals, strict=True))
     # The gradient of a single class is zero, which says nothing.
     axes.sort(key=lambda axis: (residual[axis], gradient.shape[axis] == 1))
@@ -149,21 +151,24 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     """The labels whose gradients are, up to one factor, the rows `[m c]` of `gradient`."""
     lowest, labels = gradient.min(-1)
     # Without a negative entry, p - 1 was rounded to zero at the label; other entries may have underflowed.
-    labels = torch.where(lowest < 0, labels, probabilities.argmax(-1))
+    if bool((rounded := lowest >= 0).any()):
+        labels = labels.masked_scatter(rounded, probabilities[rounded].argmax(-1))
     size = torch.maximum(-lowest, gradient.amax(-1))
     inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
-    gradient = gradient * inverse  # so that loss scaling does not over- or underflow squares
+    # Multiplied with it, so that loss scaling does not over- or underflow squares.
     size, quantum = size * inverse, precision.quantum * inverse
     if smoothing.label_smoothing > 0:
+        gradient, inverse = gradient * inverse, torch.ones_like(inverse)
         labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
-        found = _fitted(gradient, probabilities, labels, size, quantum, smoothing, precision)
+        found = _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
         if not found.recognised:
             labels = _nearest_labels(gradient, probabilities, smoothing)
-    return _fitted(gradient, probabilities, labels, size, quantum, smoothing, precision)
+    return _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
 
 
 def _fitted(
     gradient: Tensor,
+    inverse: Tensor,
     probabilities: Tensor,
     labels: Tensor,
     size: Tensor,
@@ -171,7 +176,7 @@ def _fitted(
     smoothing: Smoothing,
     precision: Precision,
 ) -> ReadLabels:
-    """Labels of the rows that have a gradient, those of the rest, and whether they explain it."""
+    """Labels of the rows that have a gradient, those of the rest, and whether they explain `inverse * gradient`."""
     labels = labels.clone()
     live, zero = torch.ones_like(labels, dtype=torch.bool), size == 0
     if bool(zero.any()):
@@ -182,8 +187,8 @@ def _fitted(
         live[zero] = likeliest.values[:, 1:].sum(-1) <= 2.0 * quantum
     expected = smoothing.gradient(probabilities, labels)
     length = torch.linalg.vector_norm(expected, dim=-1)
-    dot = torch.linalg.vecdot(gradient, expected)
-    cosine = dot / (length * torch.linalg.vector_norm(gradient, dim=-1))
+    dot, size_of = (torch.cat(parts) for parts in zip(*_compared(gradient, inverse, expected), strict=True))
+    cosine = dot / (length * size_of)
     # Where probabilities and labels nearly agree, rounding decides where their difference points: a difference of 3% of
     # the label is several times bfloat16's rounding, and an entry of 64 quanta is itself exact to 2%. Rows below are
     # not judged; smaller bounds would refuse right gradients, larger ones leave too few rows to find a wrong loss by.
@@ -197,6 +202,13 @@ def _fitted(
         same = (dot / (factor * length.square()) - 1.0).abs() <= precision.factor
         wrong |= telling & (length > precision.telling * curvature) & ~same
     return ReadLabels(labels, live, expected, recognised=not bool(wrong.any()))
+
+
+def _compared(gradient: Tensor, inverse: Tensor, expected: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of some rows at a time, the products of `inverse * gradient` with what is expected, and its lengths."""
+    for some in row_pieces(gradient):
+        scaled = gradient[some] * inverse
+        yield torch.linalg.vecdot(scaled, expected[some]), torch.linalg.vector_norm(scaled, dim=-1)
 
 
 def _nearest_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
 from kfacopt.likelihoods.precision import Precision
+from kfacopt.linalg.tensors import row_products
 
 
 def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossTerms:
@@ -40,7 +41,8 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
         return terms
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
     own, rows = terms.gradient, terms.rows(gradient).to(terms.gradient.dtype)
-    squares, along, length = (torch.linalg.vecdot(a, b) for a, b in ((own, own), (rows, own), (rows, rows)))
+    squares, length = (torch.linalg.vector_norm(a, dim=-1).square() for a in (own, rows))
+    along = row_products(rows, own)
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     size = squares.sqrt()

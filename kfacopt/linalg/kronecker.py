@@ -2,7 +2,8 @@
 
 A *factor* is a symmetric matrix `[*k d d]`, or the diagonal `[d]` of one: the input factor of a layer with one-hot
 inputs (an embedding) is diagonal, and as large as the vocabulary. A one-dimensional tensor is always a diagonal.
-An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal factor).
+An eigenbasis is `[*k d d]`, or `None` for the identity (the basis of a diagonal factor). So is the factor of a side too
+wide to be squared, which is of the inputs or of the outputs.
 """
 
 from __future__ import annotations
@@ -17,24 +18,44 @@ from kfacopt.linalg.symmetric import root as symmetric_root
 
 
 def multiply(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """`left @ matrix @ right` for factors left `[*k o o]` and right `[*k i i]` or diagonal `[i]`; matrix `[*k o i]`.
+    """`left @ matrix @ right` for factors left `[*k o o]` or `[o]` and right `[*k i i]` or `[i]`; matrix `[*k o i]`.
 
     >>> multiply(torch.eye(2), torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0])).tolist()
     [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
-    if right.ndim == 1:
-        return left @ (matrix * right)
-    return left @ (matrix @ right)
+    if right.ndim == 1 and left.ndim > 1:
+        return from_left(left, matrix).mul_(right)
+    return _scaled_or_product(left, matrix * right if right.ndim == 1 else matrix @ right)
 
 
-def rotate(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+def from_left(left: Tensor, matrix: Tensor) -> Tensor:
+    """`left @ matrix` `[*k o i]`, laid out as the matrix is.
+
+    That of an embedding is transposed, as is its weight's gradient: what is computed of it, element by element, with
+    the weight and with the step, takes several times as long in another layout.
+
+    >>> from_left(torch.eye(2), torch.ones(3, 2).mT).is_contiguous()
+    False
+    """
+    transposed = matrix.ndim == 2 and matrix.stride(0) == 1 < matrix.shape[1] and matrix.stride(1) > 1
+    return (matrix.mT @ left.mT).mT if transposed else left @ matrix
+
+
+def _scaled_or_product(left: Tensor, fresh: Tensor) -> Tensor:
+    """`left @ fresh` for a factor or a diagonal; what is given may be written to."""
+    return fresh.mul_(left.unsqueeze(-1)) if left.ndim == 1 else from_left(left, fresh)
+
+
+def rotate(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """`leftᵀ @ matrix @ right`: coordinates of `matrix` `[*k o i]` in the Kronecker eigenbasis `left ⊗ right`."""
-    return left.mT @ (matrix if right is None else matrix @ right)
+    rotated = matrix if right is None else matrix @ right
+    return rotated if left is None else from_left(left.mT, rotated)
 
 
-def rotate_back(left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+def rotate_back(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """`left @ matrix @ rightᵀ`: the inverse of `rotate` for orthonormal bases."""
-    return left @ (matrix if right is None else matrix @ right.mT)
+    rotated = matrix if right is None else matrix @ right.mT
+    return rotated if left is None else from_left(left, rotated)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -83,13 +104,14 @@ def root(factor: Tensor) -> Tensor:
 
 
 def sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
-    """`left @ matrix @ rightᵀ` for roots left `[*k o o]` and right `[*k i i]` or diagonal `[i]`."""
-    return left @ (matrix * right if right.ndim == 1 else matrix @ right.mT)
+    """`left @ matrix @ rightᵀ` for roots left `[*k o o]` or `[o]` and right `[*k i i]` or `[i]`."""
+    return _scaled_or_product(left, matrix * right if right.ndim == 1 else matrix @ right.mT)
 
 
 def transposed_sandwich(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ @ matrix @ right`, the adjoint of `sandwich`."""
-    return left.mT @ (matrix * right if right.ndim == 1 else matrix @ right)
+    adjoint = left if left.ndim == 1 else left.mT
+    return _scaled_or_product(adjoint, matrix * right if right.ndim == 1 else matrix @ right)
 
 
 def product_of_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -99,7 +121,7 @@ def product_of_sum(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     multiples of each other.
 
     Args:
-        pairs: G_j `[o o]` and A_j `[i i]`, or all diagonal `[i]`; positive semi-definite.
+        pairs: G_j `[o o]`, or all diagonal `[o]`, and A_j `[i i]`, or all diagonal `[i]`; positive semi-definite.
 
     >>> left, right = product_of_sum([(torch.eye(2), torch.ones(3)), (2 * torch.eye(2), torch.arange(3.0))])
     >>> torch.kron(left, right.diag()).diagonal().round()
@@ -151,9 +173,17 @@ def damp_by_means(
     values: Tensor, left: Tensor, right: Tensor, mean_left: Tensor, mean_right: Tensor, damping: float
 ) -> Tensor:
     """`damp_factored` where the mean eigenvalues `[*k]` of the factors are not those of `left` and `right`."""
+    on_left, on_right = damping_terms(left, right, mean_left, mean_right, damping)
+    return values + on_left.unsqueeze(-1) + on_right.unsqueeze(-2)
+
+
+def damping_terms(
+    left: Tensor, right: Tensor, mean_left: Tensor, mean_right: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """What `damp_by_means` adds to the rows of the eigenvalues, `[*k o]`, and to their columns, `[*k i]`."""
     pi = _pi(mean_left, mean_right).unsqueeze(-1)
     root = float(damping**0.5)
-    return values + ((root * pi) * left + damping).unsqueeze(-1) + ((root / pi) * right).unsqueeze(-2)
+    return (root * pi) * left + damping, (root / pi) * right
 
 
 def _pi(mean_left: Tensor, mean_right: Tensor) -> Tensor:

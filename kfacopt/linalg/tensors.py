@@ -8,6 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor
 
+ELEMENTS_IN_CACHE = 2**18
+"""How many elements a temporary had better have on a processor: 1 MiB in float32.
+
+It stays in the cache then, and the allocator has it at hand. Squared per-datum gradients of a head of 50,000 words took
+36 ms so, and 124 ms in one piece; of usual layers (128 x 512, 64 places) 66 and 150.
+"""
+
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Sum of the inner products of pairs of tensors; pairs may differ in dtype, the pairs' sum is float64.
@@ -23,6 +30,36 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     if left.is_contiguous() and right.is_contiguous():
         return torch.dot(left.view(-1), right.view(-1))
     return (left * right).sum()  # flattening would copy, too, and be one call more
+
+
+def magnitude(tensor: Tensor) -> Tensor:
+    """Sum of the absolute values of all entries, without axes; on a processor in pieces that stay in its cache.
+
+    >>> magnitude(torch.tensor([1.0, -2.0]))
+    tensor(3.)
+    """
+    if tensor.device.type != "cpu" or tensor.numel() <= ELEMENTS_IN_CACHE or not tensor.is_contiguous():
+        return tensor.abs().sum()
+    return torch.stack([piece.abs().sum() for piece in tensor.flatten().split(ELEMENTS_IN_CACHE)]).sum()
+
+
+def row_pieces(rows: Tensor) -> list[slice]:
+    """Slices of rows `[m c]` of which a temporary stays in a processor's cache; elsewhere one slice, of all.
+
+    >>> row_pieces(torch.zeros(3, 200_000))
+    [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
+    """
+    size = max(1, ELEMENTS_IN_CACHE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
+    return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """The inner product of each row of the one with that of the other, `[m]` from `[m c]`.
+
+    >>> row_products(torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([3., 7.])
+    """
+    return torch.cat([torch.linalg.vecdot(left[some], right[some]) for some in row_pieces(left)])
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -54,14 +91,14 @@ def stacked(numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(numbers))
 
 
-def whole_of(rows: Sequence[Tensor]) -> Tensor | None:
+def tensor_of_rows(rows: Sequence[Tensor]) -> Tensor | None:
     """The tensor whose rows, all of them and in their order, some tensors are; None: there is none.
 
     Who wants many tensors as one at every step lets their owners hold views of it: nothing is copied until an owner
     holds something else (a loaded state, a renewed inverse), which is told by itself.
 
     >>> whole = torch.ones(2, 2)
-    >>> whole_of(whole.unbind()) is whole, whole_of([whole[0], whole[1].clone()])
+    >>> tensor_of_rows(whole.unbind()) is whole, tensor_of_rows([whole[0], whole[1].clone()])
     (True, None)
     """
     whole: Tensor | None = rows[0]._base

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.capture.buffers import copied_buffers
+from kfacopt.fsdp import is_sharded
 from kfacopt.likelihoods.divisor import mean_divisor
 from kfacopt.linalg.operator import LinearOperator, Shapes
 from kfacopt.operators.matrix_free.products import (
@@ -101,6 +102,11 @@ class CurvatureLinearOperator(LinearOperator):
             _check_reduction(loss_func)
         if not self._params:
             raise ValueError("params is empty: an operator needs parameters to act on")
+        if any(map(is_sharded, self._params)):
+            raise RuntimeError(
+                "params are sharded (fully_shard, tensor parallelism), but an operator works on whole ones, in one "
+                "process: load the model's full state dict into one that is not sharded"
+            )
         parameter_names(model_func, self._params)
         check_leaves_parameters(model_func)
         super().__init__(self._get_in_shape(), self._get_out_shape())

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from kfacopt.backends.base import CurvatureBackend
 from kfacopt.capture.listener import Capture
 from kfacopt.capture.recording import without_autocast
-from kfacopt.capture.scaling import LossScale
+from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
-from kfacopt.optim.checks import check_engine, check_model, check_params, check_processes
+from kfacopt.optim import carried, checks, memory, stored
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
-from kfacopt.optim.sightings import DERIVATIVE, uses_out_of_sight
+from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
 from kfacopt.optim.together import Agreement, agreed
 from kfacopt.sharding import unwrapped
 
@@ -58,9 +58,11 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self, model: nn.Module, estimator: FisherEstimator, params: Params | None, defaults: dict[str, Any]
     ) -> None:
         model, self._processes = unwrapped(model)
-        check_model(model)
-        check_params(params)
-        check_processes(self._processes, self._alone)
+        checks.check_model(model)
+        self._sharded = ShardedModel(model)
+        self._sharded.reshard()  # else the parameters below would be copies
+        checks.check_params(params)
+        checks.check_processes(self._processes, self._alone)
         self._agreed = Agreement()
         self.model = model
         self._estimator = estimator
@@ -74,6 +76,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._expected: set[str] = set()
         self._unseen_uses: dict[nn.Parameter, str] = {}
         super().__init__(model.parameters() if params is None else params, defaults)
+        checks.check_copies(self._sharded, self.param_groups)
         self._attach()
 
     # -- what is captured ------------------------------------------------------------------------------------------
@@ -106,6 +109,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
         self._pattern = self._covered_pattern()
+        self._sharded = ShardedModel(self.model)
+        self._sharded.reshard()
+        self._named = dict(self.model.named_parameters())
         deliver, discard, all_places, needs_inputs = _ignore, _ignore, False, True
         if (backend := self._fed) is not None:
             wanted = self._parameters(curvature=True)
@@ -122,7 +128,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if self._capture is not None:
             is_paused = self._capture.is_paused
             self._capture.close()
-        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard)
+        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard, self._sharded)
         self._capture.passes.all_places, self._capture.passes.needs_inputs = all_places, needs_inputs
         self._capture.is_paused = is_paused
         self._arm()
@@ -239,6 +245,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
             RuntimeError: If the step needs batches that cannot be had; nothing was changed then.
             TypeError: If a gradient is sparse.
         """
+        if not self.state and carried.asked_by_checkpoint():
+            return self._allocate()  # it wants to know the state's keys: gradients and rates are zero
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -249,11 +257,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         )
         if self._agreed.in_the_loss:
             if self._solves_on_replays():
-                raise RuntimeError(
-                    f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write "
-                    f"a module whose forward takes the derivatives and returns the residual, and give the optimizer "
-                    f"that as its model; take derivatives that are only looked at without create_graph=True"
-                )
+                raise RuntimeError(OF_ANOTHER_GRADIENT)
             self._open_capture().tally.replayable = False
         self._unseen_uses |= uses_out_of_sight(self._layers, self._agreed, self._unseen_uses)
         self._follow_changes()
@@ -274,9 +278,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _check(self) -> None:
         """Refuse what several processes cannot do yet; an engine may have come since the optimizer was made."""
-        check_processes(self._processes, self._alone)
+        checks.check_processes(self._processes, self._alone)
         if self._processes.is_open:
-            check_engine(self.model)
+            checks.check_engine(self.model)
+            checks.check_unchanged(self.model, self._sharded)
 
     def _settle_scale(self) -> float:
         """Take in by which factor the loss of this step's backwards differs from the plain one.
@@ -300,37 +305,44 @@ class CapturingOptimizer(torch.optim.Optimizer):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's `state` and `param_groups`, and `curvature`: tensors and plain Python only, resuming bit for bit."""
+        """torch's `state` and `param_groups`, and `curvature`: tensors and plain Python only, resuming bit for bit.
+
+        For `torch.distributed.checkpoint`, which drops a section of its own, curvature is in the first param group.
+        """
         result: dict[str, Any] = super().state_dict()
-        result["curvature"] = self._own_state()
-        return result
+        if carried.asked_by_checkpoint():
+            return carried.with_curvature(result, self.param_groups, self._own_state(), self._blank())
+        result["param_groups"][0].pop(carried.KEY, None)
+        return result | {"curvature": self._own_state()}
+
+    def _blank(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """By parameter, all that a step may remember of it, as it is before the first."""
+        return {}
+
+    def _allocate(self) -> None:
+        carried.announce(self.param_groups)
+        for parameter, values in self._blank().items():
+            self.state[parameter] = values
 
     def _own_state(self) -> dict[str, Any]:
         """What `curvature` holds; a subclass adds to it."""
-        tally = self._open_capture().tally
-        return {
+        return self._open_capture().tally.state_dict() | {
             "estimator": self._estimator.state_dict(),
             "processes": self._processes.size,
             "step": self._step,
             "skipped_steps": self._report["skipped_steps"],
-            "pending_terms": float(tally.terms),
-            "pending_passes": tally.passes,
-            "pending_scale": tally.scale.state_dict(),
             "pending_reached": dict(self._reached),
             "loss_factor": self._scaling.factor,
-            "unseen_uses": {n: why for n, p in self.model.named_parameters() if (why := self._unseen_uses.get(p))},
+            "unseen_uses": {n: why for n, p in self._named.items() if (why := self._unseen_uses.get(p))},
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         """Take over what `_own_state` returned, or raise a ValueError before anything is changed."""
-        self._estimator.load_state_dict(own["estimator"], next(self.model.parameters()).device)
+        stored.read("curvature/estimator", self._estimator, own["estimator"], next(self.model.parameters()).device)
         self._step, self._report["skipped_steps"] = int(own["step"]), float(own["skipped_steps"])
         self._scaling.factor = float(own.get("loss_factor", 1.0))
-        capture = self._open_capture()
-        capture.reset()
-        capture.tally.terms = float(own.get("pending_terms", 0.0))
-        capture.tally.passes = int(own.get("pending_passes", 0))
-        capture.tally.scale = LossScale.of_state(own.get("pending_scale", {}))
+        self._open_capture().reset()
+        self._open_capture().tally.load_state_dict(own)
         self._reached = Counter(own.get("pending_reached", {}))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,27 +350,32 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend; nothing is changed then.
+            ValueError: If it is of another model or backend, or shards of a whole one, or damaged, with the place;
+                nothing is changed then.
         """
-        own, key = state_dict.get("curvature"), self._own_state_key
-        if key and (own is None or key not in own):
-            raise KeyError(
-                f"this state dict has no 'curvature' section with {key!r}: it is not one of a {type(self).__name__}"
-            )
+        own = carried.curvature_of(state_dict)
+        stored.check_section(own, self._own_state_key, type(self).__name__)
         self._follow_changes()
         before, unseen_uses = self._own_state(), self._unseen_uses
-        try:
-            if own is not None:
-                held = dict(self.model.named_parameters())
-                self._unseen_uses = {held[n]: why for n, why in own.get("unseen_uses", {}).items() if n in held}
-                self._follow_changes()
-                self._load_own_state(own)
-            super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvature"})
-        except (ValueError, KeyError):
+        held_before = {name: self.__dict__[name] for name in ("state", "param_groups", *self._own_attributes)}
+
+        def undo() -> None:
+            self.__dict__.update(held_before)
             self._unseen_uses = unseen_uses
             self._follow_changes()
             self._load_own_state(before)
-            raise
+
+        with stored.taken_over(type(self).__name__, undo):
+            here = super().state_dict() | {"curvature": before}
+            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults)
+            rest = carried.without_curvature(state_dict, self.param_groups)
+            if own is not None:
+                uses, held = own.get("unseen_uses", {}), self._named
+                self._unseen_uses = {held[name]: why for name, why in uses.items() if name in held}
+                self._follow_changes()
+                self._load_own_state(own)
+            super().load_state_dict(rest)
+        memory.without_blanks(self.state)
         if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:
             self._forget()  # what waits for the step is one process's part of it
         self._arm()
@@ -366,10 +383,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         common = ("model", "_estimator", "_processes", "_agreed", "_step", "_report", "_layers", "_reached", "_scaling")
         own = (*common, "_unseen_uses", *self._own_attributes)
-        tally = self._open_capture().tally
-        pending = (float(tally.terms), tally.passes, tally.scale.state_dict())
+        pending = {"_pending": self._open_capture().tally.state_dict()}
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own} | {"_pending": pending}
+        return state | {name: self.__dict__[name] for name in own} | pending
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -377,8 +393,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._capture, self._rest = None, []
             pending = self.__dict__.pop("_pending")
             self._attach()
-            tally = self._open_capture().tally
-            tally.terms, tally.passes, tally.scale = pending[0], pending[1], LossScale.of_state(pending[2])
+            self._open_capture().tally.load_state_dict(pending)
 
 
 def _ignore(*_: Any) -> None:

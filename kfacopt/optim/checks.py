@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from kfacopt.fsdp import ShardedModel, is_sharded
 from kfacopt.likelihoods import Likelihood
 from kfacopt.sharding import Processes
 
@@ -21,7 +22,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: If it is no module, has complex or sparse parameters, or parameters that are not yet initialised.
         ValueError: If its parameters are on several devices.
-        RuntimeError: If an engine shards it, or wraps a part of it.
+        RuntimeError: If an engine shards it that we do not know, or wraps a part of it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -73,7 +74,7 @@ def check_processes(processes: Processes, alone: Callable[[], str | None]) -> No
 
 
 def check_engine(model: nn.Module) -> None:
-    """Refuse a model whose parameters an engine of torch's shards, or of which a part only is wrapped.
+    """Refuse a model whose parameters an engine of torch's shards that we do not know, or is wrapped in part only.
 
     Raises:
         RuntimeError: If so.
@@ -85,22 +86,23 @@ def check_engine(model: nn.Module) -> None:
                 f"{place} is a DistributedDataParallel within the model: wrap the whole model, and give the optimizer "
                 f"that or the module within"
             )
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+        if "FullyShardedDataParallel" in {kind.__name__ for kind in type(module).__mro__}:
             raise RuntimeError(
-                f"{place} is sharded by FSDP ({type(module).__name__}): curvature of sharded parameters is not there "
-                f"yet. Train with torch.nn.parallel.DistributedDataParallel"
+                f"{place} is a FullyShardedDataParallel (FSDP1), which flattens parameters: their layers cannot be "
+                f"told. Use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if isinstance(module, nn.SyncBatchNorm) and Processes().size > 1:
             raise RuntimeError(
                 f"{place} is a SyncBatchNorm, whose backward waits for the other processes: the curvature's own pass "
                 f"through it is not there yet. Use BatchNorm, GroupNorm or LayerNorm"
             )
+    sharded = ShardedModel(model)
+    sharded.check()
     for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+        if is_sharded(parameter) and not sharded.holds(parameter):
             raise RuntimeError(
-                f"the parameter {name!r} is a DTensor (FSDP2, tensor parallelism): curvature of sharded parameters is "
-                f"not there yet. Train with torch.nn.parallel.DistributedDataParallel"
+                f"the parameter {name!r} is a DTensor, but not one of fully_shard's (tensor parallelism): curvature "
+                f"of a layer whose outputs are divided is not there yet. Shard it by fully_shard alone"
             )
 
 
@@ -182,4 +184,30 @@ def check_params(params: Any) -> None:
         raise TypeError(
             f"params must be parameters or param groups (default: all of the model's), got {params!r}: "
             f"hyper-parameters are keywords, so say lr={params!r}"
+        )
+
+
+def check_copies(sharded: ShardedModel, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse parameters that were asked for between a forward and what follows: they are copies, which nobody trains.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    if copies := sum(sharded.is_copy(p) for group in groups for p in group["params"]):
+        raise ValueError(
+            f"{copies} of params are the whole copies that fully_shard makes for a forward, not the parameters that "
+            f"are trained: call reshard() on the model before its parameters() are asked for, or leave params out"
+        )
+
+
+def check_unchanged(model: nn.Module, sharded: ShardedModel) -> None:
+    """Refuse a model that was sharded since the optimizer was made.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    if not ShardedModel(model).same_parameters(sharded):
+        raise RuntimeError(
+            "fully_shard was called on the model, or a part of it, after the optimizer was made: the parameters that "
+            "the optimizer holds are not the model's any more, and nothing would move. Make the optimizer after it"
         )

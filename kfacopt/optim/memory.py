@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import whole_of
+from kfacopt.linalg.tensors import tensor_of_rows
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
+from kfacopt.sharding import shard_of, shards, whole_of
 
 State = MutableMapping[Any, Any]
 """`torch.optim.Optimizer.state`: a dict for each parameter."""
@@ -28,7 +29,7 @@ def averaged(
 ) -> dict[nn.Parameter, Tensor]:
     """Gradients with momentum of some parameters; the running averages move on.
 
-    A new gradient weighs `freshness` times `1 - momentum`.
+    A new gradient weighs `freshness` times `1 - momentum`. Of sharded parameters each process averages its shards.
     """
     covered = {id(p) for p in parameters if p in gradients}
     result: dict[nn.Parameter, Tensor] = {}
@@ -40,11 +41,11 @@ def averaged(
                 own = state[p]
                 held, buffers = by_weight.setdefault(_weight(own, p, momentum), ([], []))
                 held.append(p)
-                buffers.append(own["momentum_buffer"])
+                buffers.append(shard_of(own["momentum_buffer"]))
         for weight, (held, buffers) in by_weight.items():
-            now = [gradients[p] for p in held]
+            now = [shards(gradients, p) for p in held]
             means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight)
-            result |= dict(zip(held, means, strict=True))
+            result |= {p: whole_of(mean, p) for p, mean in zip(held, means, strict=True)}
     return result
 
 
@@ -57,17 +58,49 @@ def _weight(state: dict[str, Any], parameter: nn.Parameter, momentum: float) -> 
     return weight
 
 
+def blank(parameter: nn.Parameter, averaged: bool) -> dict[str, Any]:
+    """All that is remembered of a parameter, as nothing is: AdamW's moments, and the running average if it has one."""
+    result: dict[str, Any] = {"step": torch.zeros(())}
+    names = ["exp_avg", "exp_avg_sq", *(["momentum_buffer"] if averaged else [])]
+    result |= {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
+    return result | ({"momentum_weight": 0.0} if averaged else {})
+
+
+def without_blanks(state: State) -> None:
+    """Forget what says nothing, as `blank` and `blank_row_squares` made it for a checkpoint."""
+    for own in state.values():
+        pairs = {"step": ("exp_avg", "exp_avg_sq"), "momentum_weight": ("momentum_buffer",)}
+        pairs |= {key: (key.replace("weight", "squares", 1),) for key in own if key.startswith("row_weight")}
+        for weight, values in pairs.items():
+            if weight in own and float(own[weight]) == 0.0:
+                for name in (weight, *values):
+                    own.pop(name, None)
+
+
+def blank_row_squares(key: Key, shape: Sequence[int]) -> dict[str, Any]:
+    """A matrix' running mean squares of rows, as nothing is remembered of it: `shape` is `[*k o]`."""
+    parameter, rows = key
+    held, weight = _names_of(rows)
+    return {held: torch.zeros(tuple(shape), dtype=parameter.dtype, device=parameter.device), weight: 0.0}
+
+
+def _names_of(rows: slice | None) -> tuple[str, str]:
+    """Under which names the running average of some rows, and the weight in it, are kept."""
+    place = "" if rows is None else f"[{rows.start}:{rows.stop}]"
+    return f"row_squares{place}", f"row_weight{place}"
+
+
 def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float) -> Tensor:
     """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected.
 
     The parameters, of one dtype, hold views of one tensor.
     """
     owns = [state[parameter] for parameter, _ in keys]
-    names = [_row_names(rows) for _, rows in keys]
+    names = [_names_of(rows) for _, rows in keys]
     # In the parameter's dtype, which is what torch makes of it when a state is loaded.
     dtype = keys[0][0].dtype
     held = [own[name] for own, (name, _) in zip(owns, names, strict=True) if name in own]
-    whole = whole_of(held) if len(held) == len(keys) else None
+    whole = tensor_of_rows(held) if len(held) == len(keys) else None
     if whole is None:
         zeros = squares.new_zeros(squares.shape[1:], dtype=dtype)
         whole = torch.stack([own.get(name, zeros) for own, (name, _) in zip(owns, names, strict=True)])
@@ -83,16 +116,10 @@ def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float
     return whole.to(squares.dtype) / squares.new_tensor(weights).view(-1, *[1] * (squares.ndim - 1))
 
 
-def _row_names(rows: slice | None) -> tuple[str, str]:
-    """Under which names the running average of some rows, and the weight in it, are kept."""
-    place = "" if rows is None else f"[{rows.start}:{rows.stop}]"
-    return f"row_squares{place}", f"row_weight{place}"
-
-
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """AdamW's moments and step count of a parameter, zero at first."""
+    """AdamW's moments and step count of a parameter, zero at first; of a sharded one this process's shards."""
     own: dict[str, Tensor] = state[parameter]
     if "exp_avg" not in own:
         own["step"] = torch.zeros(())
         own["exp_avg"], own["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return own
+    return {name: shard_of(own[name]) for name in ("step", "exp_avg", "exp_avg_sq")}

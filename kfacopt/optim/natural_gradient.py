@@ -20,6 +20,7 @@ from kfacopt.optim.checks import check_group, check_known
 from kfacopt.optim.step import GridLineSearch, Step, Updates
 from kfacopt.optim.step.acceleration import GeodesicAcceleration
 from kfacopt.optim.step.solved import Solves
+from kfacopt.optim.stored import read
 from kfacopt.replay.loss_change import reduction_ratio
 from kfacopt.replay.recorder import ProductRecorder
 from kfacopt.solvers.base import Solver
@@ -225,11 +226,12 @@ class NaturalGradient(CapturingOptimizer):
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
-        self.solver.load_state_dict(own["solver"])
+        read("curvature/solver", self.solver, own["solver"])
         super()._load_own_state(own)
         if self.line_search is not None:
             # Before 0.2 the line search's state was one number.
-            self.line_search.load_state_dict(own.get("step_length") or {"last": own["last_size"]})
+            found = own.get("step_length") or {"last": own.get("last_size")}
+            read("curvature/step_length", self.line_search, found)
 
 
 _EMA_DECAY = 0.8

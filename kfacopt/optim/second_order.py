@@ -19,14 +19,16 @@ from kfacopt.layers.plain import PlainMatrix, plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
-from kfacopt.optim import deprecated, groups, memory, rule
+from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import check_group, check_known
+from kfacopt.optim.descent import descend
 from kfacopt.optim.sightings import Sightings
 from kfacopt.optim.step import Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
+from kfacopt.sharding import wholes
 
 
 class SecondOrderOptimizer(CapturingOptimizer):
@@ -61,13 +63,13 @@ class SecondOrderOptimizer(CapturingOptimizer):
     - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is one of the
       step alone.
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
-    - Several processes train under `torch.nn.parallel.DistributedDataParallel`: gradients and curvature are of all
-      their data, a step that one of them cannot take is taken by none, and gradients that nobody averaged are refused.
-      What one process saves with `state_dict()` resumes in any number of them.
+    - Several processes train under `torch.nn.parallel.DistributedDataParallel` or `torch.distributed.fsdp.fully_shard`:
+      gradients and curvature are of all their data, a step that one of them cannot take is taken by none, and gradients
+      that nobody averaged are refused. What is saved resumes in any number of them.
 
     Args:
-        model: The model whose parameters are trained, or torch's `DistributedDataParallel` around it; hooks watch every
-            module of it until `close()`.
+        model: The model whose parameters are trained, or torch's `DistributedDataParallel` around it, or sharded by
+            `fully_shard` before; hooks watch every module of it until `close()`.
         loss_func: The loss, as torch's module (those of `kfacopt.likelihoods.likelihood_from`) or a `Likelihood`; with
             `curvature="empirical"` any module or function. Of a model with several outputs a dict of losses by their
             names, or a tuple of losses by their order, each alone or as `(weight, loss)`; the loop may add them up as
@@ -285,6 +287,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         scale = self._estimator.likelihood.gradient_scale(self._terms)
         if scale != 1.0:
             gradients = {p: g * scale for p, g in gradients.items()}
+        found = wholes(gradients)
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         self.backend.fold(self._step, settings)
         if self._agreed.passes:
@@ -293,10 +296,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
             self.backend.refresh(self._step, settings)
         refreshed = time.perf_counter()
         expected = [layer for layer in self._layers if layer.name in self._expected]
-        self._sightings.note(expected, self._agreed.reached, gradients, self.backend)
+        self._sightings.note(expected, self._agreed.reached, found, self.backend)
         step = Step(
             self._step,
-            gradients,
+            found,
             self._layers,
             self.backend,
             settings,
@@ -323,43 +326,24 @@ class SecondOrderOptimizer(CapturingOptimizer):
         judged = rule_ is not None and rule_.due(self._step) and self._agreed.replays
         before = {p: p.clone() for p in step.gradients} if judged else {}
         for group in self.param_groups:
-            self._descend(group, step.gradients, updates)
+            descend(group, self.state, step.gradients, updates)
         if rule_ is None or not judged:
             return
-        delta = {p: p - old for p, old in before.items()}
-        outcome = outcome_of_step(
-            self._estimator,
-            self.backend,
-            step.replays,
-            delta,
-            step.gradients,
-            step.settings,
-            step.gradient_scale,
-            self._processes,
-        )
+        delta = wholes({p: p - old for p, old in before.items()})
+        with self._sharded.out_of_turn():
+            outcome = outcome_of_step(
+                self._estimator,
+                self.backend,
+                step.replays,
+                delta,
+                step.gradients,
+                step.settings,
+                step.gradient_scale,
+                self._processes,
+            )
         self._report |= {"rho": outcome.rho, "kl": outcome.divergence}
         for group in self.param_groups if outcome.comparable else []:
             group["damping"] = rule_.adjusted(float(group["damping"]), outcome.rho)
-
-    def _descend(self, group: dict[str, Any], gradients: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
-        second = [p for p in group["params"] if p in updates.tensors]
-        rest = [p for p in group["params"] if p in gradients and p not in updates.tensors]
-        rule.descend(
-            second,
-            [updates.tensors[p] for p in second],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            scale=updates.scale,
-        )
-        rule.adamw_step(
-            rest,
-            [gradients[p] for p in rest],
-            [memory.adamw_state(self.state, p) for p in rest],
-            lr=groups.adamw_rate(group),
-            betas=group["adamw_betas"],
-            eps=group["adamw_eps"],
-            weight_decay=group["weight_decay"],
-        )
 
     def _note_times(self, factor_seconds: float, refresh_seconds: float) -> None:
         now = time.perf_counter()
@@ -383,16 +367,24 @@ class SecondOrderOptimizer(CapturingOptimizer):
             "terms": self._terms,
         }
 
+    def _blank(self) -> dict[nn.Parameter, dict[str, Any]]:
+        stepped = {*self._plain, *(p for layer in self._layers for p in layer.parameters.values())}
+        held = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        blank = {p: memory.blank(p, p in stepped) for p in held}
+        for p, more in self.direction.remembered(self._layers, self._plain).items():
+            blank[p] |= more
+        return blank
+
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
-        self.backend.load_state_dict(own["backend"])
+        stored.read("curvature/backend", self.backend, own["backend"])
         super()._load_own_state(own)
         if "direction" not in own and isinstance(self.direction, Grafted):
             # 0.1 knew no other than the natural gradient's own length; its bound comes with its param groups.
             self.direction = self.direction.direction
-        self.direction.load_state_dict(own.get("direction", {}))
+        stored.read("curvature/direction", self.direction, own.get("direction", {}))
         # Before 0.2 the quadratic model's state was called "step_rule", and no other length had one.
         if length := own.get("step_length", own.get("step_rule")):
-            self.step_length.load_state_dict(length)
+            stored.read("curvature/step_length", self.step_length, length)
         self._terms = float(own["terms"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,11 @@ from kfacopt.optim.together import Agreement
 DERIVATIVE = (
     "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
 )
+OF_ANOTHER_GRADIENT = (
+    f"{DERIVATIVE}: the gradient of the forward that would be run again is not the one in .grad. Write a module whose "
+    f"forward takes the derivatives and returns the residual, and give the optimizer that as its model; take "
+    f"derivatives that are only looked at without create_graph=True"
+)
 
 _PATIENCE = 3
 """A layer that had curvature may be left out of so many updates before it is said; one that never had, of none.

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from kfacopt.capture.listener import Capture
+from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.tensors import checksum
-from kfacopt.sharding import Processes
+from kfacopt.sharding import Processes, shard_of
 
 _SAME = 1e-5
 """Relative distance up to which two processes' gradients are the same: rounding of a float32 sum on other hardware."""
@@ -65,27 +66,34 @@ def agreed(
         RuntimeError: If another cannot, or has other gradients.
     """
     refusal = _settled(processes, capture, check)
-    tally, size = capture.tally, checksum(list(gradients.values()))
+    tally = capture.tally
+    # What an engine shards it has averaged too: only of other gradients all processes have the same.
+    is_shared = any(map(is_sharded, gradients.values()))
+    sharded = checksum([shard_of(g) for g in gradients.values() if is_sharded(g)])
+    size = checksum([g for g in gradients.values() if not is_sharded(g)])
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     rows = processes.table(
         [
             float(refusal is not None),
             float(len(gradients)),
             size if math.isfinite(size) else math.inf,
+            sharded if math.isfinite(sharded) else math.inf,
             float(tally.passes),
             float(tally.terms),
-            float(bool(tally.replays)),
+            float(len({id(replay.call) for replay in tally.replays})),
             float(tally.replayable),
             float(capture.derivatives.in_the_loss),
             float(tally.verified),
             float(len(elsewhere)),
         ]
     )
-    refused, counts, sizes, passes, terms, replays, replayable, derived, verified, others = zip(*rows, strict=True)
+    refused, counts, sizes, parts, *told = zip(*rows, strict=True)
+    passes, terms, replays, replayable, derived, verified, others = told
     if any(refused):
         _refuse_together(processes, refusal)
-    finite = all(map(math.isfinite, sizes))
-    if max(counts) > min(counts) or (finite and max(sizes) - min(sizes) > _SAME * max(sizes)):
+    finite = all(map(math.isfinite, (*sizes, *parts)))
+    others_differ = all(map(math.isfinite, sizes)) and max(sizes) - min(sizes) > _SAME * max(sizes)
+    if max(counts) > min(counts) or others_differ:
         raise RuntimeError(_OTHER_GRADIENTS)
     if processes.size > 1 and any(passes) and layers:
         seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
@@ -96,7 +104,8 @@ def agreed(
         finite=finite,
         passes=int(sum(passes)),
         terms=sum(terms) / len(terms),
-        replays=any(replays) and all(replayable),
+        # A sharded model's forward needs all processes.
+        replays=any(replays) and all(replayable) and (not is_shared or max(replays) == min(replays)),
         in_the_loss=any(derived),
         verified=all(verified),
         reached=frozenset(reached),
@@ -127,5 +136,5 @@ def _refuse_together(processes: Processes, refusal: Exception | None) -> None:
 _OTHER_GRADIENTS = (
     "the processes have different gradients, and their weights would drift apart: let an engine of torch's average "
     "them before the step, torch.nn.parallel.DistributedDataParallel around the model (and no step right after a "
-    "backward in its no_sync())"
+    "backward in its no_sync()), or torch.distributed.fsdp.fully_shard of all of it"
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import kfacopt
 from kfacopt.backends import CurvatureBackend
-from kfacopt.blocks import CorrectedEigenBlock, tied
+from kfacopt.blocks import CorrectedEigenBlock, sides
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.linalg.polar import exact_polar
 from kfacopt.optim.step import Spectral
@@ -79,7 +79,7 @@ def test_many_words_have_a_diagonal(optimizer: Any, monkeypatch: pytest.MonkeyPa
     case = Case("", lambda: TiedLanguage(1), nn.CrossEntropyLoss, classes(5, 3), classes(5, 3))
     model, _, x, y = case.make()
     left, right = block_of(seen(model, x, y)).factors()
-    monkeypatch.setattr(tied, "DENSE_WORDS", 4)
+    monkeypatch.setattr(sides, "DENSE_WORDS", 4)
     made = seen(model, x, y, optimizer, times=2)
     block = block_of(made)
     diagonal = block.factors()[1]

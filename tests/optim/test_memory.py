@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import whole_of
+from kfacopt.linalg.tensors import tensor_of_rows
 from kfacopt.optim import memory
 from kfacopt.optim.memory import Key
 
@@ -47,7 +47,7 @@ def test_running_averages_of_rows_are_held_together(between: Any) -> None:
         found = memory.row_squares(state, keys, squares, DECAY)
         torch.testing.assert_close(found, one_by_one(expected, keys, squares), rtol=1e-14, atol=0.0)
         held = [state[p]["row_squares" if rows is None else "row_squares[0:4]"] for p, rows in keys]
-        assert whole_of(held) is not None  # nothing was copied but what was not held together
+        assert tensor_of_rows(held) is not None  # nothing was copied but what was not held together
         for place, one in enumerate(held):
             torch.testing.assert_close(one, expected[place][0], rtol=1e-14, atol=0.0)
         if between is not None:
@@ -69,6 +69,6 @@ def test_a_parameter_that_comes_later_has_a_weight_of_its_own() -> None:
 def test_only_all_rows_in_their_order_are_a_whole() -> None:
     whole = torch.rand(3, 2, 2)
     rows = list(whole.unbind())
-    assert whole_of(rows) is whole
+    assert tensor_of_rows(rows) is whole
     for others in (rows[:2], rows[::-1], [rows[0], rows[1], rows[2].clone()], [row[0] for row in rows]):
-        assert whole_of(others) is None
+        assert tensor_of_rows(others) is None

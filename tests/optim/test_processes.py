@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -126,6 +126,9 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
         {},
     ),
     "kfac-exact": (optimizer(backend=lambda: kfacopt.EigenKFACBackend(1, 2, stagger=False)), plain(CE()), {}),
+    "kfac-wide": (optimizer(backend=lambda: kfacopt.KFACBackend(1, 2, widest=3)), plain(CE()), {}),
+    "ekfac-wide": (optimizer(backend=lambda: kfacopt.EKFACBackend(1, 2, widest=3)), plain(CE()), {}),
+    "kfac-exact-wide": (optimizer(backend=lambda: kfacopt.EigenKFACBackend(1, 2, widest=3)), plain(CE()), {}),
     "spectral": (optimizer(kfacopt.SpectralDescent), plain(CE()), {}),
     "spectral-every-other": (
         optimizer(kfacopt.SpectralDescent, backend=lambda: kfacopt.OneSidedKFACBackend(1, 2, 0.5, stagger=False)),
@@ -645,33 +648,43 @@ def gradients_that_nobody_averaged_are_refused() -> None:
 
 
 def sharded_models_are_refused() -> None:
-    """FSDP2 (of all, of a part, after the optimizer was made), FSDP1 and tensor parallelism, by name."""
+    """FSDP1, tensor parallelism, and FSDP2 of a part or after the optimizer was made, by name."""
 
     def chain() -> nn.Sequential:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
 
     mesh = init_device_mesh("cpu", (2,))
-    whole, part, parallel = chain(), chain(), parallelize_module(chain(), mesh, {"0": ColwiseParallel()})
-    fully_shard(whole)
-    fully_shard(part[0])
-    cpu = torch.device("cpu")
+    part, parallel = chain(), parallelize_module(chain(), mesh, {"0": ColwiseParallel()})
+    offloaded, divided = chain(), chain()
+    fully_shard(offloaded, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    fully_shard(divided).set_gradient_divide_factor(1.0)
     refused = {
-        "the model is sharded by FSDP": whole,
-        "'0' is sharded by FSDP": part,
         "'0.weight' is a DTensor": parallel,
-        "the model is sharded by FSDP .FullyShardedDataParallel": FullyShardedDataParallel(chain(), device_id=cpu),
+        "the model is a FullyShardedDataParallel": FullyShardedDataParallel(chain(), device_id=torch.device("cpu")),
+        "the model has CPUOffloadPolicy": offloaded,
+        "gradient divide factor of 1.0": divided,
     }
     for message, model in refused.items():
         with pytest.raises(RuntimeError, match=message):
             kfacopt.KFAC(model, CE())
         assert not any(module._forward_hooks for module in model.modules() if type(module) is nn.Tanh)
+    fully_shard(part[0])
+    made = kfacopt.KFAC(part, CE())
+    nn.functional.cross_entropy(part(torch.randn(4, 4) * distributed.get_rank()), torch.arange(4) % 3).backward()
+    with pytest.raises(RuntimeError, match=r"different gradients.*fully_shard"):
+        made.step()
     before = chain()
     made = kfacopt.KFAC(before, CE())
     fully_shard(before)
     nn.functional.cross_entropy(before(torch.randn(4, 4)), torch.arange(4) % 3).backward()
-    with pytest.raises(RuntimeError, match="sharded by FSDP"):
+    with pytest.raises(RuntimeError, match="after the optimizer was made"):
         made.step()
+    copied = fully_shard(chain())
+    copied(torch.randn(4, 4))
+    with pytest.raises(ValueError, match="whole copies"):
+        kfacopt.KFAC(copied, CE(), params=list(copied.parameters()))
+    kfacopt.KFAC(copied, CE())
 
 
 def labels_of_two_processes_have_half_the_variance() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 import time
 from pathlib import Path
 
+import bench_chain
 import compare
 import progress
 import pytest
@@ -31,6 +34,48 @@ def test_a_terminal_has_its_bar() -> None:
     with progress.told(lambda: "never", console, every=0.001):
         time.sleep(0.02)
     assert "never" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_items_are_counted_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.told.__wrapped__, "__defaults__", (0.01,))
+    console = Console(file=io.StringIO(), width=80)
+    done = []
+    for item in progress.counted(["a", "b"], lambda item: f"item {item}", console):
+        ends = time.monotonic() + 30.0
+        while f"item {item}" not in console.file.getvalue() and time.monotonic() < ends:  # type: ignore[attr-defined]
+            time.sleep(0.01)
+        done.append(item)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert done == ["a", "b"]
+    assert lines[0].endswith("1 of 2: item a")
+    assert lines[-1].endswith("2 of 2: item b")
+    assert all("item" in line for line in lines)  # no bar
+
+
+def test_items_have_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.told.__wrapped__, "__defaults__", (0.001,))
+    console = Console(file=io.StringIO(), force_terminal=True)
+    assert list(progress.counted(range(3), lambda _: "never", console)) == [0, 1, 2]
+    assert "never" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's forward mode, of torch's own jit
+@pytest.mark.parametrize("script", ["bench_step", "bench_operators", "bench_chain"])
+def test_measurements_say_how_far_they_are(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress.told.__wrapped__, "__defaults__", (0.05,))
+    arguments = {
+        "bench_step": ["--batch-size", "64", "--steps", "4", "--turn", "2", "--repeats", "1", "--only", "KFAC"],
+        "bench_operators": ["--seconds", "0.1", "--threads", "1", "--only", "KFAC, mc"],
+        "bench_chain": ["--repeats", "1", "--only", bench_chain.SIZES[0].key],
+    }
+    monkeypatch.setattr(sys, "argv", [script, *arguments[script]])
+    __import__(script).main()
+    said = capsys.readouterr().out
+    told = {"bench_step": "repeat 1 of 1", "bench_operators": "KFAC, mc", "bench_chain": "batch, width, depth"}
+    assert re.search(rf"(?m)^\[ *\d+ s\] \d+ of \d+: {told[script]}", said)
+    assert "\r" not in said
 
 
 def test_a_failing_run_ends_the_lines() -> None:

@@ -137,10 +137,18 @@ def test_the_command_line_resumes_and_sweeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(strategy: str, tmp_path: Path) -> None:
     """As on the command line; what they leave is one run, which two others go on with."""
     script = Path(train.__file__)
-    options = [*REGRESSION, "optimizer=kfac", "trainer=ddp", "trainer.devices=2", *QUIET, "trainer.max_epochs=2"]
+    options = [
+        *REGRESSION,
+        "optimizer=kfac",
+        f"trainer={strategy}",
+        "trainer.devices=2",
+        *QUIET,
+        "trainer.max_epochs=2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
     for more in (["hydra.run.dir=run"], ["resume=run", "trainer.max_epochs=3"]):
         command = [sys.executable, str(script), *([] if "resume=run" in more else options), *more]

@@ -102,9 +102,8 @@ class EKFACLinearOperator(KroneckerLinearOperator):
         for layer, block in blocks.items():
             if layer not in rows:
                 continue
-            left: Tensor | None
             these, (left, right) = rows[layer], block.basis()
-            if these.gradients.shape[-2] == 1 and not isinstance(these.inputs, OneHot):
+            if left is not None and these.gradients.shape[-2] == 1 and not isinstance(these.inputs, OneHot):
                 # Weight and bias of a module have the same gradients: rotate them once.
                 if layer.outputs not in rotated:
                     groups = left if left.ndim == 2 else left.unsqueeze(-3)

@@ -250,6 +250,10 @@ class _Part:
         """Take over a state."""
 
 
+Remembered = dict[nn.Parameter, dict[str, Any]]
+"""By parameter, values of the optimizer's state."""
+
+
 class Direction(_Part, ABC):
     """Where a step goes.
 
@@ -266,6 +270,13 @@ class Direction(_Part, ABC):
         No statistics are taken of such a layer. A layer may also be left out of a step's updates as it comes.
         """
         return None
+
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
+        """What it keeps in `Step.state` beside the momentum, as it is before the first step.
+
+        `torch.distributed.checkpoint` reads a checkpoint into a state that is there already.
+        """
+        return {}
 
     @abstractmethod
     def updates(self, step: Step) -> Updates:

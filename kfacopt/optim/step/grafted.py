@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
-from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.layers.plain import PlainMatrix
+from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, layer_length, norms, shrunk, times
 
 
@@ -66,6 +67,13 @@ class Grafted(Direction):
 
     def refusal(self, layer: Layer) -> str | None:
         return next((why for part in self._parts().values() if (why := part.refusal(layer))), None)
+
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
+        result: Remembered = {}
+        for part in self._parts().values():
+            for parameter, values in part.remembered(layers, plain).items():
+                result[parameter] = result.get(parameter, {}) | values
+        return result
 
     def updates(self, step: Step) -> Updates:
         found = self.direction.updates(step)

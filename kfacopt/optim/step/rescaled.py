@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.tensors import stacked
-from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 
 
 class RescaledGradients(Direction):
@@ -48,6 +49,9 @@ class RescaledGradients(Direction):
 
     def refusal(self, layer: Layer) -> str | None:
         return self.direction.refusal(layer)
+
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
+        return self.direction.remembered(layers, plain)
 
     def updates(self, step: Step) -> Updates:
         stepped = [p for p in step.stepped if p in step.gradients]

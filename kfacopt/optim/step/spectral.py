@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.fast_dtype import fast_dtype
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
-from kfacopt.optim.step.base import Direction, Step, Updates
+from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 from kfacopt.optim.step.gradient_metric import steepest_by_gradients
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
-from kfacopt.optim.step.stacks import Stack, Unstacked, stacks
+from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
 from kfacopt.sharding import Processes
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
@@ -142,6 +143,18 @@ class Spectral(Direction):
         if layer.handler.structure == "elementwise":
             return "elementwise: no matrix for the spectral step"
         return None if self._layers(layer) else f"left out of the spectral step by {self._layers.__name__}"
+
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
+        result: Remembered = {}
+        shapes: list[tuple[Holder, Sequence[int]]] = [
+            *((layer, layer.shape) for layer in layers),
+            *((p, held.shape) for p, held in plain.items()),
+        ]
+        for holder, shape in shapes if self._row_decay is not None else []:
+            rows = [size for axis, size in enumerate(shape, -len(shape)) if axis != inputs_axis(structure_of(holder))]
+            key = key_of(holder)
+            result[key[0]] = result.get(key[0], {}) | memory.blank_row_squares(key, rows)
+        return result
 
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0

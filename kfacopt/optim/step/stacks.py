@@ -40,9 +40,8 @@ class Stack:
 
     @property
     def inputs(self) -> int:
-        """Which axis is that of the inputs: the last, but for tied embeddings, whose outputs are the words, as those
-        of the head are."""
-        return -2 if self.structure == "tied" else -1
+        """Which axis is that of the inputs (`inputs_axis`)."""
+        return inputs_axis(self.structure)
 
     @property
     def length(self) -> float:
@@ -56,8 +55,8 @@ class Stack:
 
     @property
     def keys(self) -> list[Key]:
-        """For each holder a parameter of its own, and which of its rows are: what is remembered of it belongs there."""
-        return [_key(holder) for holder in self.holders]
+        """`key_of` each holder."""
+        return [key_of(holder) for holder in self.holders]
 
 
 class Unstacked:
@@ -98,12 +97,12 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     found: dict[tuple[Any, ...], list[tuple[Holder, Sequence[Tensor]]]] = {}
     for layer, parts in step.by_layer(tensors).items():
         pieces = (layer.pack(parts),) if layer.alike is None else tuple(parts.values())
-        kind = layer.alike, layer.handler.structure, step.ready(layer), False, _dtypes(layer, pieces)
+        kind = layer.alike, structure_of(layer), step.ready(layer), False, _dtypes(layer, pieces)
         found.setdefault(kind, []).append((layer, pieces))
     for parameter, plain in step.plain.items():
         if parameter in tensors:
             pieces = (tensors[parameter].reshape(plain.shape),)
-            kind = None, "outer", False, plain.differentiated, _dtypes(parameter, pieces)
+            kind = None, structure_of(parameter), False, plain.differentiated, _dtypes(parameter, pieces)
             found.setdefault(kind, []).append((parameter, pieces))
     return [
         Stack(
@@ -120,7 +119,7 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
 def _dtypes(holder: Holder, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
     """What tensors must have in common to be stacked, of some holder's."""
     # What is remembered of a holder is in its first parameter's dtype, which need not be the gradient's.
-    return _key(holder)[0].dtype, pieces[0].device, *((piece.shape, piece.dtype) for piece in pieces)
+    return key_of(holder)[0].dtype, pieces[0].device, *((piece.shape, piece.dtype) for piece in pieces)
 
 
 def _matrices(members: Sequence[tuple[Holder, Sequence[Tensor]]], alike: bool) -> Tensor:
@@ -134,7 +133,19 @@ def _matrices(members: Sequence[tuple[Holder, Sequence[Tensor]]], alike: bool) -
     )
 
 
-def _key(holder: Holder) -> Key:
+def structure_of(holder: Holder) -> Structure:
+    """A layer's, or that of a plain matrix: a linear layer's."""
+    return holder.handler.structure if isinstance(holder, Layer) else "outer"
+
+
+def inputs_axis(structure: Structure) -> int:
+    """Which axis of a matrix is that of the inputs: the last, but for tied embeddings, whose outputs are the words, as
+    those of the head are."""
+    return -2 if structure == "tied" else -1
+
+
+def key_of(holder: Holder) -> Key:
+    """A parameter of its own, and which of its rows are: what is remembered of it belongs there."""
     if not isinstance(holder, Layer):
         return holder, None
     role, parameter = next(iter(holder.parameters.items()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfacopt.linalg.tensors import inner_product
 from kfacopt.optim.groups import peak_rate
 from kfacopt.optim.step.base import Step, StepLength, Updates
+from kfacopt.sharding import wholes
 
 
 class TrustRegion(StepLength):
@@ -95,7 +96,9 @@ def _relative_factors(step: Step, group: dict[str, Any], updates: Updates) -> di
     parts = [part for part in parts if part]
     lists = [[updates.tensors[p] for p in part] for part in parts]
     clip = float(group["relative_clip"])
-    scales = relative_scales(parts, lists, lr=peak_rate(group), relative_clip=clip)
+    own = wholes({p: p.detach() for part in parts for p in part})
+    held = [[own[p] for p in part] for part in parts]
+    scales = relative_scales(held, lists, lr=peak_rate(group), relative_clip=clip)
     factors: dict[nn.Parameter, float] = {}
     for part, scale in zip(parts, scales, strict=True):
         # What several layers have rows of is bounded by the strictest of them.

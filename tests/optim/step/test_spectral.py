@@ -480,7 +480,7 @@ def test_a_backend_without_roots_is_told() -> None:
 
 @families
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
-@pytest.mark.parametrize("widest", [4096, 2])
+@pytest.mark.parametrize("widest", [5120, 2])
 def test_one_sided_kfac_against_symmetric_roots_and_svd(case: Case, exponent: float, widest: int) -> None:
     backend = kfacopt.OneSidedKFACBackend(1, 1, exponent=exponent, widest=widest)
     _, steps = of(backend, kfacopt.Spectral(**EXACT), case)

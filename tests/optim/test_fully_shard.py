@@ -1,0 +1,566 @@
+"""Under `fully_shard` two processes are one with all their data, too, and the engine does what it does without us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+import kfacopt
+from kfacopt.fsdp import ShardedModel
+from kfacopt.layers.products import ProductsHandler
+from tests.optim.test_processes import (
+    CE,
+    EQUAL,
+    HEADS,
+    IGNORED,
+    Batch,
+    Heads,
+    Make,
+    Words,
+    both_heads,
+    in_halves,
+    make_batches,
+    make_net,
+    optimizer,
+    plain,
+    seeded,
+    share,
+    train,
+    weights_of,
+    words,
+)
+from tests.processes import Found, alone, run_together
+
+Shard_ = Callable[[Any], nn.Module]
+SECONDS = 100.0
+
+
+def root_only(net: nn.Module) -> nn.Module:
+    return fully_shard(net)
+
+
+def per_block(net: Any, **options: Any) -> nn.Module:
+    """Each child with parameters is a unit, so that a prediction's own layer is one, and the rest of the root."""
+    for child in net.children():
+        fully_shard(child, **options)
+    return fully_shard(net, **options)
+
+
+def kept_unsharded(net: Any) -> nn.Module:
+    return per_block(net, reshard_after_forward=False)
+
+
+def by_columns(net: Any) -> nn.Module:
+    return fully_shard(net, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % 2 == 0 else None)
+
+
+def whole_weights(net: nn.Module) -> Tensor:
+    ShardedModel(net).reshard()
+    parts = [p.full_tensor() if isinstance(p, DTensor) else p for p in net.parameters()]
+    return torch.cat([p.detach().flatten() for p in parts])
+
+
+def train_sharded(
+    make: Make,
+    batches: list[Batch],
+    backward: Callable[[nn.Module, Batch], None],
+    shard: Shard_ = per_block,
+    net_of: Callable[[], nn.Module] = make_net,
+) -> Any:
+    net = shard(net_of())
+    made = make(net)
+    for batch in batches:
+        made.zero_grad()
+        backward(net, batch)
+        made.step()
+    return net, made
+
+
+def equals(net: nn.Module, reference: nn.Module, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(whole_weights(net), weights_of(reference), rtol=tolerance, atol=tolerance)
+
+
+# Those of `EQUAL` that take another way where parameters are sharded.
+SHARDED = [
+    "kfac",
+    "ekfac",
+    "ekfac-exact",
+    "spectral",
+    "spectral-unit",
+    "reduce",
+    "sum",
+    "squared",
+    "weighted",
+    "accumulation",
+    "relative-clip",
+    "damping-rule",
+]
+
+
+def equals_one_process(name: str) -> None:
+    make, backward, _ = EQUAL[name]
+    batches = make_batches()
+    one, reference = train(make, batches, backward, alone())
+    for shard in (per_block, root_only):
+        two, made = train_sharded(make, [share(batch) for batch in batches], backward, shard)
+        equals(two, one)
+        assert float((whole_weights(two) - weights_of(make_net())).norm()) > 1e-3
+        for key in ("damping", "rho", "kl", "kl_scale", "condition"):
+            if key in reference.health():
+                assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-9), key
+        assert str(made.coverage()).replace("FSDP", "").split() == str(reference.coverage()).split()
+
+
+def columns_are_as_good_as_rows() -> None:
+    make = optimizer(kfacopt.EKFAC)
+    one, _ = train(make, make_batches(), plain(CE()), alone())
+    two, _ = train_sharded(make, [share(batch) for batch in make_batches()], plain(CE()), by_columns)
+    equals(two, one)
+
+
+class Narrow(nn.Module):
+    """Fewer rows than processes: the second has none of the head, nor of a bias in front of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.neck, self.head = nn.Linear(5, 3), nn.Linear(3, 1), nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(self.inner(x).tanh()).tanh())
+
+
+class Dot(nn.Module):
+    """One row in all: the second process holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def first_number(model: nn.Module, batch: Batch) -> None:
+    nn.functional.mse_loss(model(batch[0]), batch[0][:, :1].sin()).backward()
+
+
+def twice_scaled(model: nn.Module, batch: Batch) -> None:
+    """Scaled, and unscaled by hand: what was done to the gradients is seen by whoever holds some."""
+    (64.0 * nn.functional.mse_loss(model(batch[0]), batch[0][:, :1].sin())).backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.div_(64.0)
+
+
+def there_may_be_fewer_rows_than_processes() -> None:
+    for kind in (kfacopt.KFAC, kfacopt.EKFAC, kfacopt.SpectralDescent):
+        make = optimizer(kind, loss=nn.MSELoss())
+        for net_of in (partial(seeded, Narrow), partial(seeded, Dot)):
+            for backward in (first_number, twice_scaled):
+                one, _ = train(make, make_batches(), backward, alone(), net_of=net_of)
+                batches = [share(batch) for batch in make_batches()]
+                for shard in (per_block, root_only):
+                    two, _ = train_sharded(make, batches, backward, shard, net_of)
+                    equals(two, one)
+
+
+@contextmanager
+def as_if_sharded() -> Iterator[None]:
+    """Layers whose rows need whole parameters get no curvature in a model that is whole, either."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("recurrent", "computed"):
+            patch.setattr(f"kfacopt.layers.{place}.refusal_of_shards", lambda module: "as if sharded")
+        yield
+
+
+class Gated(nn.Module):
+    """Raw matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.ParameterList(torch.randn(4, 4) / 2 for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.pair[0]).sigmoid() * nn.functional.linear(x, self.pair[1])
+
+
+class Unusual(nn.Module):
+    """Layers that are not called as a `Linear` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(5, 4, batch_first=True)
+        self.block = nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.25), nn.Tanh(), Gated())
+        normed = (parametrizations.weight_norm(nn.Linear(4, 4)), parametrizations.spectral_norm(nn.Linear(4, 3)))
+        self.normed = nn.Sequential(*normed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.stack([x, x.cos()], dim=1)
+        return self.normed(self.block(self.recurrent(steps)[0].sum(1)))
+
+
+def what_needs_whole_parameters_trains_by_adamw() -> None:
+    """Pruned weights and raw products have curvature; recurrent layers and weights under a norm are refused by name."""
+    make = optimizer(kfacopt.EKFAC)
+    with kfacopt.register_handler(Gated, ProductsHandler(linear=["pair.1"], matmul=["pair.0"])):
+        with as_if_sharded():
+            one, _ = train(make, make_batches(), plain(CE()), alone(), net_of=partial(seeded, Unusual))
+        for shard in (per_block, root_only):
+            batches = [share(batch) for batch in make_batches()]
+            two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Unusual))
+            assert set(made.backend.blocks) == {"block.0", "block.2.pair.0", "block.2.pair.1"}
+            refused = [row for row in made.coverage().rows if "sharded by fully_shard" in row.why]
+            assert {row.module for row in refused} == {"recurrent", "normed.0", "normed.1"}
+            assert made.health()["unseen_layers"] == 0.0
+            equals(two, one, 1e-10)
+
+
+def words_equal_one_process() -> None:
+    """Shares of packed parameters, tied weights, and matrices without curvature."""
+
+    def by_module(net: Any) -> nn.Module:
+        for child in (net.mixed, net.apart, net.recurrent):
+            fully_shard(child)
+        return fully_shard(net)
+
+    for make in (optimizer(), optimizer(kfacopt.EKFAC), optimizer(kfacopt.SpectralDescent)):
+        with as_if_sharded():
+            one, reference = train(make, words(), plain(CE()), alone(), net_of=partial(seeded, Words))
+        for shard in (by_module, root_only):
+            batches = [share(b) for b in words()]
+            two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Words))
+            assert "mixed.q_proj" in made.backend.blocks
+            assert made.health()["unseen_layers"] == reference.health()["unseen_layers"]
+            equals(two, one, 1e-10)
+
+
+def heads_equal_one_process() -> None:
+    make, of = optimizer(loss=HEADS), partial(seeded, Heads)  # type: ignore[arg-type]
+    one, _ = train(make, make_batches(), both_heads, alone(), net_of=of)
+    two, _ = train_sharded(make, [share(batch) for batch in make_batches()], both_heads, net_of=of)
+    equals(two, one, 1e-10)
+
+
+class Blocks(nn.Module):
+    """A chain of blocks, one of which may be recomputed in the backward, and be called twice."""
+
+    def __init__(self, recomputed: bool = False, twice: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)) for _ in range(4))
+        self.head, self.recomputed, self.twice = nn.Linear(5, 3), recomputed, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            for _ in range(1 + self.twice):
+                x = checkpoint(block, x, use_reentrant=False) if self.recomputed else block(x)
+        return self.head(x)
+
+
+def blocks_apart(net: Any, **options: Any) -> nn.Module:
+    for block in net.blocks:
+        fully_shard(block, **options)
+    fully_shard(net.head, **options)
+    return fully_shard(net, **options)
+
+
+def without_sync(model: Any, batch: Batch) -> None:
+    """Micro-batches whose gradients wait within the engine until the last."""
+    halves = list(zip(batch[0].chunk(2), batch[1].chunk(2), strict=True))
+    for last, (x, y) in enumerate(halves):
+        model.set_requires_gradient_sync(bool(last))
+        (0.5 * nn.functional.cross_entropy(model(x), y)).backward()
+
+
+def two_forwards(model: nn.Module, batch: Batch) -> None:
+    """Both before the backward."""
+    halves = list(zip(batch[0].chunk(2), batch[1].chunk(2), strict=True))
+    torch.stack([0.5 * nn.functional.cross_entropy(model(x), y) for x, y in halves]).sum().backward()
+
+
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+MODES: dict[str, tuple[Shard_, Callable[[Any, Batch], None], dict[str, bool], str]] = {
+    "blocks": (blocks_apart, plain(CE()), {}, "ggn"),
+    "blocks, sampled": (blocks_apart, plain(CE()), {}, "mc"),
+    "root": (root_only, plain(CE()), {}, "ggn"),
+    "kept": (partial(blocks_apart, reshard_after_forward=False), plain(CE()), {}, "ggn"),
+    "blocks, halves": (blocks_apart, in_halves, {}, "ggn"),
+    "blocks, without sync": (blocks_apart, without_sync, {}, "ggn"),
+    "root, without sync": (root_only, without_sync, {}, "ggn"),
+    "blocks, two forwards": (blocks_apart, two_forwards, {}, "ggn"),
+    "blocks, twice": (blocks_apart, plain(CE()), {"twice": True}, "mc"),
+    "blocks, recomputed": (blocks_apart, plain(CE()), {"recomputed": True}, "ggn"),
+    "root, recomputed": (root_only, plain(CE()), {"recomputed": True}, "ggn"),
+    "half": (partial(blocks_apart, mp_policy=HALF), plain(CE()), {}, "ggn"),
+    "half, without sync": (partial(blocks_apart, mp_policy=HALF), without_sync, {}, "mc"),
+    "half, recomputed": (partial(blocks_apart, mp_policy=HALF), plain(CE()), {"recomputed": True}, "mc"),
+}
+
+
+@contextmanager
+def counted(inside: list[bool]) -> Iterator[dict[str, int]]:
+    """What the engine does by itself, our passes left out."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
+
+    found = {"reduced": 0, "fetched ahead": 0}
+    reduce, prefetch = module.foreach_reduce, module.FSDPParamGroup._prefetch_unshard
+
+    def reducing(*arguments: Any, **options: Any) -> Any:
+        found["reduced"] += 1
+        return reduce(*arguments, **options)
+
+    def fetching(*arguments: Any) -> None:
+        found["fetched ahead"] += not inside
+        prefetch(*arguments)
+
+    module.foreach_reduce = reducing
+    module.FSDPParamGroup._prefetch_unshard = staticmethod(fetching)  # type: ignore[method-assign,assignment]
+    try:
+        yield found
+    finally:
+        module.foreach_reduce = reduce
+        module.FSDPParamGroup._prefetch_unshard = staticmethod(prefetch)  # type: ignore[method-assign,assignment]
+
+
+def gradients_are_those_of_the_engine() -> None:
+    """Bit for bit, at as many reductions and prefetches, and with curvature of every layer."""
+    inside: list[bool] = []
+    whole = ShardedModel.left_as_is
+
+    @contextmanager
+    def noted(self: ShardedModel) -> Iterator[None]:
+        inside.append(True)
+        with whole(self):
+            yield
+        inside.pop()
+
+    ShardedModel.left_as_is = noted  # type: ignore[method-assign]
+    for name, (shard, backward, kind, curvature) in MODES.items():
+        found, counts = [], []
+        for watched in (False, True):
+            torch.manual_seed(0)
+            net = shard(Blocks(**kind) if "half" in name else Blocks(**kind).double())
+            if watched:
+                made = kfacopt.EKFAC(net, CE(), factor_every=1, curvature=curvature)
+            with counted(inside) as count:
+                for x, y in make_batches(2):
+                    backward(net, share((x.float() if "half" in name else x, y)))
+            counts.append(count)
+            found.append([shard_.to_local() for p in net.parameters() if isinstance(shard_ := p.grad, DTensor)])
+        assert len(found[0]) == len(list(net.parameters())), name
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), name
+        assert counts[0] == counts[1], (name, counts)
+        made.step()
+        assert made.health()["unseen_layers"] == 0.0, name
+        assert len(made.backend.blocks) == 9, name
+        assert all(block.ready for block in made.backend.blocks.values()), name
+    ShardedModel.left_as_is = whole  # type: ignore[method-assign]
+
+
+def half_precision_trains() -> None:
+    """Statistics of a bfloat16 forward: as near to the float32 ones as its rounding."""
+    values = []
+    for policy in (MixedPrecisionPolicy(), HALF):
+        torch.manual_seed(0)
+        net = blocks_apart(Blocks(), mp_policy=policy)
+        made = kfacopt.KFAC(net, CE(), factor_every=1, refresh_every=1, curvature="ggn")
+        for x, y in make_batches(2):
+            made.zero_grad()
+            plain(CE())(net, share((x.float(), y)))
+            made.step()
+        values.append(
+            [made.backend.blocks["blocks.0.0"].averages()[n].value for n in ("input_factor", "gradient_factor")]
+        )
+    for full, half in zip(*values, strict=True):
+        assert half is not None
+        assert half.dtype == torch.float32
+        assert float((full - half).norm() / full.norm()) < 0.05  # a rounding of 0.004 through nine layers, two steps
+
+
+def the_engine_goes_on_where_it_was() -> None:
+    """Evaluation between the steps, and a backward that is refused half-way, in all processes."""
+    net = per_block(make_net())
+    made = optimizer()(net)
+    one, _ = train(optimizer(), make_batches(3), plain(CE()), alone())
+    batches = make_batches(3)
+    for batch in batches:
+        made.zero_grad()
+        plain(CE())(net, share(batch))
+        made.step()
+        with torch.no_grad():
+            net.eval()
+            net(batch[0])
+            net.train()
+        if batch is not batches[-1]:
+            with pytest.raises(ValueError, match="is not that of CrossEntropyLoss"):
+                net(share(batch)[0]).sum().backward()
+    equals(net, one)
+
+
+def a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
+    net = per_block(make_net())
+    made = optimizer()(net)
+    assert isinstance(made, kfacopt.SecondOrderOptimizer)
+    for step, batch in enumerate(make_batches(4)):
+        made.zero_grad()
+        plain(CE())(net, share(batch))
+        if step == 1 and distributed.get_rank() == 1:
+            net.head.weight.grad.to_local().fill_(float("nan"))  # type: ignore[union-attr,operator]
+        before = whole_weights(net)
+        made.step()
+        assert torch.equal(before, whole_weights(net)) == (step == 1)
+    assert made.health()["skipped_steps"] == 1.0
+
+
+def a_process_without_terms() -> None:
+    """All targets of process 0 are ignored in two of the steps; what runs forwards again waits for nobody then."""
+    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
+
+    def in_two(model: nn.Module, batch: Batch) -> None:
+        for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
+            backward(model, half)
+
+    whole = make_batches()
+    for _, y in whole[:3:2]:
+        y[: len(y) // 2] = IGNORED
+    one, _ = train(make, whole, in_two, alone())
+    two, _ = train_sharded(make, [share(batch) for batch in whole], backward)
+    equals(two, one)
+    judged = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
+    net, made = train_sharded(judged, [share(batch) for batch in whole], backward)
+    assert bool(whole_weights(net).isfinite().all())
+    assert made.param_groups[0]["damping"] != judged(make_net()).param_groups[0]["damping"]
+
+
+def processes_may_have_unlike_many_data() -> None:
+    """One has six of eight, and then none: its passes are other in number, and wait for each other all the same."""
+    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
+
+    def parts(step: int, batch: Batch) -> list[Batch]:
+        sizes = ([6, 2], [0, 8], [4, 4], [8, 0])[step % 4]
+        return list(zip(batch[0].split(sizes), batch[1].split(sizes), strict=True))
+
+    rank, steps = distributed.get_rank(), list(enumerate(make_batches(5)))
+    net = make_net()
+    made = make(nn.parallel.DistributedDataParallel(net, process_group=alone()))
+    for step, batch in steps:
+        made.zero_grad()
+        for part in parts(step, batch):
+            if len(part[0]):
+                backward(net, part)
+        made.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kfacopt.capture.chunks._CACHED", 700)  # some cotangents at a time
+        two, _ = train_sharded(make, [parts(step, batch)[rank] for step, batch in steps], backward)
+    equals(two, net)
+
+
+def an_operator_is_refused() -> None:
+    net = per_block(make_net())
+    with pytest.raises(RuntimeError, match="params are sharded"):
+        kfacopt.operators.GGNLinearOperator(net, CE(), list(net.parameters()), make_batches(1))
+
+
+def the_first_alone_may_ask() -> None:
+    """No communication in what is only looked at."""
+    net, made = train_sharded(optimizer(kfacopt.EKFAC), [share(b) for b in make_batches(2)], plain(CE()))
+    if distributed.get_rank() == 0:
+        assert made.state_dict()["curvature"]["processes"] == 2
+        assert made.health()["skipped_steps"] == 0.0
+        assert "EKFAC" in str(made.coverage())
+    assert bool(whole_weights(net).isfinite().all())
+
+
+def what_works_in_one_process_only_is_refused() -> None:
+    refused: dict[str, Callable[[nn.Module], Any]] = {
+        "NaturalGradient": lambda net: kfacopt.NaturalGradient(net, CE()),
+        "TrustRegionNewton": lambda net: kfacopt.TrustRegionNewton(net, CE()),
+        "QuadraticModel": lambda net: kfacopt.KFAC(net, CE(), lr="auto"),
+    }
+    for name, make in refused.items():
+        with pytest.raises(RuntimeError, match=f"2 processes.*{name}"):
+            make(per_block(make_net()))
+
+
+GRADIENTS: Mapping[str, Callable[[], None]] = {
+    check.__name__: check for check in (gradients_are_those_of_the_engine, half_precision_trains)
+}
+TRAJECTORIES: Mapping[str, Callable[[], None]] = {
+    f"equal: {name}": partial(equals_one_process, name) for name in SHARDED
+}
+MODELS: Mapping[str, Callable[[], None]] = {
+    check.__name__: check
+    for check in (
+        columns_are_as_good_as_rows,
+        there_may_be_fewer_rows_than_processes,
+        words_equal_one_process,
+        what_needs_whole_parameters_trains_by_adamw,
+        heads_equal_one_process,
+    )
+}
+OTHERS: Mapping[str, Callable[[], None]] = {
+    check.__name__: check
+    for check in (
+        the_engine_goes_on_where_it_was,
+        a_gradient_that_is_not_finite_skips_the_step_everywhere,
+        a_process_without_terms,
+        processes_may_have_unlike_many_data,
+        an_operator_is_refused,
+        the_first_alone_may_ask,
+        what_works_in_one_process_only_is_refused,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def gradients() -> Found:
+    return run_together(GRADIENTS, seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def trajectories() -> Found:
+    return run_together(TRAJECTORIES, seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def models() -> Found:
+    return run_together(MODELS, seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def others() -> Found:
+    return run_together(OTHERS, seconds=SECONDS)
+
+
+def holds(found: Found, name: str) -> None:
+    for rank, said in enumerate(found[name]):
+        assert said == "", f"process {rank}: {said}"
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(gradients: Found, name: str) -> None:
+    holds(gradients, name)
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_trajectories(trajectories: Found, name: str) -> None:
+    holds(trajectories, name)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(models: Found, name: str) -> None:
+    holds(models, name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes(others: Found, name: str) -> None:
+    holds(others, name)
