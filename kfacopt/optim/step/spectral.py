@@ -146,7 +146,8 @@ class Spectral(Direction):
 
     def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
         result: Remembered = {}
-        shapes: list[tuple[Holder, Sequence[int]]] = [
+        shapes: list[tuple[Holder, Sequence[int]]] = [(layer, layer.shape) for layer in layers]
+        shapes += [(parameter, matrix.shape) for parameter, matrix in plain.items()]
             *((layer, layer.shape) for layer in layers),
             *((p, held.shape) for p, held in plain.items()),
         ]
