@@ -140,3 +140,24 @@ def test_a_whole_state_is_taken(name: str, kind: str) -> None:
         optimizer.load_state_dict(whole(name, kind))
     train_step(optimizer, model, loss, x, y)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def by_names(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A state dict as `torch.distributed.checkpoint` hands it over."""
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": {names[number]: own for number, own in state["state"].items()}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("damage", ["not a number", "truncated", "another shape", "another dtype"])
+def test_a_state_by_names_is_checked_as_well(damage: str) -> None:
+    model, loss, x, y, optimizer = made("KFAC", "layers", 1)
+    state = by_names(whole("KFAC", "layers"), [name for name, _ in model.named_parameters()])
+    before = copy.deepcopy(optimizer.state_dict())
+    place = next((name, "momentum_buffer") for name, own in state["state"].items() if "momentum_buffer" in own)
+    with pytest.raises(ValueError, match="/".join(place)):
+        optimizer.load_state_dict(replaced(state, ("state", *place), DAMAGES[damage][1]))
+    with pytest.raises(ValueError, match="state/elsewhere is of none of the parameters"):
+        optimizer.load_state_dict({**state, "state": {"elsewhere": {}, **state["state"]}})
+    assert_same(optimizer.state_dict(), before)
+    optimizer.load_state_dict(state)
+    train_step(optimizer, model, loss, x, y)

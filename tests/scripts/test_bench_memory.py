@@ -6,6 +6,8 @@ import bench_memory
 import pytest
 import torch
 
+from kfacopt.blocks.sides import WIDEST
+
 # Copies of square layers: AdamW's moments; SpectralDescent's momentum, G, its inverse and that one's root. Biases,
 # rows' averages and step counts are a tenth of one at this width.
 COPIES = {"AdamW": 2.0, "SpectralDescent": 4.0}
@@ -18,6 +20,8 @@ def test_copies_of_square_layers(name: str) -> None:
     assert found == pytest.approx(COPIES[name], abs=0.1)
 
 
-def test_many_words_are_no_square() -> None:
+@pytest.mark.parametrize("name", ["SpectralDescent", "KFAC", "EKFAC"])
+def test_many_words_are_no_square(name: str) -> None:
+    """Momentum, EKFAC's second moments, and little that is not along the words."""
     torch.manual_seed(0)
-    assert bench_memory.held(bench_memory.OPTIMIZERS["SpectralDescent"], *bench_memory.words(5000)) < 2.0
+    assert bench_memory.held(bench_memory.OPTIMIZERS[name], *bench_memory.words(WIDEST + 1)) < 2.5

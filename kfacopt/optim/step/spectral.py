@@ -148,9 +148,6 @@ class Spectral(Direction):
         result: Remembered = {}
         shapes: list[tuple[Holder, Sequence[int]]] = [(layer, layer.shape) for layer in layers]
         shapes += [(parameter, matrix.shape) for parameter, matrix in plain.items()]
-            *((layer, layer.shape) for layer in layers),
-            *((p, held.shape) for p, held in plain.items()),
-        ]
         for holder, shape in shapes if self._row_decay is not None else []:
             rows = [size for axis, size in enumerate(shape, -len(shape)) if axis != inputs_axis(structure_of(holder))]
             key = key_of(holder)
