@@ -319,10 +319,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """By parameter, all that a step may remember of it, as it is before the first."""
         return {}
 
+    def _remembered(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return {}
+
     def _allocate(self) -> None:
         carried.announce(self.param_groups)
-        for parameter, values in self._blank().items():
-            self.state[parameter] = values
+        self.state.update(dict[Any, Any](self._blank()))
 
     def _own_state(self) -> dict[str, Any]:
         """What `curvature` holds; a subclass adds to it."""
@@ -350,8 +352,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend, or shards of a whole one, or damaged, with the place;
-                nothing is changed then.
+            ValueError: If it is damaged, shards of a whole one, or another model's or backend's; nothing is changed.
         """
         own = carried.curvature_of(state_dict)
         stored.check_section(own, self._own_state_key, type(self).__name__)
@@ -366,8 +367,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._load_own_state(before)
 
         with stored.taken_over(type(self).__name__, undo):
-            here = super().state_dict() | {"curvature": before}
-            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults)
+            here, blank = super().state_dict() | {"curvature": before}, self._remembered()
+            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults, blank)
             rest = carried.without_curvature(state_dict, self.param_groups)
             if own is not None:
                 uses, held = own.get("unseen_uses", {}), self._named
@@ -383,9 +384,10 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         common = ("model", "_estimator", "_processes", "_agreed", "_step", "_report", "_layers", "_reached", "_scaling")
         own = (*common, "_unseen_uses", *self._own_attributes)
-        pending = {"_pending": self._open_capture().tally.state_dict()}
         state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own} | pending
+        return (
+            state | {name: self.__dict__[name] for name in own} | {"_pending": self._open_capture().tally.state_dict()}
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,7 +41,11 @@ def check_section(own: Mapping[str, Any] | None, key: str, what: str) -> None:
 
 
 def check_stored(
-    state_dict: Mapping[str, Any], here: Mapping[str, Any], groups: Groups, defaults: Mapping[str, Any]
+    state_dict: Mapping[str, Any],
+    here: Mapping[str, Any],
+    groups: Groups,
+    defaults: Mapping[str, Any],
+    blank: Mapping[nn.Parameter, Mapping[str, Any]],
 ) -> None:
     """Refuse a state dict with numbers that are none, things of another kind than here, or moments of another shape.
 
@@ -51,11 +54,12 @@ def check_stored(
         here: The state dict of the optimizer that is to load it.
         groups: The param groups of that.
         defaults: Of its hyper-parameters.
+        blank: By parameter, what a direction remembers, before it does.
 
     Raises:
         ValueError: If so, with the place within the state dict.
 
-    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, {}, [], {})
+    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, {}, [], {}, {})
     Traceback (most recent call last):
     ValueError: state/0/exp_avg holds numbers that are not finite
     """
@@ -71,7 +75,7 @@ def check_stored(
     parameters = [p for group in groups for p in group["params"]]
     if len(places) == len(parameters):  # else torch says so
         for place, parameter in zip(places, parameters, strict=True):
-            _check_memory(f"state/{place}", state_dict["state"].get(place, {}), parameter)
+            _check_memory(f"state/{place}", state_dict["state"].get(place, {}), parameter, blank.get(parameter, {}))
 
 
 @contextmanager
@@ -168,22 +172,19 @@ def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else "text" if isinstance(value, str) else type(value).__name__
 
 
-def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -> None:
+def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter, blank: Mapping[str, Any]) -> None:
     for names in _TOGETHER:
         there = [name for name in names if name in own]
         if there and len(there) < len(names):
             lacking = next(name for name in names if name not in own)
             raise ValueError(f"{place} has {there[0]!r}, but lacks {lacking!r}")
     for name, value in own.items():
-        shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter)
+        shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter, blank)
         if shape is None:
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise ValueError(f"{place}/{name} must be a tensor of floating-point numbers, got {_described(value)}")
-        if name == "row_squares" and any(value.numel() % size == 0 for size in parameter.shape[:2] if value.numel()):
-            continue  # outputs, maybe in groups: of most parameters their first axis, of embeddings the second
-        found = torch.Size([value.numel()]) if name.startswith("row_squares") else value.shape  # there in groups
-        if found != shape:
+        if value.shape != shape:
             raise ValueError(f"{place}/{name} has the shape {list(value.shape)}, but here it must have {list(shape)}")
 
 
@@ -198,16 +199,13 @@ def _moment_shape(name: str, parameter: nn.Parameter, value: Any) -> torch.Size:
     return torch.Size([*groups, size, size])
 
 
-def _shape(name: str, parameter: nn.Parameter) -> torch.Size | None:
-    """Of what is remembered under a name; of squares of rows the number of rows. None: of any shape."""
+def _shape(name: str, parameter: nn.Parameter, blank: Mapping[str, Any]) -> torch.Size | None:
+    """Of what is remembered under a name; None: of any shape."""
     if name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "last_step"):
         return parameter.shape
     if name == "step":
         return torch.Size([])
-    if name.startswith("row_squares") and parameter.ndim > 0:
-        rows = re.fullmatch(r"row_squares\[(\d+):(\d+)\]", name)
-        return torch.Size([int(rows[2]) - int(rows[1]) if rows else parameter.shape[0]])
-    return None
+    return blank[name].shape if isinstance(blank.get(name), Tensor) else None
 
 
 def _described(value: Any) -> str:
