@@ -384,10 +384,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         common = ("model", "_estimator", "_processes", "_agreed", "_step", "_report", "_layers", "_reached", "_scaling")
         own = (*common, "_unseen_uses", *self._own_attributes)
-        state: dict[str, Any] = super().__getstate__()
-        return (
-            state | {name: self.__dict__[name] for name in own} | {"_pending": self._open_capture().tally.state_dict()}
-        )
+        state: dict[str, Any] = super().__getstate__() | {"_pending": self._open_capture().tally.state_dict()}
+        return state | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
