@@ -246,7 +246,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             TypeError: If a gradient is sparse.
         """
         if not self.state and carried.asked_by_checkpoint():
-            return self._allocate()  # it wants to know the state's keys: gradients and rates are zero
+            return carried.allocate(self.param_groups, self.state, self._blank())  # gradients and rates are zero
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -319,10 +319,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
         """By parameter, all that a step may remember of it, as it is before the first."""
         return {}
 
-    def _allocate(self) -> None:
-        carried.announce(self.param_groups)
-        for parameter, values in self._blank().items():
-            self.state[parameter] = values
+    def _remembered(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Of that, what has another shape than the parameter."""
+        return {}
 
     def _own_state(self) -> dict[str, Any]:
         """What `curvature` holds; a subclass adds to it."""
@@ -374,6 +373,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
                 self._unseen_uses = {held[name]: why for name, why in uses.items() if name in held}
                 self._follow_changes()
                 self._load_own_state(own)
+            stored.check_remembered(rest, self.param_groups, self._remembered())
             super().load_state_dict(rest)
         memory.without_blanks(self.state)
         if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:

@@ -371,9 +371,12 @@ class SecondOrderOptimizer(CapturingOptimizer):
         stepped = {*self._plain, *(p for layer in self._layers for p in layer.parameters.values())}
         held = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         blank = {p: memory.blank(p, p in stepped) for p in held}
-        for p, more in self.direction.remembered(self._layers, self._plain).items():
+        for p, more in self._remembered().items():
             blank[p] |= more
         return blank
+
+    def _remembered(self) -> dict[nn.Parameter, dict[str, Any]]:
+        return self.direction.remembered(self._layers, self._plain)
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         stored.read("curvature/backend", self.backend, own["backend"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -134,6 +133,8 @@ def _check_values(value: Any, here: Any, place: str) -> None:
     if value is not None and here is not None and _kind(value) != _kind(here):
         raise ValueError(f"{place} must be {_kind(here)}, got {_kind(value)} ({value!r:.40})")
     if isinstance(value, Mapping):
+        if isinstance(here, Mapping) and any(isinstance(h, str) and value.get(key) != h for key, h in here.items()):
+            here = None  # it says itself that it is of another kind: who takes it over says so better
         for key, held in value.items():
             within = here.get(key) if isinstance(here, Mapping) else None
             _check_values(held, within, f"{place}/{key}" if place else str(key))
@@ -176,21 +177,45 @@ def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise ValueError(f"{place}/{name} must be a tensor of floating-point numbers, got {_described(value)}")
-        found = torch.Size([value.numel()]) if name.startswith("row_squares") else value.shape  # there in groups
-        if found != shape:
+        if value.shape != shape:
             raise ValueError(f"{place}/{name} has the shape {list(value.shape)}, but here it must have {list(shape)}")
 
 
 def _shape(name: str, parameter: nn.Parameter) -> torch.Size | None:
-    """Of what is remembered under a name; of squares of rows the number of rows. None: of any shape."""
+    """Of what is remembered under a name; None: of any shape, or one that `check_remembered` knows."""
     if name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "last_step"):
         return parameter.shape
     if name == "step":
         return torch.Size([])
-    if name.startswith("row_squares") and parameter.ndim > 0:
-        rows = re.fullmatch(r"row_squares\[(\d+):(\d+)\]", name)
-        return torch.Size([int(rows[2]) - int(rows[1]) if rows else parameter.shape[0]])
     return None
+
+
+def check_remembered(
+    state_dict: Mapping[str, Any], groups: Groups, remembered: Mapping[nn.Parameter, Mapping[str, Any]]
+) -> None:
+    """Refuse a state dict in which what a direction remembers has another shape than it would have here.
+
+    Args:
+        state_dict: What is to be loaded.
+        groups: The param groups of the optimizer.
+        remembered: By parameter, as it is before the first step.
+
+    Raises:
+        ValueError: If so, with the place within the state dict.
+    """
+    places = [place for group in state_dict["param_groups"] for place in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for place, parameter in zip(places, parameters, strict=False):  # of unlike many torch says so
+        own = state_dict["state"].get(place, {})
+        for name, blank in remembered.get(parameter, {}).items():
+            if name not in own or not isinstance(blank, Tensor):
+                continue
+            value, where = own[name], f"state/{place}/{name}"
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise ValueError(f"{where} must be a tensor of floating-point numbers, got {_described(value)}")
+            if value.shape != blank.shape:
+                found, wanted = list(value.shape), list(blank.shape)
+                raise ValueError(f"{where} has the shape {found}, but here it must have {wanted}")
 
 
 def _described(value: Any) -> str:
