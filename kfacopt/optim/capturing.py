@@ -365,7 +365,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._load_own_state(before)
 
         with stored.taken_over(type(self).__name__, undo):
-            here = super().state_dict() | {"curvature": before}
+            here = stored.packed(self.state, self.param_groups) | {"curvature": before}
             stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults)
             rest = carried.without_curvature(state_dict, self.param_groups)
             if own is not None:

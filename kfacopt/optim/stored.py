@@ -36,6 +36,19 @@ def check_section(own: Mapping[str, Any] | None, key: str, what: str) -> None:
         raise KeyError(f"this state dict has no 'curvature' section with {key!r}: it is not one of a {what}")
 
 
+def packed(state: Mapping[Any, Any], groups: Groups) -> dict[str, Any]:
+    """An optimizer's state with parameters by number, as torch's `state_dict()` has it: no hook of that is called.
+
+    >>> packed({}, [{"lr": 0.1, "params": [nn.Parameter(torch.ones(1))]}])
+    {'state': {}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
+    """
+    numbers = {p: number for number, p in enumerate(p for group in groups for p in group["params"])}
+    return {
+        "state": {numbers[p]: own for p, own in state.items() if p in numbers},
+        "param_groups": [{**group, "params": [numbers[p] for p in group["params"]]} for group in groups],
+    }
+
+
 def check_stored(
     state_dict: Mapping[str, Any], here: Mapping[str, Any], groups: Groups, defaults: Mapping[str, Any]
 ) -> None:
