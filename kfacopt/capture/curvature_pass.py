@@ -23,6 +23,7 @@ from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import DIFFERENTIATED, USED_ELSEWHERE
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
 
@@ -53,8 +54,9 @@ class CurvaturePass:
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
         needs_inputs: See `CurvatureBackend.needs_inputs`.
-        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too; no rows of them are
-            delivered any more.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how; no rows of
+            them are delivered any more.
+        differentiated: Names of layers through whose calls a derivative was taken before the forward had ended.
         hooks_since: Hooks of the user's that a graph may hold.
     """
 
@@ -68,7 +70,8 @@ class CurvaturePass:
         self._layers, self._estimator, self._loss_graph, self._sharded = layers, estimator, loss_graph, sharded
         self._bring_down = CotangentPass()
         self.all_places, self.needs_inputs = False, True
-        self.used_elsewhere: set[Layer] = set()
+        self.used_elsewhere: dict[Layer, str] = {}
+        self.differentiated: set[str] = set()
         self.hooks_since = HooksSince()
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
@@ -146,11 +149,11 @@ class CurvaturePass:
     def _edges(self, read: Read) -> dict[Site, Ends]:
         """The calls that led to a prediction, of layers that act by their calls alone."""
         walk, leaf = read.walk, self._sharded.leaf
-        self.used_elsewhere |= {
-            layer
-            for layer in self._layers
-            if any(walk.explained[id(p)] and walk.used_elsewhere(p) for p in map(leaf, layer.parameters.values()))
-        }
+        for layer in self._layers:
+            is_differentiated = layer.name in self.differentiated
+            held = list(map(leaf, layer.parameters.values()))
+            if any((is_differentiated or walk.explained[id(p)]) and walk.used_elsewhere(p) for p in held):
+                self.used_elsewhere[layer] = DIFFERENTIATED if is_differentiated else USED_ELSEWHERE
         # The tensors of an ambiguous output may each have kept the same call.
         marks = {site: references for one in read.forwards for site, references in one.sites.items()}
         edges: dict[Site, Ends] = {}

@@ -150,6 +150,11 @@ class Capture:
         self.tally, self.derivatives.in_the_loss = Tally(), False
 
     @property
+    def within_forward(self) -> bool:
+        """Whether a forward has begun and not ended."""
+        return bool(self._open)
+
+    @property
     def _idle(self) -> bool:
         # A forward inside a backward is a recomputation (activation checkpointing), not a new forward.
         # Under a torch.func transform it is not the model's own parameters that are differentiated.
@@ -187,6 +192,8 @@ class Capture:
                 marks = [leave_mark(edge.node) for edge in edges]
                 self._within.update(dict.fromkeys(marks, site.uses))
                 self._sites[site] = tuple(map(weakref.ref, marks))
+                for edge in edges:
+                    own(edge.node.register_prehook(partial(_passed_through, weakref.ref(self), site.layer.name)))
         if self._open:
             self._open[-1].note(found)
             return
@@ -368,6 +375,13 @@ def _ended(capture: weakref.ref[Capture], backward: weakref.ref[_Backward]) -> N
         held._loss.forget()
         if held._backward is backward():
             held._backward = None
+
+
+def _passed_through(capture: weakref.ref[Capture], name: str, _: Sequence[Tensor | None]) -> None:
+    """A backward goes through a layer's call: within a forward, and with a graph, it takes a derivative."""
+    held = capture()
+    if held is not None and held.within_forward and torch.is_grad_enabled():
+        held.passes.differentiated.add(name)
 
 
 def _arrive(capture: weakref.ref[Capture], mark: Mark, gradients: Sequence[Tensor | None]) -> None:

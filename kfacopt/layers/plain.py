@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from kfacopt.layers.coverage import CoverageRow, places_of, retreated
+
+USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative of the model)"
+DIFFERENTIATED = "a derivative of the model is taken in its forward, which the calls do not show"
+"""Why a layer has no curvature, in the table of coverage."""
+
+
+class PlainMatrix(NamedTuple):
+    """A parameter that multiplies inputs by a matrix.
+
+    Attributes:
+        shape: `[*k o i]`, k groups of matrices.
+        differentiated: Whether derivatives of the model are taken in its forward.
+    """
+
+    shape: tuple[int, ...]
+    differentiated: bool
+
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -57,7 +75,7 @@ def _matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int,
 
 def plain_matrices_in(
     rows: Sequence[CoverageRow], model: nn.Module, parameters: Collection[nn.Parameter], treatment: str
-) -> tuple[dict[nn.Parameter, tuple[int, ...]], list[CoverageRow]]:
+) -> tuple[dict[nn.Parameter, PlainMatrix], list[CoverageRow]]:
     """Of some parameters the plain matrices that stand in the table of coverage by themselves; the table with them.
 
     What stands there by a layer that is refused, or lost its partner, is not among them: it trains as is said there.
@@ -68,7 +86,11 @@ def plain_matrices_in(
         parameters: Which to look at.
         treatment: Of the plain matrices, from now on.
     """
-    listed = {(row.module, name) for row in rows for name in row.parameters}
+    listed = {(row.module, name): row.why for row in rows for name in row.parameters}
     places = {key: {(path, name) for path, _, name in held} for key, held in places_of(model).items()}
-    found = {p: shape for p, shape in plain_matrices(model, parameters).items() if places[id(p)] & listed}
+    found: dict[nn.Parameter, PlainMatrix] = {}
+    for parameter, shape in plain_matrices(model, parameters).items():
+        whys = [listed[place] for place in places[id(parameter)] if place in listed]
+        if whys:
+            found[parameter] = PlainMatrix(shape, DIFFERENTIATED in whys)
     return found, retreated(rows, set().union(*(places[id(p)] for p in found)), treatment)

@@ -147,7 +147,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
         capture, backend = self._open_capture(), self._fed
-        wants_rows = backend is not None and backend.wants_rows(self._step)
+        wants_rows = bool(self._layers) and backend is not None and backend.wants_rows(self._step)
         capture.arm(wants_rows, self._wants_terms(), self._wants_replays())
         self._expected = {layer.name for layer in self._layers} if capture.wants_rows else set()
         if self._processes.size > 1:
@@ -349,8 +349,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
         Raises:
             KeyError: If its `curvature` section is missing or of another kind of optimizer.
-            ValueError: If it is of another model or backend, or shards of a whole one, or damaged, with the place;
-                nothing is changed then.
+            ValueError: If it is damaged, shards of a whole one, or another model's or backend's; nothing is changed.
         """
         own = carried.curvature_of(state_dict)
         stored.check_section(own, self._own_state_key, type(self).__name__)
@@ -383,9 +382,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         common = ("model", "_estimator", "_processes", "_agreed", "_step", "_report", "_layers", "_reached", "_scaling")
         own = (*common, "_unseen_uses", *self._own_attributes)
-        pending = {"_pending": self._open_capture().tally.state_dict()}
-        state: dict[str, Any] = super().__getstate__()
-        return state | {name: self.__dict__[name] for name in own} | pending
+        state: dict[str, Any] = super().__getstate__() | {"_pending": self._open_capture().tally.state_dict()}
+        return state | {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

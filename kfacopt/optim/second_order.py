@@ -15,7 +15,7 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
 from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
-from kfacopt.layers.plain import plain_matrices_in
+from kfacopt.layers.plain import PlainMatrix, plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
@@ -78,7 +78,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             is that of the loss that is differentiated (see the notes).
         params: torch's params or param groups; default: all of the model's. A group may set any of `lr`, `damping`,
             `momentum`, `weight_decay`, `ema_decay`, `adamw_lr`, and `curvature` (False: AdamW with the group's `lr`).
-        lr: Learning rate; a float or a tensor without axes; default: 0.02, by how much a step moves each output of a
+        lr: Learning rate; a float or a tensor without axes; default: 0.04, by how much a step moves each output of a
             layer, or 0.3 where `kl_clip` or `step_length` says how long steps are. Let it go to zero over the run. Or
             `"auto"`, short for `step_length=QuadraticModel()`: learning rate and momentum minimise the exact quadratic
             model in each step, and `momentum`, `kl_clip` and `relative_clip` are not used. (`lr` is then 1, for
@@ -230,7 +230,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _find_plain(self) -> None:
         """Matrices without curvature that the direction steps all the same."""
-        self._plain: dict[nn.Parameter, tuple[int, ...]] = {}
+        self._plain: dict[nn.Parameter, PlainMatrix] = {}
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))

@@ -11,7 +11,6 @@ from kfacopt.backends.base import CurvatureBackend
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.together import Agreement
 
-USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative taken in the forward)"
 DERIVATIVE = (
     "the loss is of a derivative of the model that the training loop takes, as a residual or a gradient penalty"
 )
@@ -90,7 +89,7 @@ def uses_out_of_sight(
     """
     if not (seen.used_elsewhere or seen.in_the_loss):
         return {}
-    found = dict.fromkeys((layer for layer in layers if layer.name in seen.used_elsewhere), USED_ELSEWHERE)
+    found = {layer: how for layer in layers if (how := seen.used_elsewhere.get(layer.name)) is not None}
     if seen.in_the_loss and not seen.verified:
         found |= dict.fromkeys((layer for layer in layers if layer.name in seen.reached), DERIVATIVE)
     new = {layer: why for layer, why in found.items() if not any(p in known for p in layer.parameters.values())}

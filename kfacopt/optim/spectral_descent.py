@@ -13,6 +13,7 @@ from kfacopt.likelihoods.estimator import LossFunction
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
 from kfacopt.optim.step import ClippedGradients, Direction, Spectral
+from kfacopt.optim.step.chosen import GRAFTED_RATE
 from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
 
 SPECTRAL_DAMPING = RelativeDamping(0.5)
@@ -37,7 +38,8 @@ class SpectralDescent(SecondOrderOptimizer):
         model: The model whose parameters are trained.
         loss_func: The loss, as torch's module or a `Likelihood`.
         params: torch's params or param groups; default: all of the model's.
-        lr: By how much a step moves each output of a layer, for inputs of size one.
+        lr: By how much each of the first 100 steps moves each output of a layer, for inputs of size one; then less and
+            less, as one over the root of the number of steps (`full_steps` of `Spectral`).
         momentum: Of the gradients, none of which is much longer than those before it (`ClippedGradients`).
         damping: See `SPECTRAL_DAMPING`.
         kl_clip: See there; a bound costs the curvature's product with the step.
@@ -59,7 +61,7 @@ class SpectralDescent(SecondOrderOptimizer):
         loss_func: LossFunction,
         params: Params | None = None,
         *,
-        lr: float = 0.02,
+        lr: float = GRAFTED_RATE,
         momentum: float = 0.95,
         damping: float | RelativeDamping = SPECTRAL_DAMPING,
         kl_clip: float | None = None,

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from kfacopt.optim.groups import Groups
 from kfacopt.sharding import shard_of
 
-_TOGETHER = (("momentum_buffer", "momentum_weight"), ("exp_avg", "exp_avg_sq", "step"))
+_TOGETHER = (
+    ("momentum_buffer", "momentum_weight"),
+    ("exp_avg", "exp_avg_sq", "step"),
+    *(tuple(f"{side}_{part}" for part in ("moment", "root", "weight", "moments")) for side in ("left", "right")),
+)
 """What is remembered of a parameter is there as a whole, or not at all."""
 
 
@@ -185,13 +189,24 @@ def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -
             lacking = next(name for name in names if name not in own)
             raise ValueError(f"{place} has {there[0]!r}, but lacks {lacking!r}")
     for name, value in own.items():
-        shape = _shape(name, parameter)
+        shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter)
         if shape is None:
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise ValueError(f"{place}/{name} must be a tensor of floating-point numbers, got {_described(value)}")
         if value.shape != shape:
             raise ValueError(f"{place}/{name} has the shape {list(value.shape)}, but here it must have {list(shape)}")
+
+
+_OF_SIDES = ("left_moment", "left_root", "right_moment", "right_root")
+
+
+def _moment_shape(name: str, parameter: nn.Parameter, value: Any) -> torch.Size:
+    """Of what is kept of one side of a matrix, or of each of its groups (`optim/step/gradient_metric.py`)."""
+    groups = value.shape[:-2] if isinstance(value, Tensor) else torch.Size([])
+    first, rest = (parameter.shape[0], parameter.shape[1:].numel()) if parameter.ndim else (1, 1)
+    size = first // max(1, groups.numel()) if name.startswith("left") else rest
+    return torch.Size([*groups, size, size])
 
 
 def _shape(name: str, parameter: nn.Parameter) -> torch.Size | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class Agreement:
         in_the_loss: Whether a loss is of a derivative of the model.
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         reached: Names of the layers whose rows were delivered.
-        used_elsewhere: Names of the layers that act on the loss outside their module.
+        used_elsewhere: The layers that act on the loss outside their module, by name how.
     """
 
     finite: bool = True
@@ -40,7 +40,7 @@ class Agreement:
     in_the_loss: bool = False
     verified: bool = True
     reached: frozenset[str] = frozenset()
-    used_elsewhere: frozenset[str] = frozenset()
+    used_elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 def agreed(
@@ -71,7 +71,7 @@ def agreed(
     is_shared = any(map(is_sharded, gradients.values()))
     sharded = checksum([shard_of(g) for g in gradients.values() if is_sharded(g)])
     size = checksum([g for g in gradients.values() if not is_sharded(g)])
-    elsewhere = frozenset(layer.name for layer in capture.passes.used_elsewhere)
+    elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     rows = processes.table(
         [
             float(refusal is not None),
@@ -99,7 +99,7 @@ def agreed(
         seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
         reached = [layer.name for layer, times in zip(layers, seen, strict=True) if times]
     if max(others) > 0 and processes.size > 1:
-        elsewhere = frozenset().union(*processes.gathered(elsewhere))
+        elsewhere = {name: how for seen_by_one in processes.gathered(elsewhere) for name, how in seen_by_one.items()}
     return Agreement(
         finite=finite,
         passes=int(sum(passes)),

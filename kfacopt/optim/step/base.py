@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.capture.records import Replay
 from kfacopt.layers.layer import Layer, by_layer, by_parameter
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.likelihoods.fisher import Curvature
 from kfacopt.linalg.polar import PolarFactor
@@ -57,8 +58,7 @@ class Step:
         recorder: Records the products of forwards that are run again, where the direction wants that.
         loss_factor: Of the user's loss, over the plain one: of gradients and curvature alike. Kullback-Leibler
             divergences are those of the plain one.
-        plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter their
-            shape as `[*k o i]`.
+        plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter.
         processes: Those that train together; gradients and curvature are of all of them.
     """
 
@@ -74,7 +74,7 @@ class Step:
     gradient_scale: float = 1.0
     recorder: ProductRecorder | None = None
     loss_factor: float = 1.0
-    plain: Mapping[nn.Parameter, Sequence[int]] = field(default_factory=dict)
+    plain: Mapping[nn.Parameter, PlainMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
@@ -271,7 +271,7 @@ class Direction(_Part, ABC):
         """
         return None
 
-    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, Sequence[int]]) -> Remembered:
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
         """What it keeps in `Step.state` beside the momentum, as it is before the first step.
 
         `torch.distributed.checkpoint` reads a checkpoint into a state that is there already.

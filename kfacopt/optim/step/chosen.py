@@ -17,7 +17,7 @@ Rate = float | Tensor | QuadraticModel | Literal["auto"] | None
 Bound = float | None | Literal["grafted"]
 """On the Kullback-Leibler divergence; None: there is none; "grafted": none, as each layer's step has a fixed length."""
 
-GRAFTED_RATE = 0.02
+GRAFTED_RATE = 0.04
 """Default learning rate of steps whose length is fixed layer by layer: by how much a step moves each output."""
 BOUNDED_RATE = 0.3
 """Default learning rate of a natural gradient that something else bounds."""

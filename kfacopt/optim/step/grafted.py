@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
-from kfacopt.optim.step.lengths import layer_length, norms, times
+from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, layer_length, norms, shrunk, times
 
 
 class Grafted(Direction):
@@ -29,18 +30,26 @@ class Grafted(Direction):
         direction: Where to go.
         length_of: Another direction, whose step's Frobenius norm counts, or `layer -> norm`. Layers that it leaves out
             train by AdamW.
+        full_steps: For so many steps a layer's own length is whole, after them it falls as `sqrt(full_steps / number of
+            steps)` (see `kfacopt.optim.step.lengths.shrunk`); None: it stays. Another direction's lengths are its own.
 
     >>> from kfacopt.optim.step.preconditioned import Preconditioned
     >>> Grafted(Preconditioned(momentum=0.95)).defaults()
     {'momentum': 0.95}
     """
 
-    def __init__(self, direction: Direction, length_of: Direction | Callable[[Layer], float] = layer_length) -> None:
+    def __init__(
+        self,
+        direction: Direction,
+        length_of: Direction | Callable[[Layer], float] = layer_length,
+        full_steps: int | None = FULL_STEPS,
+    ) -> None:
         for name, part in {"direction": direction, "length_of": length_of}.items():
             if not isinstance(part, Direction) and (name == "direction" or not callable(part)):
                 wanted = "a kfacopt.Direction" + ("" if name == "direction" else " or a function of the layer")
                 raise TypeError(f"{name} must be {wanted}, got {part!r}")
-        self.direction, self.length_of = direction, length_of
+        check_full_steps(full_steps)
+        self.direction, self.length_of, self._full_steps = direction, length_of, full_steps
 
     def __repr__(self) -> str:
         return f"Grafted({self.direction}, length_of={getattr(self.length_of, '__name__', self.length_of)})"
@@ -59,7 +68,7 @@ class Grafted(Direction):
     def refusal(self, layer: Layer) -> str | None:
         return next((why for part in self._parts().values() if (why := part.refusal(layer))), None)
 
-    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, Sequence[int]]) -> Remembered:
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
         result: Remembered = {}
         for part in self._parts().values():
             for parameter, values in part.remembered(layers, plain).items():
@@ -82,7 +91,8 @@ class Grafted(Direction):
 
     def _lengths(self, step: Step, layers: list[Layer]) -> Mapping[Layer, float | Tensor]:
         if not isinstance(self.length_of, Direction):
-            return {layer: self.length_of(layer) for layer in layers}
+            kept = shrunk(step.number, self._full_steps)
+            return {layer: kept * self.length_of(layer) for layer in layers}
         other = self.length_of.updates(step)
         return {layer: other.scale * norm for layer, norm in norms(step.by_layer(other.tensors)).items()}
 

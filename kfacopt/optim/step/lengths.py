@@ -42,6 +42,33 @@ def matrix_length(structure: str, shape: torch.Size) -> float:
     return math.sqrt(shape[-1] if structure == "tied" else shape[:-1].numel())
 
 
+FULL_STEPS = 100
+"""For how many steps the default lengths are whole; see `shrunk`."""
+
+
+def shrunk(step: int, full_steps: int | None) -> float:
+    """Which part of its length a step keeps: all of it for so many steps, then as one over the root of their number.
+
+    Of steps of fixed length in noise the best constant one falls as the root of how many are to come, and who does not
+    know how many gets nearly as far with one over the root of how many there were (Zinkevich 2003). So short runs get
+    the long steps that they need, and long ones the short ones; a schedule of the user's comes on top.
+
+    Args:
+        step: Number of the step, from 0 on.
+        full_steps: How many are whole; None: all.
+
+    >>> [round(shrunk(step, 100), 2) for step in (0, 99, 399, 9999)], shrunk(9999, None)
+    ([1.0, 1.0, 0.5, 0.1], 1.0)
+    """
+    return 1.0 if full_steps is None or step < full_steps else math.sqrt(full_steps / (step + 1))
+
+
+def check_full_steps(full_steps: int | None) -> None:
+    """Raises ValueError for what `shrunk` cannot count."""
+    if full_steps is not None and full_steps < 1:
+        raise ValueError(f"full_steps must be a number of steps, or None for all, got {full_steps}")
+
+
 def norms(steps: LayerTensors) -> dict[Layer, Tensor]:
     """The Frobenius norm of each layer's step, over its parameters together; of a zero step a tiny number."""
     numbers: dict[int, list[Layer]] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.tensors import stacked
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 
@@ -49,7 +50,7 @@ class RescaledGradients(Direction):
     def refusal(self, layer: Layer) -> str | None:
         return self.direction.refusal(layer)
 
-    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, Sequence[int]]) -> Remembered:
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
         return self.direction.remembered(layers, plain)
 
     def updates(self, step: Step) -> Updates:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.fast_dtype import fast_dtype
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
+from kfacopt.optim.step.gradient_metric import steepest_by_gradients
+from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
 from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
 from kfacopt.sharding import Processes
 
@@ -48,7 +51,7 @@ class Spectral(Direction):
         U ← L polar(Lᵀ M R) Rᵀ                        M the layer's m as a matrix [*k o i]
         v ← row_decay · v + (1 - row_decay) (mean of squares of each row of U, over that of all of U)
         U ← U / sqrt(v)                               row by row
-        u ← sqrt(outputs) U / ‖U‖_F                   for each layer
+        u ← sqrt(outputs) U / ‖U‖_F                   for each layer, times sqrt(full_steps / t) once that is below one
 
     **In which norm it descends steepest.** Measure a step D by the largest singular value of its whitened form, `‖S⁻¹
     D‖₂`. Of all D = S Z with `‖Z‖₂ ≤ 1`, U takes the most off the loss's linear part: `⟨M, S Z⟩ = ⟨Sᵀ M, Z⟩`, which is
@@ -74,13 +77,14 @@ class Spectral(Direction):
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
     of how outputs go together stays.
 
-    It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults).
-    Layers of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it
-    refreshes. A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers
-    whose use the hooks do not see. Of packed parameters (attention's) each projection is a matrix; of a weight that an
-    embedding shares with the output layer the words are the outputs. Elementwise layers have nothing to orthogonalize
-    and train by AdamW, as biases of layers without curvature do; so do layers that `layers` leaves out: no statistics
-    are taken of them then, and `coverage()` says so.
+    It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults). Layers
+    of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it refreshes.
+    A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers whose use
+    the hooks do not see. Where the forward takes derivatives of the model, as a physics-informed network's does, the
+    metric is that of the matrix's own gradients (`gradient_metric.py`). Of packed parameters (attention's) each
+    projection is a matrix; of a weight that an embedding shares with the output layer the words are the outputs.
+    Elementwise layers have nothing to orthogonalize and train by AdamW, as biases of layers without curvature do; so do
+    layers that `layers` leaves out: no statistics are taken of them then, and `coverage()` says so.
 
     Args:
         momentum: Decay of the running average, a param group's `momentum` from then on.
@@ -95,6 +99,8 @@ class Spectral(Direction):
         row_decay: Decay of the running mean square of each row; None: rows stay as they are.
         warmup: Steps over which the momentum grows: a new gradient weighs three times as much in the first of them, as
             old ones are soon of another place then. 0: none.
+        full_steps: For so many steps the length is whole, after them it falls as `sqrt(full_steps / number of steps)`
+            (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
 
     Raises:
         ValueError: If a number is out of range.
@@ -113,13 +119,15 @@ class Spectral(Direction):
         layers: Callable[[Layer], bool] = dense_layers,
         row_decay: float | None = 0.95,
         warmup: int = 300,
+        full_steps: int | None = FULL_STEPS,
     ) -> None:
         check_number("momentum", momentum)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
-        self._row_decay, self._warmup = row_decay, warmup
+        check_full_steps(full_steps)
+        self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
         self._momentum, self._layers = momentum, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
@@ -136,9 +144,10 @@ class Spectral(Direction):
             return "elementwise: no matrix for the spectral step"
         return None if self._layers(layer) else f"left out of the spectral step by {self._layers.__name__}"
 
-    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, Sequence[int]]) -> Remembered:
+    def remembered(self, layers: Sequence[Layer], plain: Mapping[nn.Parameter, PlainMatrix]) -> Remembered:
         result: Remembered = {}
-        shapes: list[tuple[Holder, Sequence[int]]] = [*((layer, layer.shape) for layer in layers), *plain.items()]
+        shapes: list[tuple[Holder, Sequence[int]]] = [(layer, layer.shape) for layer in layers]
+        shapes += [(parameter, matrix.shape) for parameter, matrix in plain.items()]
         for holder, shape in shapes if self._row_decay is not None else []:
             rows = [size for axis, size in enumerate(shape, -len(shape)) if axis != inputs_axis(structure_of(holder))]
             key = key_of(holder)
@@ -163,6 +172,8 @@ class Spectral(Direction):
 
     def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
         """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""
+        if stack.differentiated:
+            return steepest_by_gradients(step, stack, self._polar)
         if not stack.curved:
             return self._polar(stack.matrices)
         return step.steepest(stack.layers, stack.matrices, self._polar)
@@ -183,7 +194,8 @@ class Spectral(Direction):
             squares, evening = squares / averages, averages.rsqrt()
         # Squares end at `tiny`, so the norm at its root; of a zero matrix the factor is to be finite.
         norms = (squares.flatten(1).sum(-1) * matrices.shape[stack.inputs]).sqrt().clamp_min(tiny**0.5)
-        factors = evening * _column(stack.length / norms, squares)
+        length = shrunk(step.number, self._full_steps) * stack.length
+        factors = evening * _column(length / norms, squares)
         return factors.unsqueeze(stack.inputs), norms
 
     def _products(self, device: str, processes: Processes) -> torch.dtype:

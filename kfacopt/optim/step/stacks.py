@@ -28,6 +28,7 @@ class Stack:
         holders: Of what each is.
         matrices: In their order; in float32 at least.
         curved: Whether they are of layers that have curvature.
+        differentiated: Whether they have none as derivatives are taken of the model (`PlainMatrix`).
         structure: Of the layers, all of one (`LayerHandler.structure`); plain matrices have a linear layer's.
     """
 
@@ -35,6 +36,7 @@ class Stack:
     matrices: Tensor
     curved: bool
     structure: Structure = "outer"
+    differentiated: bool = False
 
     @property
     def inputs(self) -> int:
@@ -95,17 +97,22 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
     found: dict[tuple[Any, ...], list[tuple[Holder, Sequence[Tensor]]]] = {}
     for layer, parts in step.by_layer(tensors).items():
         pieces = (layer.pack(parts),) if layer.alike is None else tuple(parts.values())
-        kind = layer.alike, structure_of(layer), step.ready(layer), _dtypes(layer, pieces)
+        kind = layer.alike, structure_of(layer), step.ready(layer), False, _dtypes(layer, pieces)
         found.setdefault(kind, []).append((layer, pieces))
-    for parameter, shape in step.plain.items():
+    for parameter, plain in step.plain.items():
         if parameter in tensors:
-            pieces = (tensors[parameter].reshape(tuple(shape)),)
-            found.setdefault((None, structure_of(parameter), False, _dtypes(parameter, pieces)), []).append(
-                (parameter, pieces)
-            )
+            pieces = (tensors[parameter].reshape(plain.shape),)
+            kind = None, structure_of(parameter), False, plain.differentiated, _dtypes(parameter, pieces)
+            found.setdefault(kind, []).append((parameter, pieces))
     return [
-        Stack(tuple(h for h, _ in members), as_statistic(_matrices(members, alike is not None)), curved, structure)
-        for (alike, structure, curved, _), members in found.items()
+        Stack(
+            tuple(holder for holder, _ in members),
+            as_statistic(_matrices(members, alike is not None)),
+            curved,
+            structure,
+            differentiated,
+        )
+        for (alike, structure, curved, differentiated, _), members in found.items()
     ]
 
 

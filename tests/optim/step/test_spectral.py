@@ -561,7 +561,38 @@ def test_the_momentum_grows_over_the_first_steps() -> None:
         torch.testing.assert_close(made.state[p]["momentum_buffer"], average)
 
 
-@pytest.mark.parametrize("options", [{"row_decay": 1.0}, {"row_decay": -0.1}, {"momentum": 1.5}, {"warmup": -1}])
+@pytest.mark.parametrize(
+    "direction",
+    [
+        lambda: kfacopt.Spectral(0.0, full_steps=2),
+        lambda: kfacopt.Grafted(kfacopt.Preconditioned(0.0), full_steps=2),
+        lambda: kfacopt.Grafted(kfacopt.Preconditioned(0.0), length_of=kfacopt.Spectral(0.0, full_steps=2)),
+    ],
+    ids=["spectral", "grafted", "of-another"],
+)
+def test_the_length_shrinks_as_one_over_the_root_of_the_number_of_steps(
+    direction: Callable[[], kfacopt.Direction],
+) -> None:
+    """Whole for two steps, then sqrt(2 / 3), sqrt(2 / 4), ...: of one layer, whose matrix tells its length."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(3, 4, bias=False).double(), (torch.randn(8, 3).double(), torch.randn(8, 4).double())
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(), lr=1e-2, momentum=0.0, direction=direction())
+    for part in (1.0, 1.0, (2 / 3) ** 0.5, (2 / 4) ** 0.5, (2 / 5) ** 0.5):
+        before = model.weight.detach().clone()
+        train_step(made, model, nn.MSELoss(), x, y)
+        torch.testing.assert_close((model.weight - before).norm().item(), 1e-2 * part * 2.0, rtol=1e-10, atol=0.0)
+
+
+WRONG: list[dict[str, float]] = [
+    {"row_decay": 1.0},
+    {"row_decay": -0.1},
+    {"momentum": 1.5},
+    {"warmup": -1},
+    {"full_steps": 0},
+]
+
+
+@pytest.mark.parametrize("options", WRONG)
 def test_refusals_of_spectral(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         kfacopt.Spectral(**options)  # type: ignore[arg-type]
