@@ -93,7 +93,7 @@ def silent(hooks: Iterable[Hooks]) -> Iterator[None]:
         for held, before in kept:
             for number, hook in before.items():
                 if not is_engines(hook):
-                    del held[number]
+                    held.pop(number, None)  # one of a model that is garbage may be gone by now
         yield
     finally:
         for held, before in kept:

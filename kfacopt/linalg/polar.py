@@ -163,8 +163,12 @@ def _is_long(wide: Tensor) -> bool:
 
 
 def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A Gram matrix over its Frobenius norm, and the root of that: what X is to be divided by."""
-    norm = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    """A Gram matrix over its Frobenius norm, and the root of that: what X is to be divided by.
+
+    The matrix was brought to size one: its norm is below that only if it is zero, of which the inverse root is to be
+    finite.
+    """
+    norm = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(0.5)
     return gram / norm, norm.sqrt()
 
 

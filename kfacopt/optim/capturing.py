@@ -246,7 +246,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             TypeError: If a gradient is sparse.
         """
         if not self.state and carried.asked_by_checkpoint():
-            return self._allocate()  # it wants to know the state's keys: gradients and rates are zero
+            return carried.allocate(self.param_groups, self.state, self._blank())  # gradients and rates are zero
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -320,11 +320,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         return {}
 
     def _remembered(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """Of that, what has another shape than the parameter."""
         return {}
-
-    def _allocate(self) -> None:
-        carried.announce(self.param_groups)
-        self.state.update(dict[Any, Any](self._blank()))
 
     def _own_state(self) -> dict[str, Any]:
         """What `curvature` holds; a subclass adds to it."""
@@ -367,14 +364,15 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._load_own_state(before)
 
         with stored.taken_over(type(self).__name__, undo):
-            here, blank = super().state_dict() | {"curvature": before}, self._remembered()
-            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults, blank)
+            here = stored.packed(self.state, self.param_groups) | {"curvature": before}
+            stored.check_stored(state_dict | {"curvature": own}, here, self.param_groups, self.defaults)
             rest = carried.without_curvature(state_dict, self.param_groups)
             if own is not None:
                 uses, held = own.get("unseen_uses", {}), self._named
                 self._unseen_uses = {held[name]: why for name, why in uses.items() if name in held}
                 self._follow_changes()
                 self._load_own_state(own)
+            stored.check_remembered(rest, self.param_groups, self._remembered())
             super().load_state_dict(rest)
         memory.without_blanks(self.state)
         if own is not None and max(self._processes.size, int(own.get("processes", 1))) > 1:

@@ -60,6 +60,13 @@ def announce(groups: Groups) -> None:
     groups[0].setdefault(KEY, b"")
 
 
+def allocate(groups: Groups, state: MutableMapping[Any, Any], blank: Mapping[nn.Parameter, dict[str, Any]]) -> None:
+    """Give an optimizer that has no state yet the keys that a checkpoint is read into."""
+    announce(groups)
+    for parameter, values in blank.items():
+        state[parameter] = values
+
+
 def with_curvature(
     state_dict: dict[str, Any], groups: Groups, own: Mapping[str, Any], blank: Mapping[nn.Parameter, Mapping[str, Any]]
 ) -> dict[str, Any]:

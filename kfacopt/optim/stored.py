@@ -40,12 +40,21 @@ def check_section(own: Mapping[str, Any] | None, key: str, what: str) -> None:
         raise KeyError(f"this state dict has no 'curvature' section with {key!r}: it is not one of a {what}")
 
 
+def packed(state: Mapping[Any, Any], groups: Groups) -> dict[str, Any]:
+    """An optimizer's state with parameters by number, as torch's `state_dict()` has it: no hook of that is called.
+
+    >>> packed({}, [{"lr": 0.1, "params": [nn.Parameter(torch.ones(1))]}])
+    {'state': {}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
+    """
+    numbers = {p: number for number, p in enumerate(p for group in groups for p in group["params"])}
+    return {
+        "state": {numbers[p]: own for p, own in state.items() if p in numbers},
+        "param_groups": [{**group, "params": [numbers[p] for p in group["params"]]} for group in groups],
+    }
+
+
 def check_stored(
-    state_dict: Mapping[str, Any],
-    here: Mapping[str, Any],
-    groups: Groups,
-    defaults: Mapping[str, Any],
-    blank: Mapping[nn.Parameter, Mapping[str, Any]],
+    state_dict: Mapping[str, Any], here: Mapping[str, Any], groups: Groups, defaults: Mapping[str, Any]
 ) -> None:
     """Refuse a state dict with numbers that are none, things of another kind than here, or moments of another shape.
 
@@ -54,12 +63,11 @@ def check_stored(
         here: The state dict of the optimizer that is to load it.
         groups: The param groups of that.
         defaults: Of its hyper-parameters.
-        blank: By parameter, what a direction remembers, before it does.
 
     Raises:
         ValueError: If so, with the place within the state dict.
 
-    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, {}, [], {}, {})
+    >>> check_stored({"state": {0: {"exp_avg": torch.tensor([math.nan])}}, "param_groups": []}, {}, [], {})
     Traceback (most recent call last):
     ValueError: state/0/exp_avg holds numbers that are not finite
     """
@@ -75,7 +83,7 @@ def check_stored(
     parameters = [p for group in groups for p in group["params"]]
     if len(places) == len(parameters):  # else torch says so
         for place, parameter in zip(places, parameters, strict=True):
-            _check_memory(f"state/{place}", state_dict["state"].get(place, {}), parameter, blank.get(parameter, {}))
+            _check_memory(f"state/{place}", state_dict["state"].get(place, {}), parameter)
 
 
 @contextmanager
@@ -142,6 +150,8 @@ def _check_values(value: Any, here: Any, place: str) -> None:
     if value is not None and here is not None and _kind(value) != _kind(here):
         raise ValueError(f"{place} must be {_kind(here)}, got {_kind(value)} ({value!r:.40})")
     if isinstance(value, Mapping):
+        if isinstance(here, Mapping) and any(isinstance(h, str) and value.get(key) != h for key, h in here.items()):
+            here = None  # it says itself that it is of another kind: who takes it over says so better
         for key, held in value.items():
             within = here.get(key) if isinstance(here, Mapping) else None
             _check_values(held, within, f"{place}/{key}" if place else str(key))
@@ -172,14 +182,14 @@ def _kind(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else "text" if isinstance(value, str) else type(value).__name__
 
 
-def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter, blank: Mapping[str, Any]) -> None:
+def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -> None:
     for names in _TOGETHER:
         there = [name for name in names if name in own]
         if there and len(there) < len(names):
             lacking = next(name for name in names if name not in own)
             raise ValueError(f"{place} has {there[0]!r}, but lacks {lacking!r}")
     for name, value in own.items():
-        shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter, blank)
+        shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter)
         if shape is None:
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -199,13 +209,41 @@ def _moment_shape(name: str, parameter: nn.Parameter, value: Any) -> torch.Size:
     return torch.Size([*groups, size, size])
 
 
-def _shape(name: str, parameter: nn.Parameter, blank: Mapping[str, Any]) -> torch.Size | None:
-    """Of what is remembered under a name; None: of any shape."""
+def _shape(name: str, parameter: nn.Parameter) -> torch.Size | None:
+    """Of what is remembered under a name; None: of any shape, or one that `check_remembered` knows."""
     if name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "last_step"):
         return parameter.shape
     if name == "step":
         return torch.Size([])
-    return blank[name].shape if isinstance(blank.get(name), Tensor) else None
+    return None
+
+
+def check_remembered(
+    state_dict: Mapping[str, Any], groups: Groups, remembered: Mapping[nn.Parameter, Mapping[str, Any]]
+) -> None:
+    """Refuse a state dict in which what a direction remembers has another shape than it would have here.
+
+    Args:
+        state_dict: What is to be loaded.
+        groups: The param groups of the optimizer.
+        remembered: By parameter, as it is before the first step.
+
+    Raises:
+        ValueError: If so, with the place within the state dict.
+    """
+    places = [place for group in state_dict["param_groups"] for place in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for place, parameter in zip(places, parameters, strict=False):  # of unlike many torch says so
+        own = state_dict["state"].get(place, {})
+        for name, blank in remembered.get(parameter, {}).items():
+            if name not in own or not isinstance(blank, Tensor):
+                continue
+            value, where = own[name], f"state/{place}/{name}"
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise ValueError(f"{where} must be a tensor of floating-point numbers, got {_described(value)}")
+            if value.shape != blank.shape:
+                found, wanted = list(value.shape), list(blank.shape)
+                raise ValueError(f"{where} has the shape {found}, but here it must have {wanted}")
 
 
 def _described(value: Any) -> str:

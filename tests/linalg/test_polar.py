@@ -55,6 +55,14 @@ def test_against_the_singular_value_decomposition(shape: tuple[int, ...], scale:
     torch.testing.assert_close(NewtonSchulz()((scale * matrix).float()), truth.float(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_root_of_zero_is_finite(dtype: torch.dtype) -> None:
+    """So that its product with what is zero is."""
+    root = NewtonSchulz().inverse_root(torch.stack([torch.zeros(3, 3, dtype=dtype), torch.eye(3, dtype=dtype)]))
+    assert root.isfinite().all()
+    torch.testing.assert_close(root[1], torch.eye(3, dtype=dtype), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("ratio", [1.0, 1e9], ids=["gram", "direct"])
 def test_both_forms_are_the_same_polynomial(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polar, "_GRAM_RATIO", ratio)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import kfacopt
-from tests.cases import BY_NAME, parameters_of, train_step
+from tests.cases import BY_NAME, CASES, Case, parameters_of, train_step
 from tests.optim.test_state import assert_same
 
 Path = tuple[Any, ...]
@@ -140,6 +140,18 @@ def test_a_whole_state_is_taken(name: str, kind: str) -> None:
         optimizer.load_state_dict(whole(name, kind))
     train_step(optimizer, model, loss, x, y)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["SpectralDescent", "EKFAC"])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_the_state_of_every_layer_is_taken(case: Case, name: str) -> None:
+    """What one remembers has the shape that another one expects."""
+    model, loss, x, y = case.make()
+    optimizer, other = MAKERS[name](model, loss), MAKERS[name](case.make()[0], loss)
+    for _ in range(2):
+        train_step(optimizer, model, loss, x, y)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(other.state_dict(), optimizer.state_dict())
 
 
 def by_names(state: dict[str, Any], names: list[str]) -> dict[str, Any]:

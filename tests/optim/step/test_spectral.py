@@ -225,7 +225,25 @@ def test_a_layer_without_gradient_stays() -> None:
     made.zero_grad()
     (0.0 * model(torch.randn(4, 4).double())).sum().backward()
     made.step()
+    assert made.health()["skipped_steps"] == 0.0
     assert all(torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(3, 6), (6, 3), (2, 2), (1, 3)])
+def test_dead_layers_do_not_stop_the_others(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Whatever lies below a `relu` that nothing passes has a gradient of zero, and a factor of zero."""
+    first, second = sizes
+    below = nn.Sequential(nn.Linear(4, first), nn.Linear(first, second), nn.ReLU())
+    below[1].bias.data.fill_(-1e3)  # type: ignore[union-attr,operator]
+    model = nn.Sequential(below, nn.Linear(second, 3)).to(dtype)
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(), factor_every=1, refresh_every=1)
+    before = parameters_of(model)
+    for _ in range(3):
+        train_step(made, model, nn.MSELoss(), torch.randn(8, 4, dtype=dtype), torch.randn(8, 3, dtype=dtype))
+    assert made.health()["skipped_steps"] == 0.0
+    moved = [not torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True)]
+    assert moved == [False] * 5 + [True]  # nothing arrives at the last weight, either
 
 
 DIRECTIONS: dict[str, Callable[[], kfacopt.Direction]] = {
