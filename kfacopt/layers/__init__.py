@@ -33,6 +33,7 @@ from kfacopt.layers.products import ProductsHandler as ProductsHandler
 from kfacopt.layers.recurrent import RecurrentHandler
 from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
 from kfacopt.layers.transposed_convolution import TransposedConvolutionHandler
+from kfacopt.layers.transposed_linear import TransposedLinearHandler as TransposedLinearHandler
 
 # What a user registers is meant for every optimizer in the process, as torch's own registrations are (kl divergences,
 # pytree nodes); hence the one registry of the module. Tests that need another make their own.
@@ -65,7 +66,8 @@ _REGISTRY = HandlerRegistry(
         nn.GRUCell: RecurrentHandler(),
         nn.MultiheadAttention: MultiheadAttentionHandler(LinearHandler()),
         NonDynamicallyQuantizableLinear: output_projection_handler(),
-    }
+    },
+    by_name={"transformers.pytorch_utils.Conv1D": TransposedLinearHandler()},
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.linear import LinearHandler
+from kfacopt.layers.transposed_linear import TransposedLinearHandler
 from kfacopt.likelihoods.estimator import tensors_of
 
 
@@ -56,7 +57,7 @@ class ProductsHandler(CompoundHandler):
             )
         super().__init__("treated as its products", tuple(paths))
         self._ways: dict[str, LayerHandler] = dict.fromkeys(linear, LinearHandler())
-        self._ways |= dict.fromkeys(matmul, TransposedHandler())
+        self._ways |= dict.fromkeys(matmul, TransposedLinearHandler())
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
         found = []
@@ -80,7 +81,7 @@ class ProductsHandler(CompoundHandler):
         calls = {}
         for weight, products in found.items():
             part = parts[weight]
-            as_declared = all(p.transposed == isinstance(part.handler, TransposedHandler) for p in products)
+            as_declared = all(p.transposed == isinstance(part.handler, TransposedLinearHandler) for p in products)
             if (
                 len(products) < reads[weight]
                 or not as_declared
@@ -94,16 +95,6 @@ class ProductsHandler(CompoundHandler):
             rows = [p.inputs.shape[0] for p in products]
             calls[part.name] = PartCall((inputs,), shape, edges, partial(_joined, data, rows, outputs))
         return calls
-
-
-class TransposedHandler(LinearHandler):
-    """Rows of `y = x W`: those of a linear layer with `Wᵀ`."""
-
-    def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
-        return parts["weight"].mT
-
-    def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
-        return {"weight": matrix.mT}
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,9 +85,15 @@ class HandlerRegistry:
 
     Args:
         handlers: The initial table.
+        by_name: Handlers of types that are not ours to import, by module and name; a registration counts more.
     """
 
-    def __init__(self, handlers: Mapping[type[nn.Module], LayerHandler] | None = None) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[type[nn.Module], LayerHandler] | None = None,
+        by_name: Mapping[str, LayerHandler] | None = None,
+    ) -> None:
+        self._by_name = dict(by_name or {})
         self._entries: dict[type[nn.Module], list[LayerHandler]] = {}
         for module_type, handler in (handlers or {}).items():
             self.register(module_type, handler)
@@ -115,9 +121,9 @@ class HandlerRegistry:
         """The handler of `module`, or None if its type (with all its ancestors) is unknown."""
         for ancestor in type(module).__mro__:
             entries = self._entries.get(ancestor)
-            if not entries:
+            handler = entries[-1] if entries else self._by_name.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+            if handler is None:
                 continue
-            handler = entries[-1]
             if "forward" in vars(module):
                 return RefusedHandler("its forward was replaced on the instance", handler.parameter_names)
             own, known = (getattr(t, "forward", None) for t in (type(module), ancestor))
