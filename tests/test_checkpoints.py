@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 STATE = {"weight": torch.arange(1000.0), "step": 3}
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file grows beyond a thousand bytes, as on a disk that is full."""
+    """No file grows beyond a thousand bytes, as on a disk that is full; nor does the log that pytest writes to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def kill(kind: str, folder: Path, kills: int, longest: float) -> None:
@@ -49,12 +52,12 @@ def test_a_hundred_kills(kind: str, longest: float, tmp_path: Path) -> None:
     kill(kind, tmp_path / "runs", kills=100, longest=longest)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint({"step": 1}, path)
     old = path.read_bytes()
-    request.getfixturevalue("small_files")
-    with pytest.raises(OSError, match=r"File too large: .*older one at its place is untouched: '.*/last\.pt'"):
+    said = r"File too large: .*older one at its place is untouched: '.*/last\.pt'"
+    with small_files(), pytest.raises(OSError, match=said):
         save_checkpoint(STATE, path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
