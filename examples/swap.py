@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kfacopt
 
-EPOCHS = 15
+EPOCHS = 8  # from then on both fit the training data by heart
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -48,7 +48,7 @@ def train(name: str) -> float:
             criterion(model(x), y).backward()
             optimizer.step()
         scheduler.step()
-        if epoch % max(1, EPOCHS // 5) == 0:
+        if epoch % 2 == 0:
             seconds = time.perf_counter() - start
             with torch.no_grad():
                 (x, y), (x_test, y_test) = training.tensors, test.tensors

@@ -93,7 +93,7 @@ class Slope(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:no backward shows the curvature of")
-@pytest.mark.filterwarnings("ignore:.*used outside its module too")
+@pytest.mark.filterwarnings("ignore:.*a derivative of the model is taken in its forward")
 def test_a_model_that_differentiates_itself_is_judged() -> None:
     """Its layers train by AdamW, and one after the slope by its curvature."""
     model, loss = nn.Sequential(Slope(), nn.Linear(2, 2)).double(), nn.MSELoss()
