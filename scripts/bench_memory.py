@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import kfacopt
@@ -36,7 +37,8 @@ OPTIMIZERS: dict[str, Factory] = {
 def alive() -> dict[int, int]:
     """Bytes of the storages of all tensors that are alive, by address."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    # A lazy module's parameter has no storage yet.
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and not is_lazy(item)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
