@@ -106,6 +106,8 @@ def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float
         whole = torch.stack([own.get(name, zeros) for own, (name, _) in zip(owns, names, strict=True)])
         for own, (name, _), view in zip(owns, names, whole.unbind(), strict=True):
             own[name] = view
+    # A step that is not finite is skipped; what is remembered of it would make every later one so, too.
+    squares = torch.where(squares.isfinite(), squares, whole.to(squares.dtype))
     whole.lerp_(squares.to(dtype), 1.0 - decay)
     weights: list[float] = []
     for own, (_, name) in zip(owns, names, strict=True):

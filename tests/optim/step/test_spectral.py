@@ -731,3 +731,22 @@ def test_a_wide_layer_without_gradient_stays(row_decay: float | None, dtype: tor
     made.step()
     assert made.health()["skipped_steps"] == 0.0
     assert all(torch.equal(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_that_is_not_finite_is_forgotten() -> None:
+    """It is skipped, and the next one is taken: running means of squares have none of it."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(3, 4).double(), (torch.randn(8, 3).double(), torch.randn(8, 4).double())
+    broken: list[bool] = [False, True, False]
+
+    def polar(matrix: Tensor) -> Tensor:
+        return svd_polar(matrix) * (torch.nan if broken.pop(0) else 1.0)
+
+    made = kfacopt.SpectralDescent(model, nn.MSELoss(), direction=kfacopt.Spectral(polar=polar))
+    moved = []
+    for _ in range(3):
+        before = model.weight.detach().clone()
+        train_step(made, model, nn.MSELoss(), x, y)
+        moved.append(not torch.equal(before, model.weight))
+    assert moved == [True, False, True]
+    assert made.health()["skipped_steps"] == 1.0
