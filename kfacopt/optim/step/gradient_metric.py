@@ -53,10 +53,7 @@ def _between(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Ten
 
 
 def _root(state: State, holders: Sequence[nn.Parameter], side: str, gradients: Tensor, size: int) -> Tensor | None:
-    """Moves the moments `[b *k d d]` of one side on; the inverse root of some step, or None for too long a side.
-
-    The weight that is in an average says how many steps were: state needs no counter of its own.
-    """
+    """Moves the moments `[b *k d d]` of one side on; the inverse root of some step, or None for too long a side."""
     if size > _WIDEST:
         return None
     moments = gradients @ gradients.mT
