@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import kfacopt
@@ -37,9 +36,10 @@ OPTIMIZERS: dict[str, Factory] = {
 def alive() -> dict[int, int]:
     """Bytes of the storages of all tensors that are alive, by address."""
     gc.collect()
-    # A lazy module's parameter has no storage yet.
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and not is_lazy(item)]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    # Plain tensors only: a lazy parameter or one that a compiler traced with has no storage.
+    plain = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+    grads = [tensor.grad for tensor in plain if tensor.is_leaf]
+    tensors = plain + [grad for grad in grads if type(grad) is Tensor]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
