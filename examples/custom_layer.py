@@ -65,22 +65,6 @@ class BilinearHandler(kfacopt.LayerHandler):
         return parts
 
 
-def check_against_autograd(handler: kfacopt.LayerHandler) -> None:
-    """The one equation that a handler must satisfy: pack(gradients) = sum of g aᵀ over the rows."""
-    torch.manual_seed(0)
-    layer, x, z = Bilinear(3, 4, 2).double(), torch.randn(5, 3).double(), torch.randn(5, 4).double()
-    output, roles = layer(x, z), handler.roles(layer)
-    cotangent = torch.randn_like(output)
-    gradients = torch.autograd.grad(output, [getattr(layer, r) for r in roles], cotangent)
-    a = handler.input_rows(layer, (x, z), {}, roles, kfacopt.KFACType.EXPAND)
-    g = handler.gradient_rows(layer, cotangent.unsqueeze(0), kfacopt.KFACType.EXPAND)
-    packed = handler.pack(layer, dict(zip(roles, gradients, strict=True)))
-    assert isinstance(a, Tensor)
-    torch.testing.assert_close(torch.einsum("vnso,nsi->oi", g, a), packed)
-    for role, part in handler.unpack(layer, packed, roles).items():
-        torch.testing.assert_close(part, gradients[roles.index(role)])
-
-
 class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +100,7 @@ def train(label: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_against_autograd(BilinearHandler())
+    kfacopt.layers.check_handler(BilinearHandler(), Bilinear(3, 4, 2), torch.randn(5, 3), torch.randn(5, 4))
     print("the handler's rows give autograd's gradients\n")
     train("without the handler")
     # Register before the optimizer is made; `with` undoes it, a plain call lasts.

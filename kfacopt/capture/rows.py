@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfacopt.capture.records import Site
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.fit import require_gradients_fit, require_inputs_fit, require_rows_pair
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.tied import TiedEmbeddingHandler
 from kfacopt.likelihoods import KFACType
@@ -41,7 +42,9 @@ def rows_of_layer(
         one_use: Of a tied layer, the calls are all of one use: rows of that alone.
 
     Raises:
-        ValueError: If the calls had different numbers of data.
+        TypeError: If the handler returned no tensors.
+        ValueError: If the calls had different numbers of data, or the handler's rows lack an axis or have other sizes
+            than its matrix.
     """
     if isinstance(layer.handler, TiedEmbeddingHandler) and not one_use:
         return _rows_of_both_uses(layer, layer.handler, reached, terms, kfac_approx, all_places, inputs)
@@ -50,7 +53,7 @@ def rows_of_layer(
     if all_places and kfac_approx == KFACType.REDUCE:
         every = rows_of_layer(layer, reached, terms, KFACType.EXPAND, False, needs_inputs, inputs, one_use)
         return replace(every, reduce=True)
-    gradients = [as_statistic(layer.handler.gradient_rows(site.module, g, kfac_approx)) for site, g in reached]
+    gradients = [_gradients_of_call(layer, site, g, kfac_approx) for site, g in reached]
     if len(reached) > 1:
         _require_same_data(layer, gradients)
     joint = gradients[0] if len(reached) == 1 else torch.cat(gradients, dim=-2)
@@ -60,6 +63,7 @@ def rows_of_layer(
         inputs = _inputs_of_layer(layer, [site for site, _ in reached], kfac_approx)
     if len(reached) > 1 and kfac_approx == KFACType.REDUCE and isinstance(inputs, Tensor):
         joint = joint.sum(-2, keepdim=True)
+    require_rows_pair(layer, inputs, joint)
     return _same_dtype(inputs, joint, terms)
 
 
@@ -86,10 +90,19 @@ def _rows_of_both_uses(
     return Rows(nothing, gradients, other.terms, transposed=other)
 
 
+def _gradients_of_call(layer: Layer, site: Site, cotangents: Tensor, kfac_approx: KFACType) -> Tensor:
+    gradients = layer.handler.gradient_rows(site.module, cotangents, kfac_approx)
+    if not isinstance(layer.handler, TiedEmbeddingHandler):  # whose two uses have matrices that are each other's
+        require_gradients_fit(layer, gradients, len(cotangents))
+    return as_statistic(gradients)
+
+
 def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot:
     handler, inputs = layer.handler, []
     for site in sites:
         a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
+        if not isinstance(handler, TiedEmbeddingHandler):
+            require_inputs_fit(layer, a)
         inputs.append(as_statistic(a) if isinstance(a, Tensor) else a)
     if len(inputs) == 1:
         return inputs[0]

@@ -17,6 +17,7 @@ from kfacopt.layers.base import LayerHandler as LayerHandler
 from kfacopt.layers.base import OneHot as OneHot
 from kfacopt.layers.base import Rows as Rows
 from kfacopt.layers.bilinear import BilinearHandler
+from kfacopt.layers.check import check_handler as check_handler
 from kfacopt.layers.computed import handler_of_computed
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.embedding import EmbeddingHandler
