@@ -134,6 +134,60 @@ class MaxOverhead:
         self._seconds, self._step_seconds = dict(state["seconds"]), float(state["step_seconds"])
 
 
+@dataclass(frozen=True)
+class Background:
+    """Decompositions beside the training: a step that is due launches one, a later step takes it over.
+
+    As `refresh_every` of an optimizer or backend that keeps blocks by layer: a copy of the layer's statistics is
+    decomposed on a thread of its own while steps go on with the cache that they have. It is taken over `delay` steps
+    after it was launched, whenever the thread was done, and waited for if it is late: what a run computes depends on
+    neither clock nor machine load, and a checkpoint of the steps between resumes bit for bit (it holds the copy). A
+    layer's first decomposition is done in the step, as there is nothing to go on with; so is what costs nothing.
+
+    It pays where a core is free. What is launched needs the factors' memory once more until it is taken over.
+
+    Args:
+        every: Steps between two launches of a layer, as any `refresh_every`, but no `MaxOverhead`: that follows the
+            clock. A layer is not launched again before it was taken over.
+        delay: Steps from the launch to the hand-over; a number, or a callable of the step of the launch.
+        threads: That torch may use within a decomposition.
+
+    Raises:
+        TypeError, ValueError: An interval that is none; a `MaxOverhead`.
+
+    >>> Background(50, delay=10)(123)
+    50
+    """
+
+    every: Interval
+    delay: Interval = 10
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        as_interval("every", self.every)
+        as_interval("delay", self.delay)
+        if isinstance(self.every, (MaxOverhead, Background)) or isinstance(self.delay, MaxOverhead):
+            raise TypeError(
+                f"Background takes an interval that is the same in every run, not {self.every!r} with the delay "
+                f"{self.delay!r}: pass a number, kfacopt.schedules.Growing or a callable of the step"
+            )
+        _require_positive("threads", self.threads)
+
+    def __call__(self, step: int) -> int:
+        return as_interval("every", self.every)(step)
+
+    def hand_over(self, step: int) -> int:
+        """The step that takes over what step `step` launches.
+
+        >>> Background(50, delay=Growing(1, 10, burn_in=30)).hand_over(0)
+        1
+        """
+        delay = as_interval("delay", self.delay)(step)
+        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 1:
+            raise ValueError(f"the delay {self.delay!r} returned {delay!r} at step {step}, not a positive int")
+        return step + delay
+
+
 def as_interval(name: str, interval: Interval) -> Callable[[int], int]:
     """Make a callable of an interval; `name` is the argument's name in errors.
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kfacopt.backends.base import Settings
-from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent, check_widest
+from kfacopt.backends.checks import check_exponent, check_widest
+from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
 from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.layers.layer import Layer
@@ -49,9 +50,11 @@ class FullEKFACBackend(LayerwiseBackend):
         if self._refinements is None:
             return
         fresh = set(self._refreshes.done_at(step))
-        able = [n for n, block in self.blocks.items() if isinstance(block, CorrectedEigenBlock) and block.ready]
+        # What is under way will be brought into a basis from the present one.
+        idle = {name: self.blocks[name] for name in self._idle(self.blocks)}
+        able = [n for n, block in idle.items() if isinstance(block, CorrectedEigenBlock) and block.ready]
         due = self._refinements.due(step, able)
-        self._by_owners([name for name in due if name not in fresh], _refine)
+        self._by_owners([name for name in due if name not in fresh], _refine, self._owners)
         self._refinements.done(step, due)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kfacopt.backends.layerwise import LayerwiseBackend, check_exponent, check_widest
+from kfacopt.backends.checks import check_exponent, check_widest
+from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock, OutputBlock
 from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.layers.layer import Layer

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfacopt.backends.background import UnderWay, check_devices
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
-from kfacopt.backends.ownership import Work, done_by_owners, owners_of
+from kfacopt.backends.ownership import Work, decomposition_cost, done_by_owners, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
@@ -23,7 +24,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
-from kfacopt.schedules import Interval, MaxOverhead, Timetable, as_interval
+from kfacopt.schedules import Background, Interval, MaxOverhead, Timetable, as_interval
 from kfacopt.sharding import Processes
 
 _WHOLE = "whole"
@@ -36,7 +37,8 @@ class LayerwiseBackend(CurvatureBackend):
     Args:
         factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
             `kfacopt.schedules`.
-        refresh_every: Steps between two refreshes of a layer's cache (inverse, eigenbasis); likewise.
+        refresh_every: Steps between two refreshes of a layer's cache (inverse, eigenbasis); likewise. With a
+            `kfacopt.schedules.Background` they run beside the training.
         stagger: Spread the layers' refreshes over the interval, so that no step is a spike; False: all at once.
     """
 
@@ -57,6 +59,9 @@ class LayerwiseBackend(CurvatureBackend):
         self._owners: dict[str, int] = {}
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
+        background = self._refresh_interval
+        self._background = background if isinstance(background, Background) else None
+        self._under_way = UnderWay(1 if self._background is None else self._background.threads)
 
     @abstractmethod
     def make_block(self, layer: Layer) -> Block:
@@ -78,6 +83,8 @@ class LayerwiseBackend(CurvatureBackend):
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Blocks of layers that stay keep their statistics; those of layers that go (frozen ones) wait for them."""
+        if self._background is not None:
+            check_devices(layers)
         for name in self.blocks:
             self._dormant[self._key(self._layers[name])] = self._described(name) | self.blocks[name].state_dict()
         self._means = None
@@ -91,6 +98,8 @@ class LayerwiseBackend(CurvatureBackend):
             self.blocks[name] = self._new_block(layer)
             if waiting is not None and self._mismatch(name, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
+        stayed = {name: block for name, block in self.blocks.items() if old.get(name) is block}
+        self._under_way.follow(stayed, self._processes.rank)
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None
@@ -149,23 +158,50 @@ class LayerwiseBackend(CurvatureBackend):
         return self._means
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
-        self._last_refresh_seconds = 0.0
-        if not self._refreshes.due(step, list(self.blocks)):
-            return
-        by_name = {layer.name: setting for layer, setting in settings.items()}
-        able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
-        due = self._refreshes.due(step, able)
-        if due:
-            self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
-        took = self._by_owners(due, lambda name, block: block.refresh(by_name[name].damping))
+        took = self._taken_over(step) | self._renewed(step, settings)
         self._refresh_seconds |= took
-        # Without a cache a layer trains by AdamW: it stays due until it has one.
-        self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
         self._last_refresh_seconds = self._longest(took)
 
-    def _by_owners(self, names: Sequence[str], work: Work) -> dict[str, float]:
+    def _taken_over(self, step: int) -> dict[str, float]:
+        """What was decomposed beside the training and is due, taken over; what that took, by name."""
+        arrived = self._under_way.due(step)
+        took = self._by_owners(arrived, self._under_way.renew, self._under_way.owners(arrived))
+        self._under_way.forget(arrived)
+        return took
+
+    def _renewed(self, step: int, settings: Mapping[Layer, Settings]) -> dict[str, float]:
+        """Refresh or launch what is due; what was done here and now took, by name."""
+        if not self._refreshes.due(step, self._idle(self.blocks)):
+            return {}
+        by_name = {layer.name: setting for layer, setting in settings.items()}
+        able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
+        due = self._refreshes.due(step, self._idle(able))
+        if due:
+            self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
+        beside = [] if self._background is None else [name for name in due if self._can_wait(name)]
+        now = [name for name in due if name not in beside]
+        took = self._by_owners(now, lambda name, block: block.refresh(by_name[name].damping), self._owners)
+        for name in beside:
+            assert self._background is not None
+            hand_over, owner = self._background.hand_over(step), self._owners.get(name, 0)
+            damping, rank = by_name[name].damping, self._processes.rank
+            self._under_way.launch(name, self.blocks[name], damping, hand_over, owner, rank)
+        # Without a cache a layer trains by AdamW: it stays due until it has one.
+        self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
+        return took
+
+    def _idle(self, names: Iterable[str]) -> list[str]:
+        """Those of which nothing is under way."""
+        return [name for name in names if name not in self._under_way]
+
+    def _can_wait(self, name: str) -> bool:
+        """Whether a layer has a cache to go on with, and something that takes time to decompose."""
+        block = self.blocks[name]
+        return block.ready and decomposition_cost(block) > 0.0 and bool(block.snapshot())
+
+    def _by_owners(self, names: Sequence[str], work: Work, owners: Mapping[str, int]) -> dict[str, float]:
         """Work on some blocks, each in one process; what it took, by name."""
-        return done_by_owners({name: self.blocks[name] for name in names}, self._owners, self._processes, work)
+        return done_by_owners({name: self.blocks[name] for name in names}, owners, self._processes, work)
 
     def _longest(self, seconds: Mapping[str, float]) -> float:
         """What the owner that worked longest took."""
@@ -244,6 +280,7 @@ class LayerwiseBackend(CurvatureBackend):
             "refresh_ms": 1e3 * self._last_refresh_seconds,
             "fallbacks": float(sum(block.retries for block in self.blocks.values())),
             "dropped_updates": float(self.dropped.total()),
+            "under_way": float(len(self._under_way)),
             "diagonal_factors": float(sum(sum(self._narrowed(layer)) for layer in self._layers.values())),
             **{f"dropped_updates/{name}": float(count) for name, count in self.dropped.items()},
         }
@@ -254,6 +291,7 @@ class LayerwiseBackend(CurvatureBackend):
             "dormant": dict(self._dormant),
             "updates": self._updates.state_dict(),
             "refreshes": self._refreshes.state_dict(),
+            "under_way": self._under_way.state_dict(),
             "schedules": [s.state_dict() if isinstance(s, MaxOverhead) else None for s in self._schedules()],
             "dropped": dict(self.dropped),
             "step": self._step,
@@ -288,6 +326,8 @@ class LayerwiseBackend(CurvatureBackend):
                 self.blocks[name].load_state_dict(chosen[name], _device(layer))
             else:
                 self.blocks[name] = self._new_block(layer)
+        owners = owners_of({n: b for n, b in self.blocks.items() if b.estimated}, self._processes)
+        self._under_way.load_state_dict(state.get("under_way", {}), self.blocks, owners, self._processes.rank)
         self._dormant = {key: kept for key, kept in waiting.items() if not _without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
@@ -337,28 +377,6 @@ class _OwnShare:
 
     def __call__(self, step: int) -> int:
         return self._schedule.interval(self._kind)
-
-
-def check_exponent(exponent: float) -> float:
-    """A power of the curvature to divide by, if it is one.
-
-    Raises:
-        ValueError: If it is not above 0 and at most 1.
-    """
-    if not 0.0 < exponent <= 1.0:
-        raise ValueError(f"exponent must lie above 0 and be at most 1, got {exponent}")
-    return exponent
-
-
-def check_widest(widest: int) -> int:
-    """A width up to which factors are whole matrices, if it is one.
-
-    Raises:
-        ValueError: If it is not a positive int.
-    """
-    if not isinstance(widest, int) or widest < 1:
-        raise ValueError(f"widest must be a positive int (inputs or outputs), got {widest!r}")
-    return widest
 
 
 def _device(layer: Layer) -> torch.device:

@@ -22,7 +22,7 @@ def owners_of(blocks: Mapping[str, Block], processes: Processes) -> dict[str, in
     An eigendecomposition or inverse of a `[d d]` factor takes `d³`; all processes have the same statistics, and so come
     to the same answer.
     """
-    costs = {name: _cost(block) for name, block in blocks.items()}
+    costs = {name: decomposition_cost(block) for name, block in blocks.items()}
     return owners({name: cost for name, cost in costs.items() if cost > 0.0}, processes.size)
 
 
@@ -93,6 +93,7 @@ def _receive(blocks: Mapping[str, Block], told: Mapping[str, Any], processes: Pr
     return {name: took for name, (_, _, took) in told.items()}
 
 
-def _cost(block: Block) -> float:
+def decomposition_cost(block: Block) -> float:
+    """Products that a block's refresh takes, up to a constant; 0: there is nothing to decompose."""
     values = [average.value for name, average in block.averages().items() if name in block.symmetric]
     return float(sum(v.shape[:-1].numel() * v.shape[-1] ** 2 for v in values if v is not None and v.ndim > 1))

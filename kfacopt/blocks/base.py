@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,21 @@ ELEMENTS_AT_ONCE = 2**24
 64 MiB in float32: little beside a model's own memory, and enough for products to be long. Fewer: more and shorter
 products; more: more memory. Results change by rounding only.
 """
+
+
+class Renewal(NamedTuple):
+    """What a decomposition of a block's statistics found; the block has not taken it over yet.
+
+    Args:
+        cache: What `Block.load_cache` takes; None: the decomposition failed, and the cache stays.
+        retries: Attempts that failed.
+        overlaps: Of blocks with statistics along an eigenbasis: what brings them into the new one, from the left and
+            from the right.
+    """
+
+    cache: Mapping[str, Tensor | None] | None
+    retries: int
+    overlaps: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 class Block(ABC):
@@ -55,6 +70,25 @@ class Block(ABC):
     @abstractmethod
     def refresh(self, damping: float) -> None:
         """Bring the cache up to date with the statistics. Statistics that were never folded are an error."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The statistics that `decomposed` reads, not copied. Empty: such a block is refreshed in the step itself."""
+        return {}
+
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
+        """All of a refresh that takes time; nothing is written, so that it may run on another thread.
+
+        Args:
+            snapshot: What `snapshot` returned, or copies of it.
+            damping: As of `refresh`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decomposes nothing outside refresh()")
+
+    def renew(self, renewal: Renewal) -> None:
+        """The rest of a refresh. The cache must be that of when `decomposed` ran; statistics may have gone on."""
+        self.retries += renewal.retries
+        if renewal.cache is not None:
+            self.load_cache(dict(renewal.cache))
 
     @abstractmethod
     def solve(self, matrix: Tensor, damping: float) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import ELEMENTS_AT_ONCE, at_once, chunks_of_data
+from kfacopt.blocks.base import ELEMENTS_AT_ONCE, Renewal, at_once, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.squares import squared_one_hot, squared_sums
@@ -55,16 +55,19 @@ class EigenBlock(FactoredBlock):
         super().fold(decay)
         self._reciprocal = None
 
-    def refresh(self, damping: float) -> None:
-        left, right = self.factors()
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         try:
-            values_left, basis_left, retries_left = kronecker.spectrum(left)
-            values_right, basis_right, retries_right = kronecker.spectrum(right)
+            values_left, basis_left, retries_left = kronecker.spectrum(snapshot["gradient_factor"])
+            values_right, basis_right, retries_right = kronecker.spectrum(snapshot["input_factor"])
         except LinAlgError:
-            self.retries += 1  # the cache, or its absence, stays; the next step tries again
-            return
-        self.retries += retries_left + retries_right
-        self._change_basis(basis_left, basis_right, values_left, values_right)
+            return Renewal(None, 1)
+        cache = {
+            "gradient_basis": basis_left,
+            "input_basis": basis_right,
+            "gradient_eigenvalues": values_left,
+            "input_eigenvalues": values_right,
+        }
+        return Renewal(cache, retries_left + retries_right)
 
     def refine(self) -> None:
         """Bring the basis nearer to the statistics by one warm-started QR step, at about half an eigh's cost."""
@@ -177,6 +180,16 @@ class CorrectedEigenBlock(EigenBlock):
         if self._values_left is not None:
             self.corrected.add(squared_coordinates(rows, *self.basis()), rows.new_terms)
 
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
+        found = super().decomposed(snapshot, damping)
+        if found.cache is None:
+            return found
+        return found._replace(overlaps=self._overlaps(found.cache["gradient_basis"], found.cache["input_basis"]))
+
+    def renew(self, renewal: Renewal) -> None:
+        self._carry_over(renewal.overlaps)
+        super().renew(renewal)
+
     def renewed(self) -> dict[str, Tensor | None]:
         return super().renewed() | {"corrected": self.corrected.value}
 
@@ -205,15 +218,26 @@ class CorrectedEigenBlock(EigenBlock):
     def _change_basis(
         self, left: Tensor | None, right: Tensor | None, values_left: Tensor, values_right: Tensor
     ) -> None:
-        held = self.corrected.value
-        if held is not None:
-            # diag of the held operator in the new basis: squared overlaps of the old and new directions.
-            if left is not None and self._left is not None:
-                held = kronecker.from_left((left.mT @ self._left).square(), held)
-            if right is not None and self._right is not None:
-                held = held @ (right.mT @ self._right).square().mT
-            self.corrected.value = held
+        if self.corrected.value is not None:
+            self._carry_over(self._overlaps(left, right))
         super()._change_basis(left, right, values_left, values_right)
+
+    def _overlaps(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Squared overlaps `[*k d d]` of the directions of a new basis with those of the present one."""
+        pairs = ((left, self._left), (right, self._right))
+        on_left, on_right = (None if a is None or b is None else (a.mT @ b).square() for a, b in pairs)
+        return on_left, on_right
+
+    def _carry_over(self, overlaps: tuple[Tensor | None, Tensor | None]) -> None:
+        """The corrected eigenvalues in a new basis: the diagonal that the operator held so far has there."""
+        (left, right), held = overlaps, self.corrected.value
+        if held is None:
+            return
+        if left is not None:
+            held = kronecker.from_left(left, held)
+        if right is not None:
+            held = held @ right.mT
+        self.corrected.value = held
 
 
 def _solved_by_rows(matrix: Tensor, basis: Tensor | None, values: Callable[[slice], Tensor]) -> Tensor:

@@ -71,5 +71,12 @@ class FactoredBlock(Block):
             total = squared_columns if self.diagonals.gradient else gradient_covariance
             self.gradient_factor.add(total(rows.for_factors().gradients), rows.new_terms)
 
+    def snapshot(self) -> dict[str, Tensor]:
+        left, right = self.factors()
+        return {"gradient_factor": left, "input_factor": right}
+
+    def refresh(self, damping: float) -> None:
+        self.renew(self.decomposed(self.snapshot(), damping))
+
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kfacopt.blocks.base import Block
+from kfacopt.blocks.base import Block, Renewal
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.linalg import kronecker
@@ -37,17 +37,16 @@ class KroneckerBlock(FactoredBlock):
         self._inverses: tuple[Tensor, Tensor] | None = None
         self._roots: tuple[Tensor, Tensor] | None = None
 
-    def refresh(self, damping: float) -> None:
-        left, right = self.factors()
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
+        left, right = snapshot["gradient_factor"], snapshot["input_factor"]
         damping_left, damping_right = kronecker.pi_split(left, right, damping)
         try:
             inverse_left = kronecker.inverse(left, damping_left, self._exponent)
             inverse_right = kronecker.inverse(right, damping_right, self._exponent)
         except LinAlgError:
-            self.retries += 1  # the cache, or its absence, stays; the next step tries again
-            return
-        self.retries += inverse_left.retries + inverse_right.retries
-        self._inverses, self._roots = (inverse_left.value, _aligned(inverse_right.value)), None
+            return Renewal(None, 1)
+        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": _aligned(inverse_right.value)}
+        return Renewal(cache, inverse_left.retries + inverse_right.retries)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         return _solved(*self._cached(), matrix)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import Block, gradient_covariance
+from kfacopt.blocks.base import Block, Renewal, gradient_covariance
 from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
@@ -57,18 +57,21 @@ class OutputBlock(Block):
         total = gradients.square().sum((0, -3, -2)) if self._wide else gradient_covariance(gradients)
         self.gradient_factor.add(total, rows.new_terms)
 
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"gradient_factor": self.factor()}
+
     def refresh(self, damping: float) -> None:
-        factor = self.factor()
+        self.renew(self.decomposed(self.snapshot(), damping))
+
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
+        factor = snapshot["gradient_factor"]
         if self._wide:
-            self._inverse, self._root = (factor + damping).pow(-self._exponent), None
-            return
+            return Renewal({"inverse_gradient_factor": (factor + damping).pow(-self._exponent)}, 0)
         try:
             found = kronecker.inverse(factor, damping, self._exponent)
         except LinAlgError:
-            self.retries += 1  # the cache, or its absence, stays; the next step tries again
-            return
-        self.retries += found.retries
-        self._inverse, self._root = found.value, None
+            return Renewal(None, 1)
+        return Renewal({"inverse_gradient_factor": found.value}, found.retries)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         return _times(self._cached(), matrix)

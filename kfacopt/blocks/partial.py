@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from kfacopt.blocks.base import Renewal
 from kfacopt.blocks.eigen import squared_coordinates
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
@@ -65,21 +68,23 @@ class PartialEigenBlock(FactoredBlock):
         super().fold(decay)
         self._powers.clear()
 
-    def refresh(self, damping: float) -> None:
-        left, right = self.factors()
+    def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         try:
-            new_left, retries_left = _Side.of(left, self._tail)
-            new_right, retries_right = _Side.of(right, self._tail)
+            left, retries_left = _Side.of(snapshot["gradient_factor"], self._tail)
+            right, retries_right = _Side.of(snapshot["input_factor"], self._tail)
         except LinAlgError:
-            self.retries += 1  # the cache, or its absence, stays; the next step tries again
-            return
-        self.retries += retries_left + retries_right
-        if self.corrected.value is not None and self._left is not None and self._right is not None:
+            return Renewal(None, 1)
+        found = Renewal(_as_cache(left, right), retries_left + retries_right)
+        if self._left is None or self._right is None:
+            return found
+        return found._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
+
+    def renew(self, renewal: Renewal) -> None:
+        (left, right), held = renewal.overlaps, self.corrected.value
+        if held is not None and left is not None and right is not None:
             # diag of the held operator in the new directions: squared overlaps with the old ones and with their rest.
-            overlap_left, overlap_right = self._left.overlaps(new_left), self._right.overlaps(new_right)
-            self.corrected.value = overlap_left @ self._extended(self.corrected.value) @ overlap_right.mT
-        self._left, self._right = new_left, new_right
-        self._powers.clear()
+            self.corrected.value = left @ self._extended(held) @ right.mT
+        super().renew(renewal)
 
     def _kept(self) -> Tensor:
         left, right = self.sides()
@@ -147,12 +152,7 @@ class PartialEigenBlock(FactoredBlock):
         self.corrected.value = renewed["corrected"]
 
     def cache(self) -> dict[str, Tensor | None]:
-        result: dict[str, Tensor | None] = {}
-        for name, side in (("gradient", self._left), ("input", self._right)):
-            result[f"{name}_basis"] = None if side is None else side.basis
-            result[f"{name}_eigenvalues"] = None if side is None else side.values
-            result[f"{name}_rest"] = None if side is None else side.rest
-        return result
+        return _as_cache(self._left, self._right)
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         sides = []
@@ -162,6 +162,15 @@ class PartialEigenBlock(FactoredBlock):
             sides.append(_Side(basis, values, rest) if whole else None)  # type: ignore[arg-type]
         self._left, self._right = sides
         self._powers.clear()
+
+
+def _as_cache(left: _Side | None, right: _Side | None) -> dict[str, Tensor | None]:
+    result: dict[str, Tensor | None] = {}
+    for name, side in (("gradient", left), ("input", right)):
+        result[f"{name}_basis"] = None if side is None else side.basis
+        result[f"{name}_eigenvalues"] = None if side is None else side.values
+        result[f"{name}_rest"] = None if side is None else side.rest
+    return result
 
 
 class _Side:

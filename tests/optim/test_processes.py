@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
+from kfacopt.schedules import Background
 from tests.processes import Found, alone, run_together
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
@@ -122,6 +123,16 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
     "ekfac-every-other": (optimizer(backend=lambda: kfacopt.EKFACBackend(1, 2, stagger=False)), plain(CE()), {}),
     "ekfac-exact": (
         optimizer(backend=lambda: kfacopt.FullEKFACBackend(1, 3, 1, stagger=False)),
+        plain(CE()),
+        {},
+    ),
+    "kfac-background": (
+        optimizer(backend=lambda: kfacopt.KFACBackend(1, Background(2, delay=1), stagger=False)),
+        plain(CE()),
+        {},
+    ),
+    "ekfac-background": (
+        optimizer(backend=lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)),
         plain(CE()),
         {},
     ),
@@ -553,13 +564,14 @@ def the_first_alone_may_ask() -> None:
 
 def checkpoints_go_from_any_number_to_any() -> None:
     """Written by the first process alone; the run that goes on is the uninterrupted one."""
-    for kind, curvature in (
-        (kfacopt.KFAC, "ggn"),
-        (kfacopt.EKFAC, "ggn"),
-        (kfacopt.SpectralDescent, "ggn"),
-        (kfacopt.EKFAC, "mc"),
+    for kind, curvature, options in (
+        (kfacopt.KFAC, "ggn", {}),
+        (kfacopt.EKFAC, "ggn", {}),
+        (kfacopt.EKFAC, "ggn", {"backend": lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)}),
+        (kfacopt.SpectralDescent, "ggn", {}),
+        (kfacopt.EKFAC, "mc", {}),
     ):
-        make = optimizer(kind, curvature=curvature)
+        make = optimizer(kind, curvature=curvature, **options)
         batches = make_batches(7)
         numbers = ("one", "two") if curvature == "ggn" else ("two",)
         whole = {n: train(make, _batches_of(n, batches), plain(CE()), _group_of(n))[0] for n in numbers}
