@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -486,6 +488,25 @@ def what_works_in_one_process_only_is_refused() -> None:
             make(per_block(make_net()))
 
 
+def one_is_killed() -> None:
+    """The other ends with an error, in a step or in the engine's next collective, within 30 seconds. (The last check.)
+
+    In the second step one process is gone, as one is that ran out of memory.
+    """
+    net = per_block(make_net())
+    made, (first, second) = optimizer(kfacopt.EKFAC)(net), make_batches(2)
+    plain(CE())(net, share(first))
+    made.step()
+    made.zero_grad()
+    plain(CE())(net, share(second))
+    if distributed.get_rank() == 1:
+        os._exit(1)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)gloo|connection|closed"):
+        made.step()
+    assert time.monotonic() - started < 30.0
+
+
 GRADIENTS: Mapping[str, Callable[[], None]] = {
     check.__name__: check for check in (gradients_are_those_of_the_engine, half_precision_trains)
 }
@@ -533,7 +554,7 @@ def models() -> Found:
 
 @pytest.fixture(scope="module")
 def others() -> Found:
-    return run_together(OTHERS, seconds=SECONDS)
+    return run_together({**OTHERS, "killed": one_is_killed}, seconds=SECONDS)
 
 
 def holds(found: Found, name: str) -> None:
@@ -559,3 +580,7 @@ def test_models(models: Found, name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_two_processes(others: Found, name: str) -> None:
     holds(others, name)
+
+
+def test_one_is_killed(others: Found) -> None:
+    assert others["killed"] == ["", "not run"]
