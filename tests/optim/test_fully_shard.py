@@ -24,11 +24,14 @@ from tests.optim.test_processes import (
     CE,
     EQUAL,
     HEADS,
-    IGNORED,
+    JUDGED,
+    OF_SUMS,
+    SUMMED,
     Batch,
     Heads,
     Make,
     Words,
+    batches_without_terms,
     both_heads,
     in_halves,
     make_batches,
@@ -37,6 +40,7 @@ from tests.optim.test_processes import (
     plain,
     seeded,
     share,
+    summed_in_two,
     train,
     weights_of,
     words,
@@ -425,22 +429,13 @@ def a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
 
 def a_process_without_terms() -> None:
     """All targets of process 0 are ignored in two of the steps; what runs forwards again waits for nobody then."""
-    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
-
-    def in_two(model: nn.Module, batch: Batch) -> None:
-        for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
-            backward(model, half)
-
-    whole = make_batches()
-    for _, y in whole[:3:2]:
-        y[: len(y) // 2] = IGNORED
-    one, _ = train(make, whole, in_two, alone())
-    two, _ = train_sharded(make, [share(batch) for batch in whole], backward)
+    whole = batches_without_terms()
+    one, _ = train(OF_SUMS, whole, summed_in_two, alone())
+    two, _ = train_sharded(OF_SUMS, [share(batch) for batch in whole], SUMMED)
     equals(two, one)
-    judged = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
-    net, made = train_sharded(judged, [share(batch) for batch in whole], backward)
+    net, made = train_sharded(JUDGED, [share(batch) for batch in whole], SUMMED)
     assert bool(whole_weights(net).isfinite().all())
-    assert made.param_groups[0]["damping"] != judged(make_net()).param_groups[0]["damping"]
+    assert made.param_groups[0]["damping"] != JUDGED(make_net()).param_groups[0]["damping"]
 
 
 def processes_may_have_unlike_many_data() -> None:
