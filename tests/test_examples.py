@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -140,6 +141,20 @@ def test_lightning_callback() -> None:
     assert max(returned, swapped) < adamw
     assert returned == pytest.approx(swapped, rel=1e-3)
     assert output.count("curvature/damping") == 2
+
+
+@pytest.mark.slow
+def test_huggingface_trainer() -> None:
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
+        script = [sys.executable, str(ROOT / "examples" / "huggingface_trainer.py")]
+        said = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert said.returncode == 1
+        assert re.search(r"this example needs .*: pip install transformers accelerate", said.stderr)
+        return
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    losses = numbers(run("huggingface_trainer", launcher=(), PYTHONPATH=path), r"the last (\S+)")
+    assert losses[1] < losses[0]  # GPT-2: ours, AdamW
+    assert losses[3] < losses[2]  # BERT
 
 
 def test_huggingface_style() -> None:

@@ -75,8 +75,15 @@ class CotangentPass:
                 self._batched = False
         if found is None:
             passes = [_backward(root, inputs, v, guard, batched=False) for v in cotangents]
-            found = [None if p[0] is None else torch.stack(p) for p in zip(*passes, strict=True)]
+            found = [None if p[0] is None else _stacked(p) for p in zip(*passes, strict=True)]
         return same | {place: g for place, g in zip(places, found, strict=True) if g is not None}
+
+
+def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """`[v *output]`; a view where there is one cotangent: a copy of every output's gradient is dear beside the pass."""
+    if len(gradients) == 1 and gradients[0] is not None:
+        return gradients[0].unsqueeze(0)
+    return torch.stack([gradient for gradient in gradients if gradient is not None])
 
 
 def _backward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +24,14 @@ from tests.optim.test_processes import (
     CE,
     EQUAL,
     HEADS,
-    IGNORED,
+    JUDGED,
+    OF_SUMS,
+    SUMMED,
     Batch,
     Heads,
     Make,
     Words,
+    batches_without_terms,
     both_heads,
     in_halves,
     make_batches,
@@ -35,6 +40,7 @@ from tests.optim.test_processes import (
     plain,
     seeded,
     share,
+    summed_in_two,
     train,
     weights_of,
     words,
@@ -423,22 +429,13 @@ def a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
 
 def a_process_without_terms() -> None:
     """All targets of process 0 are ignored in two of the steps; what runs forwards again waits for nobody then."""
-    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
-
-    def in_two(model: nn.Module, batch: Batch) -> None:
-        for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
-            backward(model, half)
-
-    whole = make_batches()
-    for _, y in whole[:3:2]:
-        y[: len(y) // 2] = IGNORED
-    one, _ = train(make, whole, in_two, alone())
-    two, _ = train_sharded(make, [share(batch) for batch in whole], backward)
+    whole = batches_without_terms()
+    one, _ = train(OF_SUMS, whole, summed_in_two, alone())
+    two, _ = train_sharded(OF_SUMS, [share(batch) for batch in whole], SUMMED)
     equals(two, one)
-    judged = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
-    net, made = train_sharded(judged, [share(batch) for batch in whole], backward)
+    net, made = train_sharded(JUDGED, [share(batch) for batch in whole], SUMMED)
     assert bool(whole_weights(net).isfinite().all())
-    assert made.param_groups[0]["damping"] != judged(make_net()).param_groups[0]["damping"]
+    assert made.param_groups[0]["damping"] != JUDGED(make_net()).param_groups[0]["damping"]
 
 
 def processes_may_have_unlike_many_data() -> None:
@@ -491,6 +488,25 @@ def what_works_in_one_process_only_is_refused() -> None:
             make(per_block(make_net()))
 
 
+def one_is_killed() -> None:
+    """The other ends with an error, in a step or in the engine's next collective, within 30 seconds. (The last check.)
+
+    In the second step one process is gone, as one is that ran out of memory.
+    """
+    net = per_block(make_net())
+    made, (first, second) = optimizer(kfacopt.EKFAC)(net), make_batches(2)
+    plain(CE())(net, share(first))
+    made.step()
+    made.zero_grad()
+    plain(CE())(net, share(second))
+    if distributed.get_rank() == 1:
+        os._exit(1)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)gloo|connection|closed"):
+        made.step()
+    assert time.monotonic() - started < 30.0
+
+
 GRADIENTS: Mapping[str, Callable[[], None]] = {
     check.__name__: check for check in (gradients_are_those_of_the_engine, half_precision_trains)
 }
@@ -538,7 +554,7 @@ def models() -> Found:
 
 @pytest.fixture(scope="module")
 def others() -> Found:
-    return run_together(OTHERS, seconds=SECONDS)
+    return run_together({**OTHERS, "killed": one_is_killed}, seconds=SECONDS)
 
 
 def holds(found: Found, name: str) -> None:
@@ -564,3 +580,7 @@ def test_models(models: Found, name: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_two_processes(others: Found, name: str) -> None:
     holds(others, name)
+
+
+def test_one_is_killed(others: Found) -> None:
+    assert others["killed"] == ["", "not run"]

@@ -311,23 +311,33 @@ def uneven_data_are_micro_batches() -> None:
     torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
 
 
-def a_process_without_terms() -> None:
-    """All targets of process 0 are ignored in two of the steps; the sum's gradient is that of the others then."""
-    make, backward = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum")), plain(CE(reduction="sum"))
+SUMMED = plain(CE(reduction="sum"))
+OF_SUMS = optimizer(kfacopt.EKFAC, loss=CE(reduction="sum"))
+JUDGED = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
 
-    def in_two(model: nn.Module, batch: Batch) -> None:
-        for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
-            backward(model, half)
 
+def summed_in_two(model: nn.Module, batch: Batch) -> None:
+    """A backward for each process' share, as one process does it."""
+    for half in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
+        SUMMED(model, half)
+
+
+def batches_without_terms() -> list[Batch]:
+    """In two of the steps all targets of process 0 are ignored."""
     whole = make_batches()
     for _, y in whole[:3:2]:
         y[: len(y) // 2] = IGNORED
-    one, _ = train(make, whole, in_two, alone())
-    two, _ = train(make, [share(batch) for batch in whole], backward)
+    return whole
+
+
+def a_process_without_terms() -> None:
+    """All targets of process 0 are ignored in two of the steps; the sum's gradient is that of the others then."""
+    whole = batches_without_terms()
+    one, _ = train(OF_SUMS, whole, summed_in_two, alone())
+    two, _ = train(OF_SUMS, [share(batch) for batch in whole], SUMMED)
     torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
-    judged = optimizer(loss=CE(reduction="sum"), damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))
-    one, _ = train(judged, whole, in_two, alone())
-    two, _ = train(judged, [share(batch) for batch in whole], backward)
+    one, _ = train(JUDGED, whole, summed_in_two, alone())
+    two, _ = train(JUDGED, [share(batch) for batch in whole], SUMMED)
     torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
 
 

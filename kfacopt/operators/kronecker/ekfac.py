@@ -71,14 +71,14 @@ class EKFACLinearOperator(KroneckerLinearOperator):
         """Update the factors; or keep all rows instead, if they fit into the budget."""
         blocks = self._eigen_blocks()
         kept: Kept | None = {} if keep else None
-        size = 0
+        size, counted = 0, set[int]()
         for chunk in self._new_rows(data):
             for layer, rows in chunk.rows.items():
                 if kept is None or layer not in blocks:
                     self.blocks[layer.name].update(rows)
                 else:
                     kept.setdefault(layer, []).append(rows)
-                    size += _bytes(rows)
+                    size += _new_bytes(rows, counted)
             if kept is not None and size > self._byte_budget:
                 for layer, some in kept.items():
                     for rows in some:
@@ -146,8 +146,18 @@ class EKFACLinearOperator(KroneckerLinearOperator):
             self._correct_by_sweep()
 
 
-def _bytes(rows: Rows) -> int:
-    size = rows.gradients.numel()
+def _new_bytes(rows: Rows, counted: set[int]) -> int:
+    """What keeping rows takes beside those kept before: weight and bias of a module have their gradients in common.
+
+    Args:
+        rows: To be kept.
+        counted: Addresses of the gradients that are kept already; these are added. As they are kept, no other tensor
+            gets the same address.
+    """
+    size, gradients = 0, rows.gradients
+    if gradients.data_ptr() not in counted:
+        counted.add(gradients.data_ptr())
+        size += gradients.numel()
     if rows.first and isinstance(rows.inputs, Tensor):
         size += rows.inputs.numel()
-    return size * rows.gradients.element_size()
+    return size * gradients.element_size()
