@@ -36,7 +36,7 @@ def network() -> nn.Module:
 def test_training_goes_on_from_an_older_version(path: Path, optimizer: Any) -> None:
     stored = torch.load(path, weights_only=True)[optimizer.__name__]
     model, criterion = network(), nn.CrossEntropyLoss()
-    made = optimizer(model, criterion, lr=0.1, curvature="ggn", factor_every=2, refresh_every=3)
+    made = optimizer(model, criterion, lr=0.1, curvature="ggn", factor_every=2, refresh_every=3, kl_clip=0.03)
     model.load_state_dict(stored["model"])
     made.load_state_dict(stored["optimizer"])
     losses = []
@@ -48,6 +48,17 @@ def test_training_goes_on_from_an_older_version(path: Path, optimizer: Any) -> N
         losses.append(loss.item())
     # In float64, what an eigendecomposition and other sums in another order leave.
     assert losses == pytest.approx(stored["losses"], rel=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, kfacopt.EKFAC])
+def test_the_spectral_step_has_no_older_version(optimizer: Any) -> None:
+    """What the first release stored is no state of it: refused, and nothing is changed."""
+    stored = torch.load(CHECKPOINTS[0], weights_only=True)[optimizer.__name__]
+    made = optimizer(network(), nn.CrossEntropyLoss())
+    before = [dict(group, params=[]) for group in made.param_groups]
+    with pytest.raises(ValueError, match=r"version 0\.1.*make it with kl_clip="):
+        made.load_state_dict(stored["optimizer"])
+    assert [dict(group, params=[]) for group in made.param_groups] == before
 
 
 def test_there_is_a_checkpoint_of_every_release() -> None:

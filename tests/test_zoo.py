@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import zoo
-from tests.zoo import MODELS, OURS, Model, adamw, covered_share, ours, train
+from tests.zoo import MODELS, OURS, Model, adamw, covered_share, ours, train, with_curvature
 
 every = pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
 LEAST = 0.95
@@ -16,7 +16,7 @@ LEAST = 0.95
 @pytest.mark.parametrize("name", ["KFAC", "EKFAC"])
 def test_almost_all_parameters_get_curvature(model: Model, name: str) -> None:
     """And the page promises no more than that."""
-    made = ours(model, name)(model.make())
+    made = with_curvature(model, name)(model.make())
     share = covered_share(made)
     assert share >= LEAST or (model.uncovered and model.uncovered in str(made.coverage()))
     assert zoo.shares_on_the_page()[model.name] <= share + 5e-4

@@ -204,6 +204,12 @@ def ours(model: Model, name: str) -> Callable[[nn.Module], torch.optim.Optimizer
     return lambda net: OURS[name](net, model.loss, **model.options)
 
 
+def with_curvature(model: Model, name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """KFAC or EKFAC with the direction that takes all curvature there is."""
+    direction = kfacopt.Grafted(kfacopt.Preconditioned())
+    return lambda net: OURS[name](net, model.loss, direction=direction, **model.options)
+
+
 def adamw(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """torch's AdamW at a rate."""
     return lambda net: torch.optim.AdamW(net.parameters(), lr=rate)
@@ -225,7 +231,9 @@ class Line:
         best = min(rivals, key=rivals.__getitem__)
         losses = {"AdamW": rivals[best]} | {name: train(model, ours(model, name))[1] for name in OURS}
         net = model.make()
-        return cls(sum(p.numel() for p in net.parameters()), covered_share(ours(model, "EKFAC")(net)), losses, best)
+        return cls(
+            sum(p.numel() for p in net.parameters()), covered_share(with_curvature(model, "EKFAC")(net)), losses, best
+        )
 
     def __str__(self) -> str:
         rival = self.losses["AdamW"]

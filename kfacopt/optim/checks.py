@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from kfacopt.backends.base import CurvatureBackend
 from kfacopt.fsdp import ShardedModel, is_sharded
 from kfacopt.likelihoods import Likelihood
+from kfacopt.schedules import Interval
 from kfacopt.sharding import Processes
 
 
@@ -211,3 +213,27 @@ def check_unchanged(model: nn.Module, sharded: ShardedModel) -> None:
             "fully_shard was called on the model, or a part of it, after the optimizer was made: the parameters that "
             "the optimizer holds are not the model's any more, and nothing would move. Make the optimizer after it"
         )
+
+
+def backend_of(
+    optimizer: str,
+    backend: CurvatureBackend | None,
+    made_by: Callable[..., CurvatureBackend] | None,
+    intervals: Mapping[str, Interval | None],
+) -> CurvatureBackend:
+    """The backend that was passed, or one of the optimizer's own with the intervals that were.
+
+    Raises:
+        TypeError: If there is none, or what was passed is not one.
+        ValueError: If intervals come with a backend, which has its own.
+    """
+    said = {name: interval for name, interval in intervals.items() if interval is not None}
+    if backend is None:
+        if made_by is None:
+            raise TypeError(f"{optimizer} has no curvature of its own: pass backend=, or use kfacopt.KFAC")
+        return made_by(**said)
+    if not isinstance(backend, CurvatureBackend):
+        raise TypeError(f"backend must be a kfacopt.CurvatureBackend object, got {backend!r}")
+    if said:
+        raise ValueError(f"{' and '.join(said)} must be set on the backend that was passed, {backend!r}")
+    return backend

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kfacopt.backends.ekfac import EKFACBackend
 from kfacopt.optim.second_order import SecondOrderOptimizer
 
@@ -12,6 +14,11 @@ class EKFAC(SecondOrderOptimizer):
     The arguments are those of `SecondOrderOptimizer`; options of the curvature go through the backend, as in
     `EKFAC(model, loss_func, backend=EKFACBackend(tail=0.1))`.
 
+    Where nothing is said of the step it is the spectral one, steepest in the metric of the curvature's half power (see
+    `Spectral`): noise of small batches has no say in its length, and transformers and deep networks train, where the
+    natural gradient lags. Embeddings and normalisations take AdamW's step then. The natural gradient comes with any of
+    `kl_clip`, `direction`, `step_length`, `backend`, `damping_rule`, `lr="auto"`, as does its cheaper step.
+
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
     >>> optimizer = EKFAC(model, torch.nn.MSELoss())
@@ -20,3 +27,4 @@ class EKFAC(SecondOrderOptimizer):
     """
 
     backend_type = EKFACBackend
+    untuned_backend = partial(EKFACBackend, exponent=0.5)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kfacopt.backends.kfac import KFACBackend
 from kfacopt.optim.second_order import SecondOrderOptimizer
+from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
 
 
 class KFAC(SecondOrderOptimizer):
@@ -11,6 +14,11 @@ class KFAC(SecondOrderOptimizer):
 
     The arguments are those of `SecondOrderOptimizer`; options of the curvature go through the backend, as in
     `KFAC(model, loss_func, backend=KFACBackend(stagger=False))`.
+
+    Where nothing is said of the step it is the spectral one, steepest in the metric of the curvature's half power (see
+    `Spectral`): noise of small batches has no say in its length, and transformers and deep networks train, where the
+    natural gradient lags. Embeddings and normalisations take AdamW's step then. The natural gradient comes with any of
+    `kl_clip`, `direction`, `step_length`, `backend`, `damping_rule`, `lr="auto"`, as does its cheaper step.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
@@ -20,3 +28,6 @@ class KFAC(SecondOrderOptimizer):
     """
 
     backend_type = KFACBackend
+    untuned_backend = partial(
+        KFACBackend, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
-from kfacopt.damping import RELATIVE_DAMPING, LevenbergMarquardt, RelativeDamping
+from kfacopt.damping import LevenbergMarquardt, RelativeDamping
 from kfacopt.layers.coverage import Coverage, CoverageRow, covered_rows
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import PlainMatrix, plain_matrices_in
@@ -21,11 +21,11 @@ from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
 from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
-from kfacopt.optim.checks import check_group, check_known
+from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
 from kfacopt.optim.sightings import Sightings
-from kfacopt.optim.step import Direction, Grafted, Step, StepLength, TrustRegion, Updates
-from kfacopt.optim.step.chosen import Bound, Rate, chosen
+from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Spectral, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step.chosen import NATURAL, SPECTRAL, Bound, Rate, chosen, nothing_said
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
 from kfacopt.sharding import wholes
@@ -50,7 +50,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     What a step does in the cases nobody plans:
 
     - No backward reached the model since the last step: the last curvature is used again. If there has been none at
-      all, every layer takes AdamW's step; a warning says so once.
+      all, every layer takes AdamW's step (matrices: the spectral one's own, without curvature); a warning says so once.
     - A parameter has no gradient: it is left alone; its layer's other parameters take AdamW's step.
     - A gradient is not finite: the step is skipped as a whole, statistics included, and counted (`health()`).
     - The loss is multiplied by a constant, its data are weighted, micro-batches are added without dividing: what the
@@ -83,10 +83,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
             `"auto"`, short for `step_length=QuadraticModel()`: learning rate and momentum minimise the exact quadratic
             model in each step, and `momentum`, `kl_clip` and `relative_clip` are not used. (`lr` is then 1, for
             schedules to multiply.)
-        damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping`, which follows
+        damping: Added to the curvature of the mean loss, in its units; or a `kfacopt.RelativeDamping` (default: of a
+            half with the spectral step, else the class's own), which follows
             each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
             factor, as long as the group's `"relative_damping"` is True).
-        momentum: Of the gradient, before it is preconditioned.
+        momentum: Of the gradient, before it is preconditioned; default: 0.95 with the spectral step, else 0.9.
         weight_decay: Decoupled.
         ema_decay: Decay of the statistics' running averages, for each update of them.
         kl_clip: Default: `"grafted"`, each layer's step has a fixed length (`Grafted`), which needs no bound and no
@@ -95,7 +96,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             `lr`, whatever its length. The first group's counts.
         relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
             schedule; `None`: no bound.
-        adamw_lr: AdamW's learning rate where there is no curvature.
+        adamw_lr: AdamW's learning rate where there is no curvature; default: 0.01 with the spectral step, else 0.001.
         factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
             `kfacopt.schedules`; None: the backend's default.
         refresh_every: Steps between two refreshes of a layer's inverse or eigenbasis, likewise; the layers' refreshes
@@ -108,9 +109,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
         extra_terms: Whether something is added to the loss that depends on the prediction too (a z-loss, an entropy
             bonus). The gradient there is not read then, and the curvature is that of `loss_func` alone, taken to have
             no weights; where that depends on the target (class weights, ignored targets), call `loss_func` itself.
-        backend: The curvature, with options of its own; default: the class's, with `factor_every`, `refresh_every`.
+        backend: The curvature, with options of its own; default: the class's, with `factor_every`, `refresh_every`; its
+            half power with KFAC's and EKFAC's spectral step.
         direction: Where a step goes; default: `Grafted(Preconditioned(momentum))`, without the length where `kl_clip`
-            or `step_length` says it, or the step length's own.
+            or `step_length` says it, or the step length's own. Of KFAC and EKFAC, where neither those three nor
+            `backend`, `damping_rule` or `lr="auto"` say otherwise, `ClippedGradients(Spectral(momentum))`.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
 
     Raises:
@@ -119,6 +122,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     backend_type: ClassVar[type[CurvatureBackend] | None] = None
     """The backend of a subclass; it takes `factor_every` and `refresh_every`."""
+    untuned_backend: ClassVar[Callable[..., CurvatureBackend] | None] = None
+    """That of the spectral step, which a subclass takes where nothing is said of a step; None: it never does."""
 
     _own_attributes = ("backend", "damping_rule", "direction", "step_length", "_terms", "_sightings")
     _own_state_key = "backend"
@@ -130,13 +135,13 @@ class SecondOrderOptimizer(CapturingOptimizer):
         params: Params | None = None,
         *,
         lr: Rate = None,
-        damping: float | RelativeDamping = RELATIVE_DAMPING,
-        momentum: float = 0.9,
+        damping: float | RelativeDamping | None = None,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         ema_decay: float = 0.8,
         kl_clip: Bound = "grafted",
         relative_clip: float | None = None,
-        adamw_lr: float = 1e-3,
+        adamw_lr: float | None = None,
         factor_every: Interval | None = None,
         refresh_every: Interval | None = None,
         damping_rule: LevenbergMarquardt | None = None,
@@ -153,8 +158,14 @@ class SecondOrderOptimizer(CapturingOptimizer):
         params, backend = deprecated.backend_by_position(type(self), params, backend)
         fisher = deprecated.fisher_of(type(self), curvature, old)
         intervals = {"factor_every": factor_every, "refresh_every": refresh_every}
-        self.backend = self._backend(backend, {k: v for k, v in intervals.items() if v is not None})
+        own = self.untuned_backend if backend is None and damping_rule is None else None
+        spectral = own is not None and nothing_said(lr, kl_clip, direction, step_length)
+        self.backend = backend_of(type(self).__name__, backend, own if spectral else self.backend_type, intervals)
         self.damping_rule = damping_rule
+        usual = SPECTRAL if spectral else NATURAL
+        damping = usual.damping if damping is None else damping
+        momentum = usual.momentum if momentum is None else momentum
+        direction = ClippedGradients(Spectral(momentum)) if spectral else direction
         rate, self.direction, self.step_length = chosen(lr, momentum, kl_clip, relative_clip, direction, step_length)
         self._terms, self._ended_at = 0.0, math.nan
         self._sightings = Sightings()
@@ -164,7 +175,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
             **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
-            "adamw_lr": adamw_lr,
+            "adamw_lr": usual.adamw_lr if adamw_lr is None else adamw_lr,
             "adamw_betas": (0.9, 0.999),
             "adamw_eps": 1e-8,
             "curvature": True,
@@ -183,19 +194,6 @@ class SecondOrderOptimizer(CapturingOptimizer):
         needs = {name: part.wants_replays(0) for name, part in replaying.items()}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
-
-    def _backend(self, backend: CurvatureBackend | None, intervals: Mapping[str, Interval]) -> CurvatureBackend:
-        if backend is None:
-            if self.backend_type is None:
-                raise TypeError(
-                    f"{type(self).__name__} has no curvature of its own: pass backend=, or use kfacopt.KFAC"
-                )
-            return self.backend_type(**intervals)
-        if not isinstance(backend, CurvatureBackend):
-            raise TypeError(f"backend must be a kfacopt.CurvatureBackend object, got {backend!r}")
-        if intervals:
-            raise ValueError(f"{' and '.join(intervals)} must be set on the backend that was passed, {backend!r}")
-        return backend
 
     # -- what is covered -------------------------------------------------------------------------------------------
 
@@ -379,6 +377,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.remembered(self._layers, self._plain)
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        if "direction" not in own and isinstance(self.direction, ClippedGradients):
+            raise ValueError(
+                f"this state is of version 0.1, which knew the natural gradient alone, and {type(self).__name__} was "
+                f"made for {self.direction!r}: to go on as there, make it with kl_clip=, say 0.03"
+            )
         stored.read("curvature/backend", self.backend, own["backend"])
         super()._load_own_state(own)
         if "direction" not in own and isinstance(self.direction, Grafted):

@@ -13,12 +13,8 @@ from kfacopt.likelihoods.estimator import LossFunction
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
 from kfacopt.optim.step import ClippedGradients, Direction, Spectral
-from kfacopt.optim.step.chosen import GRAFTED_RATE
+from kfacopt.optim.step.chosen import GRAFTED_RATE, SPECTRAL
 from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
-
-SPECTRAL_DAMPING = RelativeDamping(0.5)
-"""Half of the factor's mean eigenvalue: directions that matter are to be divided by their own curvature, and the length
-is not the damping's to bound. From a twenty-fifth of it to twice of it a character model trained alike."""
 
 
 class SpectralDescent(SecondOrderOptimizer):
@@ -41,7 +37,7 @@ class SpectralDescent(SecondOrderOptimizer):
         lr: By how much each of the first 100 steps moves each output of a layer, for inputs of size one; then less and
             less, as one over the root of the number of steps (`full_steps` of `Spectral`).
         momentum: Of the gradients, none of which is much longer than those before it (`ClippedGradients`).
-        damping: See `SPECTRAL_DAMPING`.
+        damping: Half of the factor's mean eigenvalue; the length of a step is not the damping's to bound.
         kl_clip: See there; a bound costs the curvature's product with the step.
         adamw_lr: AdamW's learning rate, of embeddings, normalisations and all else without a matrix.
         backend: The curvature; default: `OneSidedKFACBackend(exponent=0.5)`, Shampoo's power of it.
@@ -62,10 +58,10 @@ class SpectralDescent(SecondOrderOptimizer):
         params: Params | None = None,
         *,
         lr: float = GRAFTED_RATE,
-        momentum: float = 0.95,
-        damping: float | RelativeDamping = SPECTRAL_DAMPING,
+        momentum: float = SPECTRAL.momentum,
+        damping: float | RelativeDamping = SPECTRAL.damping,
         kl_clip: float | None = None,
-        adamw_lr: float = 1e-2,
+        adamw_lr: float = SPECTRAL.adamw_lr,
         backend: CurvatureBackend | None = None,
         direction: Direction | None = None,
         **options: Any,

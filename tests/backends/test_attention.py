@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import kfacopt
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import exact_polar
-from kfacopt.optim.step import Spectral
+from kfacopt.optim.step import Grafted, Preconditioned, Spectral
 from tests.cases import exact_ekfac, still
 from tests.explicit import explicit_model
 
@@ -74,9 +74,13 @@ def spectral_kfac(model: nn.Module, loss: nn.Module, factor_every: int, refresh_
     return spectral(model, loss, backend=kfacopt.KFACBackend(factor_every, refresh_every, exponent=0.5), **options)
 
 
+def natural(optimizer: Any) -> Any:
+    return lambda *args, **options: optimizer(*args, direction=Grafted(Preconditioned(0.9)), **options)
+
+
 OPTIMIZERS = {
-    "kfac": kfacopt.KFAC,
-    "ekfac": kfacopt.EKFAC,
+    "kfac": natural(kfacopt.KFAC),
+    "ekfac": natural(kfacopt.EKFAC),
     "exact-ekfac": exact_ekfac,
     "spectral": spectral,
     "spectral-kfac": spectral_kfac,
@@ -250,7 +254,7 @@ def test_a_checkpointed_attention_is_said_to_train_by_adamw() -> None:
     torch.manual_seed(0)
     model, (x, y) = Checkpointed(batch_first=True).double(), batch()
     with pytest.warns(UserWarning, match=r"no backward shows the curvature of .*attention.k_proj"):
-        made = trained(model, kfacopt.KFAC, x, y, steps=1)
+        made = trained(model, OPTIMIZERS["kfac"], x, y, steps=1)
     assert model.runs <= 3  # the forward, and again for either backward
     unseen = {row.module for row in made.coverage().rows if row.treatment == "AdamW"}
     assert unseen == {f"attention.{letter}_proj" for letter in ("q", "k", "v", "out")}

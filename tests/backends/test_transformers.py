@@ -39,7 +39,9 @@ def test_transformers_train(optimizer: Any, fisher_type: str, kind: str, batch_f
     model = Language(batch_first, norm_first=fisher_type == "mc", kind=kind)
     x = torch.randint(7, (5, 4))
     loss = nn.CrossEntropyLoss()
-    made = optimizer(model, loss, factor_every=2, refresh_every=2, curvature=fisher_type, lr=0.05, adamw_lr=1e-2)
+    direction = kfacopt.Grafted(kfacopt.Preconditioned())
+    intervals = {"factor_every": 2, "refresh_every": 2}
+    made = optimizer(model, loss, curvature=fisher_type, lr=0.05, adamw_lr=1e-2, direction=direction, **intervals)
     losses = []
     for _ in range(8):
         made.zero_grad()

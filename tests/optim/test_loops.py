@@ -161,9 +161,9 @@ def test_a_step_without_gradients_does_nothing(optimizer: Any) -> None:
 @both
 def test_a_step_without_curvature_says_so_and_is_adamws(optimizer: Any) -> None:
     """Gradients set by hand before any backward; torch's optimizers step, and so do these."""
-    model, loss, x, y, made = setup(optimizer)
+    model, loss, x, y, made = setup(optimizer, kl_clip=0.03)
     twin = copy.deepcopy(model)
-    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=made.param_groups[0]["adamw_lr"], weight_decay=0.0)
     other = copy.deepcopy(model)  # not watched
     loss(other(x), y).backward()
     for parameter, source in zip(model.parameters(), other.parameters(), strict=True):
@@ -346,7 +346,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 def test_schedulers_write_the_learning_rate(scheduler: Callable[[Any], Any], as_tensor: bool) -> None:
     lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
     model, loss, x, y, made = setup(lr=lr)
-    torchs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=copy.deepcopy(lr), momentum=0.9)
+    torchs = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=copy.deepcopy(lr), momentum=0.95)
     ours, theirs = scheduler(made), scheduler(torchs)
     metric = [1.0] if isinstance(ours, lr_scheduler.ReduceLROnPlateau) else []
     for _ in range(6):
@@ -636,7 +636,7 @@ def test_a_train_loop_with_everything_at_once() -> None:
     torch.manual_seed(0)
     model, loss = mlp().double(), nn.CrossEntropyLoss(label_smoothing=0.05)
     x, y = torch.randn(40, 4, dtype=torch.float64), torch.randint(3, (40,))
-    made = kfacopt.EKFAC(model, loss, factor_every=3, refresh_every=7, lr=0.2)
+    made = kfacopt.EKFAC(model, loss, factor_every=3, refresh_every=7, lr=0.2, kl_clip=0.03)
     schedule = lr_scheduler.OneCycleLR(made, 0.3, total_steps=30)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     losses = []
