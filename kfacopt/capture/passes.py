@@ -80,7 +80,7 @@ class CotangentPass:
 
 
 def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor:
-    """`[v *output]`; a view where there is one cotangent: a copy of every output's gradient is dear beside the pass."""
+    """`[v *output]`; a view where there is one cotangent, which spares a copy of every output's gradient."""
     if len(gradients) == 1 and gradients[0] is not None:
         return gradients[0].unsqueeze(0)
     return torch.stack([gradient for gradient in gradients if gradient is not None])

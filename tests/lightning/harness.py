@@ -23,7 +23,7 @@ from kfacopt.experiments.batches import Rows
 from kfacopt.experiments.in_memory import InMemoryData
 from kfacopt.experiments.tasks import Regression
 
-ekfac = partial(kfacopt.EKFAC, lr=0.1, damping=0.1, factor_every=2, refresh_every=3)
+ekfac = partial(kfacopt.EKFAC, lr=0.1, damping=0.1, factor_every=2, refresh_every=3, kl_clip=0.03)
 
 
 mean_squared = partial(ekfac, loss_func=nn.MSELoss())

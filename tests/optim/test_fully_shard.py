@@ -378,8 +378,9 @@ def half_precision_trains() -> None:
     for policy in (MixedPrecisionPolicy(), HALF):
         torch.manual_seed(0)
         net = blocks_apart(Blocks(), mp_policy=policy)
-        # A bounded step: the spectral one makes of rounding where nothing else is left a step as long as any.
-        made = kfacopt.KFAC(net, CE(), factor_every=1, refresh_every=1, curvature="ggn", kl_clip=0.03)
+        # The spectral step makes of rounding, where nothing else is left, a step as long as any.
+        direction = kfacopt.Grafted(kfacopt.Preconditioned())
+        made = kfacopt.KFAC(net, CE(), factor_every=1, refresh_every=1, curvature="ggn", direction=direction)
         for x, y in make_batches(2):
             made.zero_grad()
             plain(CE())(net, share((x.float(), y)))

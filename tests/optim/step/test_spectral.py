@@ -341,7 +341,8 @@ def test_what_was_measured_goes_with_the_checkpoint(monkeypatch: pytest.MonkeyPa
 def test_grafted_lengths_and_image() -> None:
     """Each layer has the other's length, and the trust region is told of the image what became of the step."""
     model, loss, x, y = BY_NAME["norms"].make()
-    made = kfacopt.KFAC(model, loss, factor_every=1, refresh_every=1, curvature="ggn")
+    direction = kfacopt.Grafted(kfacopt.Preconditioned())
+    made = kfacopt.KFAC(model, loss, factor_every=1, refresh_every=1, curvature="ggn", direction=direction)
     backward(model, loss, x, y)
     taken: list[kfacopt.Step] = []
 
