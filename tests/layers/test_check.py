@@ -63,7 +63,9 @@ def test_built_in_handlers_are_right(kind: str) -> None:
 def test_no_built_in_handler_is_left_out() -> None:
     """But the one that always refuses, and the one of a type that is not ours to import."""
     kinds = {type(make()[0]) for make in BUILT_IN.values()}
-    built_in = {k: h for k, (*_, h) in _REGISTRY._entries.items() if type(h).__module__.startswith("kfacopt.")}
+    # What another test registered and took back leaves its kind with none.
+    last = {kind: held[-1] for kind, held in _REGISTRY._entries.items() if held}
+    built_in = {kind: h for kind, h in last.items() if type(h).__module__.startswith("kfacopt.")}
     assert {kind for kind, handler in built_in.items() if type(handler) is not RefusedHandler} == kinds
 
 
