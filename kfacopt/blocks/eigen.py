@@ -283,7 +283,7 @@ def squared_coordinates(
 
     Args:
         rows: Inputs `[*k n s i]` or one-hot, gradients `[v *k n s o]`.
-        left: Q_G, `[*k o o]`, or None for the identity, or if the gradients are coordinates already.
+        left: Q_G, `[*k o q]`, or None for the identity, or if the gradients are coordinates already.
         right: Q_A, `[*k i r]`, or None for the identity.
         budget: Elements that a temporary may have.
     """
@@ -328,9 +328,11 @@ def _squared_by_datum(
     gradients: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None, budget: int
 ) -> Tensor:
     """As `_squared_sums`, of rows that are not coordinates yet: the per-datum gradients are rotated."""
-    columns = inputs.shape[-1] if right is None else right.shape[-1]
+    outputs, columns = (
+        rows.shape[-1] if q is None else q.shape[-1] for rows, q in ((gradients, left), (inputs, right))
+    )
     leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
-    total = gradients.new_zeros(*leading, gradients.shape[-1], columns)
+    total = gradients.new_zeros(*leading, outputs, columns)
     elements = leading.numel() * gradients.shape[-1] * inputs.shape[-1]
     for part in chunks_of_data(gradients.shape[-3], elements, at_once(gradients.device, budget)):
         per_datum = gradients[..., part, :, :].mT @ inputs[..., part, :, :]

@@ -261,7 +261,7 @@ def test_factors_are_those_of_the_rows(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OUTER)
-@pytest.mark.parametrize("identity", ["", "left", "right", "both"])
+@pytest.mark.parametrize("identity", ["", "left", "right", "both", "dominant"])
 def test_squared_coordinates_are_those_of_per_datum_gradients(kind: str, identity: str) -> None:
     given = rows(kind)
     leading = (GROUPS,) if kind == "groups" else ()
@@ -271,6 +271,9 @@ def test_squared_coordinates_are_those_of_per_datum_gradients(kind: str, identit
         left = torch.linalg.qr(torch.randn(*leading, OUTPUTS, OUTPUTS, dtype=torch.float64))[0]
     if identity not in ("right", "both") and not words:
         right = torch.linalg.qr(torch.randn(*leading, INPUTS, INPUTS, dtype=torch.float64))[0]
+    if identity == "dominant":
+        assert left is not None
+        left, right = left[..., : OUTPUTS - 1], None if right is None else right[..., : INPUTS - 2]
     inputs = given.inputs.dense(torch.float64) if isinstance(given.inputs, OneHot) else given.inputs
     per_datum = torch.einsum("v...nso,...nsi->v...noi", given.gradients, inputs)
     rotated = per_datum if left is None else left.mT.unsqueeze(-3) @ per_datum
