@@ -172,7 +172,7 @@ def main(overrides: Sequence[str], quick: bool = False) -> list[Scores]:
     ended = [found for run in runs if (found := finished.find(run)) is not None]
     made = [Scores(ended, name, list(config.rivals)) for name in config.ours]
     for scores in made:
-        if scores.rows:
+        if scores.rows and config.rivals:  # of ours alone there is nothing to compare
             scores.write(folder)
             console.print(scores.table())
     console.print(f"Tables and all runs: {folder}")
