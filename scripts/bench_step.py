@@ -80,17 +80,20 @@ def soap(model: nn.Module) -> Optimizer:
     return optimizer
 
 
+def natural(optimizer: Callable[..., Optimizer], schedule: dict[str, Any]) -> Factory:
+    """One of ours with the natural gradient's step, which is cheaper than its default."""
+    loss_func = kfacopt.Bernoulli(soft_targets=True)
+    return partial(optimizer, loss_func=loss_func, curvature="mc", lr=0.3, kl_clip=0.3, **schedule)
+
+
 def contestants() -> dict[str, Factory]:
     """All optimizers, SGD first."""
-    loss_func = kfacopt.Bernoulli(soft_targets=True)
-    ours = {"KFAC": kfacopt.KFAC, "EKFAC": kfacopt.EKFAC}  # the natural gradient's step, cheaper than their default
     found: dict[str, Factory] = {
         "SGD": partial(rivals.sgd, lr=1e-3),
         "AdamW": partial(rivals.adamw, lr=1e-3),
         "Muon": partial(rivals.muon, lr=1e-3),
     }
-    for name, optimizer in ours.items():
-        found[name] = partial(optimizer, loss_func=loss_func, curvature="mc", lr=0.3, kl_clip=0.3, **SCHEDULE)
+    found |= {"KFAC": natural(kfacopt.KFAC, SCHEDULE), "EKFAC": natural(kfacopt.EKFAC, SCHEDULE)}
     peers = {"SINGD": ("singd.optim.optimizer", singd), "SOAP": ("pytorch_optimizer", soap)}
     for name, (module, factory) in peers.items():
         try:

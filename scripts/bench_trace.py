@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
-from bench_step import SCHEDULE, Contestant, Factory, batches_of, race
+from bench_step import SCHEDULE, Contestant, Factory, batches_of, natural, race
 from progress import output
 from rich.table import Table
 
@@ -29,12 +28,11 @@ FACTORS: int = SCHEDULE["factor_every"]
 
 def contestants(delay: int) -> dict[str, Factory]:
     """Each optimizer with refreshes in the step, and with them beside the training."""
-    loss_func = kfacopt.Bernoulli(soft_targets=True)
     beside = SCHEDULE | {"refresh_every": Background(SCHEDULE["refresh_every"], delay=delay)}
     found: dict[str, Factory] = {}
     for name, optimizer in {"KFAC": kfacopt.KFAC, "EKFAC": kfacopt.EKFAC}.items():
-        found[name] = partial(optimizer, loss_func=loss_func, curvature="mc", **SCHEDULE)
-        found[f"{name}, background"] = partial(optimizer, loss_func=loss_func, curvature="mc", **beside)
+        found[name] = natural(optimizer, SCHEDULE)
+        found[f"{name}, background"] = natural(optimizer, beside)
     return found
 
 

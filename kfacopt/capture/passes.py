@@ -79,11 +79,9 @@ class CotangentPass:
         return same | {place: g for place, g in zip(places, found, strict=True) if g is not None}
 
 
-def _stacked(gradients: tuple[Tensor | None, ...]) -> Tensor:
+def _stacked(gradients: tuple[Tensor, ...]) -> Tensor:
     """`[v *output]`; a view where there is one cotangent, which spares a copy of every output's gradient."""
-    if len(gradients) == 1 and gradients[0] is not None:
-        return gradients[0].unsqueeze(0)
-    return torch.stack([gradient for gradient in gradients if gradient is not None])
+    return gradients[0].unsqueeze(0) if len(gradients) == 1 else torch.stack(gradients)
 
 
 def _backward(

@@ -82,15 +82,19 @@ def _elementwise(layer: Layer) -> bool:
 
 
 def _require(layer: Layer, method: str, rows: object, axes: str, wanted: Sequence[int | None]) -> None:
-    """A None in `wanted` is any size."""
-    names = axes.split()
-    sizes = ", ".join(f"{name} = {size}" for name, size in zip(names, wanted, strict=True) if size is not None)
+    """A None in `wanted` is any size. The words are made where they are needed: this runs with each capture."""
+    shape = rows.shape if isinstance(rows, Tensor) else None
+    if (
+        shape is not None
+        and len(shape) == len(wanted)
+        and all(w in (None, g) for w, g in zip(wanted, shape, strict=True))
+    ):
+        return
+    sizes = ", ".join(f"{name} = {size}" for name, size in zip(axes.split(), wanted, strict=True) if size is not None)
     words = f"[{axes}] with {sizes}"
-    if not isinstance(rows, Tensor):
+    if shape is None:
         raise TypeError(_misfit(layer, method, f"{type(rows).__name__}, no tensor", words))
-    sizes_fit = rows.ndim == len(wanted) and all(w in (None, g) for w, g in zip(wanted, rows.shape, strict=True))
-    if not sizes_fit:
-        raise ValueError(_misfit(layer, method, f"rows of shape {list(rows.shape)}", words))
+    raise ValueError(_misfit(layer, method, f"rows of shape {list(shape)}", words))
 
 
 def _misfit(layer: Layer, method: str, got: str, wanted: str) -> str:

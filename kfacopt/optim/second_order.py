@@ -24,8 +24,8 @@ from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
 from kfacopt.optim.sightings import Sightings
-from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Spectral, Step, StepLength, TrustRegion, Updates
-from kfacopt.optim.step.chosen import NATURAL, SPECTRAL, Bound, Rate, chosen, nothing_said
+from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.schedules import Interval
 from kfacopt.sharding import wholes
@@ -158,24 +158,20 @@ class SecondOrderOptimizer(CapturingOptimizer):
         params, backend = deprecated.backend_by_position(type(self), params, backend)
         fisher = deprecated.fisher_of(type(self), curvature, old)
         intervals = {"factor_every": factor_every, "refresh_every": refresh_every}
-        own = self.untuned_backend if backend is None and damping_rule is None else None
-        spectral = own is not None and nothing_said(lr, kl_clip, direction, step_length)
-        self.backend = backend_of(type(self).__name__, backend, own if spectral else self.backend_type, intervals)
-        self.damping_rule = damping_rule
-        usual = SPECTRAL if spectral else NATURAL
-        damping = usual.damping if damping is None else damping
-        momentum = usual.momentum if momentum is None else momentum
-        direction = ClippedGradients(Spectral(momentum)) if spectral else direction
-        rate, self.direction, self.step_length = chosen(lr, momentum, kl_clip, relative_clip, direction, step_length)
+        untuned = self.untuned_backend if backend is None and damping_rule is None else None
+        step = chosen(lr, momentum, kl_clip, relative_clip, direction, step_length, spectral=untuned is not None)
+        made_by = untuned if step.usual is SPECTRAL else self.backend_type
+        self.backend = backend_of(type(self).__name__, backend, made_by, intervals)
+        self.damping_rule, self.direction, self.step_length = damping_rule, step.direction, step.step_length
         self._terms, self._ended_at = 0.0, math.nan
         self._sightings = Sightings()
-        defaults = groups.with_plain_damping({"damping": damping}) | {
-            "lr": rate,
-            "momentum": momentum,
+        defaults = groups.with_plain_damping({"damping": step.usual.damping if damping is None else damping}) | {
+            "lr": step.rate,
+            "momentum": step.momentum,
             "weight_decay": weight_decay,
             "ema_decay": ema_decay,
             **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
-            "adamw_lr": usual.adamw_lr if adamw_lr is None else adamw_lr,
+            "adamw_lr": step.usual.adamw_lr if adamw_lr is None else adamw_lr,
             "adamw_betas": (0.9, 0.999),
             "adamw_eps": 1e-8,
             "curvature": True,

@@ -11,6 +11,8 @@ from kfacopt.optim.step.base import Direction, StepLength
 from kfacopt.optim.step.grafted import Grafted
 from kfacopt.optim.step.preconditioned import Preconditioned
 from kfacopt.optim.step.quadratic_model import QuadraticModel
+from kfacopt.optim.step.rescaled import ClippedGradients
+from kfacopt.optim.step.spectral import Spectral
 from kfacopt.optim.step.trust_region import TrustRegion
 
 Rate = float | Tensor | QuadraticModel | Literal["auto"] | None
@@ -41,41 +43,40 @@ curvature, and the length is not the damping's to bound. From a twenty-fifth of 
 trained alike."""
 
 
-def nothing_said(lr: Rate, kl_clip: Bound, direction: Direction | None, step_length: StepLength | None) -> bool:
-    """Whether no argument decides where a step goes or how far: then it is what won on most tasks, the spectral one.
-
-    >>> nothing_said(0.1, "grafted", None, None), nothing_said(None, 0.03, None, None)
-    (True, False)
-    """
-    modelled = isinstance(lr, (str, QuadraticModel))
-    return kl_clip == "grafted" and direction is None and step_length is None and not modelled
-
-
 class Chosen(NamedTuple):
-    """The two decisions of a step, and the learning rate."""
+    """The two decisions of a step, its rate and momentum, and which numbers go with them."""
 
     rate: float | Tensor
+    momentum: float
     direction: Direction
     step_length: StepLength
+    usual: Numbers
 
 
 def chosen(
     lr: Rate,
-    momentum: float,
+    momentum: float | None,
     kl_clip: Bound,
     relative_clip: float | None,
     direction: Direction | None,
     step_length: StepLength | None,
+    spectral: bool,
 ) -> Chosen:
     """The parts that an optimizer's arguments of these names stand for.
+
+    Args:
+        spectral: Whether the step is the spectral one, which won on most tasks, where the others say nothing of where
+            it goes or how far.
 
     Raises:
         ValueError: If they contradict each other, or are none.
 
-    >>> chosen(None, 0.9, "grafted", None, None, None).direction
+    >>> chosen(None, None, "grafted", None, None, None, spectral=False).direction
     Grafted(Preconditioned(momentum=0.9), length_of=layer_length)
-    >>> chosen(None, 0.9, 0.03, None, None, None)
-    Chosen(rate=0.3, direction=Preconditioned(momentum=0.9), step_length=TrustRegion(kl_clip=0.03, relative_clip=inf))
+    >>> chosen(0.1, None, "grafted", None, None, None, spectral=True).momentum
+    0.95
+    >>> chosen(None, None, 0.03, None, None, None, spectral=True)[:3]
+    (0.3, 0.9, Preconditioned(momentum=0.9))
     """
     if isinstance(kl_clip, str) and kl_clip != "grafted":
         raise ValueError(f"kl_clip must be a number, None for no bound, or 'grafted', got {kl_clip!r}")
@@ -94,5 +95,11 @@ def chosen(
     elif lr is None:
         lr = GRAFTED_RATE if grafted else BOUNDED_RATE
     length = step_length or TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip)
-    own = direction or length.direction() or Preconditioned(momentum)
-    return Chosen(lr, Grafted(own) if grafted and direction is None else own, length)
+    usual = SPECTRAL if spectral and grafted and direction is None else NATURAL
+    momentum = usual.momentum if momentum is None else momentum
+    if direction is None and usual is SPECTRAL:
+        direction = ClippedGradients(Spectral(momentum))
+    elif direction is None:
+        own = length.direction() or Preconditioned(momentum)
+        direction = Grafted(own) if grafted else own
+    return Chosen(lr, momentum, direction, length, usual)
