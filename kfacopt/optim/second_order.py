@@ -120,7 +120,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
     """
 
-    backend_type: ClassVar[type[CurvatureBackend] | None] = None
+    backend_type: ClassVar[Callable[..., CurvatureBackend] | None] = None
     """The backend of a subclass; it takes `factor_every` and `refresh_every`."""
     untuned_backend: ClassVar[Callable[..., CurvatureBackend] | None] = None
     """That of the spectral step, which a subclass takes where nothing is said of a step; None: it never does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,10 @@ class SpectralDescent(SecondOrderOptimizer):
     >>> optimizer.step()
     """
 
+    backend_type = partial(
+        OneSidedKFACBackend, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,10 +71,6 @@ class SpectralDescent(SecondOrderOptimizer):
         direction: Direction | None = None,
         **options: Any,
     ) -> None:
-        if backend is None:
-            intervals = {name: options.pop(name) for name in ("factor_every", "refresh_every") if options.get(name)}
-            schedules = {"factor_every": SPECTRAL_FACTOR_EVERY, "refresh_every": SPECTRAL_REFRESH_EVERY}
-            backend = OneSidedKFACBackend(**schedules | intervals, exponent=0.5)
         super().__init__(
             model,
             loss_func,
