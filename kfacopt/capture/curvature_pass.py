@@ -79,7 +79,8 @@ class CurvaturePass:
         if read.gradient.numel() == 0:
             self.attend(read)
             return
-        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
+        forward, terms = read.forwards[0], self._terms(read)
+        sole = all(one.of is forward.of for one in read.forwards)
         tally.passes += 1
         if not bool(terms.count > 0):
             self.attend(read)
