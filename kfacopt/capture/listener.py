@@ -234,7 +234,8 @@ class Capture:
             self.derivatives.follow(node)
         if destination is Destination.RETURNED and mark not in self._returned.marks:
             with self._returned.taking_in(mark):
-                self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+                took_part = self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+                self._returned.marks.update(took_part)
         elif destination is Destination.GRAD:
             if (task := torch._C._current_graph_task_id()) > self._task:  # one within it has a greater number
                 self._task = task
