@@ -206,8 +206,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _alone(self) -> str | None:
-        # Whoever runs forwards again sees the data of this process.
-        parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
+        # Whoever runs forwards again sees the data of this process: said at the beginning, or else before such a step.
+        steps = {0, self._step}
+        parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, steps))]
         return repr(parts[0]) if parts else None
 
     def _refusal(self, layer: Layer) -> str | None:
