@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -261,6 +262,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
             if self._solves_on_replays():
                 raise RuntimeError(OF_ANOTHER_GRADIENT)
             self._open_capture().tally.replayable = False
+        if self._solves_on_replays():
+            self._agreed.require_replays(type(self).__name__)
         self._unseen_uses |= uses_out_of_sight(self._layers, self._agreed, self._unseen_uses)
         self._follow_changes()
         if not self._agreed.finite:
@@ -292,7 +295,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
             What brings the user's gradients at the predictions to the scale of `.grad`.
         """
         tally = self._open_capture().tally
-        self._scaling.settle(tally, self._estimator, self.model.parameters(), self._solves_on_replays())
+        solves = self._solves_on_replays()
+        settle = partial(self._scaling.settle, tally, self._estimator, self.model.parameters(), solves)
+        self._processes.together(settle) if solves else settle()  # it may refuse what one process has seen
         self._scaling.agree(tally, self._estimator, self._processes, self._agreed.passes)
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}

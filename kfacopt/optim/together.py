@@ -27,6 +27,7 @@ class Agreement:
         passes: Curvature passes.
         terms: Loss terms, over the number of processes: gradients are averaged over them.
         replays: Whether some forward can be run again, and none that took part cannot.
+        replayed_by_all: Whether each process has a forward to run again.
         in_the_loss: Whether a loss is of a derivative of the model.
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         reached: Names of the layers whose rows were delivered.
@@ -37,10 +38,23 @@ class Agreement:
     passes: int = 0
     terms: float = 0.0
     replays: bool = False
+    replayed_by_all: bool = False
     in_the_loss: bool = False
     verified: bool = True
     reached: frozenset[str] = frozenset()
     used_elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def require_replays(self, who: str) -> None:
+        """Refuse a step that goes by forwards which only some of the processes had, in all of them.
+
+        Raises:
+            RuntimeError: If so.
+        """
+        if self.replays and not self.replayed_by_all:
+            raise RuntimeError(
+                f"{who} runs a step's forwards again, but not every process had one with a loss since the last step: "
+                f"give each of them data in every step"
+            )
 
 
 def agreed(
@@ -106,6 +120,7 @@ def agreed(
         terms=sum(terms) / len(terms),
         # A sharded model's forward needs all processes.
         replays=any(replays) and all(replayable) and (not is_shared or max(replays) == min(replays)),
+        replayed_by_all=min(replays) > 0.0,
         in_the_loss=any(derived),
         verified=all(verified),
         reached=frozenset(reached),
