@@ -44,18 +44,6 @@ class Agreement:
     reached: frozenset[str] = frozenset()
     used_elsewhere: Mapping[str, str] = field(default_factory=dict)
 
-    def require_replays(self, who: str) -> None:
-        """Refuse a step that goes by forwards which only some of the processes had, in all of them.
-
-        Raises:
-            RuntimeError: If so.
-        """
-        if self.replays and not self.replayed_by_all:
-            raise RuntimeError(
-                f"{who} runs a step's forwards again, but not every process had one with a loss since the last step: "
-                f"give each of them data in every step"
-            )
-
 
 def agreed(
     processes: Processes,
@@ -64,6 +52,7 @@ def agreed(
     reached: Collection[str],
     gradients: Mapping[nn.Parameter, Tensor],
     check: Callable[[], None],
+    solves: bool,
 ) -> Agreement:
     """Settle what this process saw, and ask all of them.
 
@@ -74,10 +63,11 @@ def agreed(
         reached: Names of those whose rows were delivered.
         gradients: Of the step.
         check: Raises an error if this process cannot take the step.
+        solves: Whether the step goes where forwards that are run again say.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError: If this process cannot take the step.
-        RuntimeError: If another cannot, or has other gradients.
+        RuntimeError: If another cannot, has other gradients, or no forward to run again where the step goes by them.
     """
     refusal = _settled(processes, capture, check)
     tally = capture.tally
@@ -109,6 +99,8 @@ def agreed(
     others_differ = all(map(math.isfinite, sizes)) and max(sizes) - min(sizes) > _SAME * max(sizes)
     if max(counts) > min(counts) or others_differ:
         raise RuntimeError(_OTHER_GRADIENTS)
+    if solves and any(replays) and not all(replays):
+        raise RuntimeError(_NOT_ALL_REPLAY)
     if processes.size > 1 and any(passes) and layers:
         seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
         reached = [layer.name for layer, times in zip(layers, seen, strict=True) if times]
@@ -152,4 +144,9 @@ _OTHER_GRADIENTS = (
     "the processes have different gradients, and their weights would drift apart: let an engine of torch's average "
     "them before the step, torch.nn.parallel.DistributedDataParallel around the model (and no step right after a "
     "backward in its no_sync()), or torch.distributed.fsdp.fully_shard of all of it"
+)
+
+_NOT_ALL_REPLAY = (
+    "this step goes by forwards that are run again, but not every process had one with a loss since the last step: "
+    "give each of them data in every step"
 )
