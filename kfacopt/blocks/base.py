@@ -12,6 +12,7 @@ from torch import Tensor
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.linalg.gram import gram
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE
 
@@ -241,7 +242,7 @@ def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool
     flat = flat_rows(inputs)
     if diagonal:
         return squared_columns(flat), float(flat.shape[-2])
-    return flat.mT @ flat, float(flat.shape[-2])
+    return gram(flat), float(flat.shape[-2])
 
 
 def squared_columns(rows: Tensor) -> Tensor:
@@ -262,7 +263,7 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
         # A convolution's rows, [n o s] in memory: a small product for each datum needs no copy of them.
         return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
-    return flat.mT @ flat
+    return gram(flat)
 
 
 def at_once(device: torch.device, budget: int = ELEMENTS_AT_ONCE) -> int:

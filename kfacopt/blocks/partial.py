@@ -70,14 +70,14 @@ class PartialEigenBlock(FactoredBlock):
 
     def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         try:
-            left, retries_left = _Side.of(snapshot["gradient_factor"], self._tail)
-            right, retries_right = _Side.of(snapshot["input_factor"], self._tail)
+            found = kronecker.spectra([snapshot["gradient_factor"], snapshot["input_factor"]])
         except LinAlgError:
             return Renewal(None, 1)
-        found = Renewal(_as_cache(left, right), retries_left + retries_right)
+        left, right = (_Side.of(values, basis, self._tail) for values, basis, _ in found if basis is not None)
+        renewal = Renewal(_as_cache(left, right), sum(retries for *_, retries in found))
         if self._left is None or self._right is None:
-            return found
-        return found._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
+            return renewal
+        return renewal._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
 
     def renew(self, renewal: Renewal) -> None:
         (left, right), held = renewal.overlaps, self.corrected.value
@@ -180,16 +180,14 @@ class _Side:
         self.basis, self.values, self.rest = basis, values, rest
 
     @classmethod
-    def of(cls, factor: Tensor, tail: float) -> tuple[_Side, int]:
-        values, basis, retries = kronecker.spectrum(factor)
-        assert basis is not None
+    def of(cls, values: Tensor, basis: Tensor, tail: float) -> _Side:
         size = len(values)
         kept = int((values > tail * values.mean()).sum())
         # More than half kept saves nothing: then the whole side goes into one product.
         if size <= _SMALLEST_CUT or 2 * kept > size or kept == 0:
-            return cls(basis, values, values.new_zeros(())), retries
+            return cls(basis, values, values.new_zeros(()))
         cut = size - kept
-        return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean()), retries
+        return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean())
 
     @property
     def cut(self) -> int:
