@@ -28,7 +28,7 @@ class Renewal(NamedTuple):
     """What a decomposition of a block's statistics found; the block has not taken it over yet.
 
     Args:
-        cache: What `Block.load_cache` takes; None: the decomposition failed, and the cache stays.
+        cache: What `Block.load_cache` takes; None: the cache stays, as the decomposition failed or was spared.
         retries: Attempts that failed.
         overlaps: Of blocks with statistics along an eigenbasis: what brings them into the new one, from the left and
             from the right.
@@ -84,6 +84,29 @@ class Block(ABC):
             damping: As of `refresh`.
         """
         raise NotImplementedError(f"{type(self).__name__} decomposes nothing outside refresh()")
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        """What a refresh without a decomposition finds, if what is cached is still true to `tolerance`; else None.
+
+        Of a block that cannot tell, as here, it never is.
+
+        Args:
+            snapshot: What `snapshot` returned; there is a cache.
+            damping: As of `refresh`.
+            tolerance: The share by which a cached factor may be off: of its Frobenius norm along an eigenbasis, in the
+                direction that is most in error of an inverse.
+        """
+        return None
+
+    def refresh_if_moved(self, damping: float, tolerance: float) -> bool:
+        """`refresh`, unless statistics have hardly moved (see `unmoved`). Returns whether it decomposed."""
+        snapshot = self.snapshot()
+        kept = self.unmoved(snapshot, damping, tolerance) if snapshot and self.ready else None
+        if kept is None:
+            self.refresh(damping)
+            return True
+        self.renew(kept)
+        return False
 
     def renew(self, renewal: Renewal) -> None:
         """The rest of a refresh. The cache must be that of when `decomposed` ran; statistics may have gone on."""

@@ -15,6 +15,7 @@ from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import along_basis
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
 
 _ALL = slice(None)
@@ -68,6 +69,19 @@ class EigenBlock(FactoredBlock):
             "input_eigenvalues": values_right,
         }
         return Renewal(cache, retries_left + retries_right)
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        cache = self.cache()
+        for side in ("gradient", "input"):
+            factor, basis = snapshot[f"{side}_factor"], cache[f"{side}_basis"]
+            if basis is None:
+                cache[f"{side}_eigenvalues"] = factor.clamp_min(0.0)
+                continue
+            values, share = along_basis(factor, basis)
+            if not bool(share <= tolerance):
+                return None
+            cache[f"{side}_eigenvalues"] = values.clamp_min(0.0)
+        return Renewal(cache, 0)
 
     def refine(self) -> None:
         """Bring the basis nearer to the statistics by one warm-started QR step, at about half an eigh's cost."""

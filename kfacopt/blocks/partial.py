@@ -13,6 +13,7 @@ from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import along_basis, largest_beside
 from kfacopt.linalg.partial_basis import Coefficients, WholeSide, apply, whole_sides
 from kfacopt.linalg.symmetric import LinAlgError
 
@@ -78,6 +79,12 @@ class PartialEigenBlock(FactoredBlock):
         if self._left is None or self._right is None:
             return renewal
         return renewal._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        old, names = self.sides(), ("gradient_factor", "input_factor")
+        sides = [side.along(snapshot[name], self._tail, tolerance) for side, name in zip(old, names, strict=True)]
+        left, right = sides
+        return None if left is None or right is None else Renewal(_as_cache(left, right), 0)
 
     def renew(self, renewal: Renewal) -> None:
         (left, right), held = renewal.overlaps, self.corrected.value
@@ -188,6 +195,23 @@ class _Side:
             return cls(basis, values, values.new_zeros(()))
         cut = size - kept
         return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean())
+
+    def along(self, factor: Tensor, tail: float, tolerance: float) -> _Side | None:
+        """The same directions with the eigenvalues of a factor that moved; None if they have become others.
+
+        They have if more than the share `tolerance` of the factor's norm is beside them, or if in what was cut there is
+        a direction that would be kept, by more than that.
+        """
+        values, share = along_basis(factor, self.basis)
+        if not bool(share <= tolerance):
+            return None
+        trace, size = factor.diagonal().sum(), len(factor)
+        if not self.cut:
+            return _Side(self.basis, values.clamp_min(0.0), self.rest)
+        allowed = tail * trace / size + tolerance * factor.norm()
+        if not bool(largest_beside(factor, self.basis) <= allowed):
+            return None
+        return _Side(self.basis, values.clamp_min(0.0), ((trace - values.sum()) / self.cut).clamp_min(0.0))
 
     @property
     def cut(self) -> int:
