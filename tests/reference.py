@@ -61,6 +61,8 @@ class Bent(nn.Module):
             total = prediction.logsumexp(-1).sum()
             return total / len(prediction) if self.reduction == "batchmean" else total
         each = prediction * prediction.log() - prediction
+        if isinstance(self.loss, nn.BCELoss):
+            each = prediction.xlogy(prediction) + (1.0 - prediction).xlogy(1.0 - prediction)
         if isinstance(self.loss, nn.L1Loss):
             each = 0.5 * prediction.square()
         return each.sum() if self.reduction == "sum" else each.mean()
@@ -69,7 +71,7 @@ class Bent(nn.Module):
 def bent(loss: nn.Module) -> nn.Module:
     """A loss with the Hessian that stands for that of `loss`."""
     rate = isinstance(loss, nn.PoissonNLLLoss) and not loss.log_input
-    return Bent(loss) if rate or isinstance(loss, (nn.NLLLoss, nn.KLDivLoss, nn.L1Loss)) else loss
+    return Bent(loss) if rate or isinstance(loss, (nn.NLLLoss, nn.KLDivLoss, nn.L1Loss, nn.BCELoss)) else loss
 
 
 def loss_hessian(loss: nn.Module, prediction: Tensor, y: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class KroneckerBlock(FactoredBlock):
     """
 
     title = "KFAC"
+    symmetric_cache = frozenset({"inverse_gradient_factor", "inverse_input_factor"})
 
     def __init__(self, exponent: float = 1.0, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008
         super().__init__(diagonals)
@@ -46,7 +47,7 @@ class KroneckerBlock(FactoredBlock):
             inverse_right = kronecker.inverse(right, damping_right, self._exponent)
         except LinAlgError:
             return Renewal(None, 1)
-        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": _aligned(inverse_right.value)}
+        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": aligned(inverse_right.value)}
         return Renewal(cache, inverse_left.retries + inverse_right.retries)
 
     def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
@@ -147,7 +148,7 @@ def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     return kronecker.multiply(left, padded, right)[..., :size]
 
 
-def _aligned(inverse: Tensor) -> Tensor:
+def aligned(inverse: Tensor) -> Tensor:
     """Zero rows and columns up to a multiple of 16.
 
     With the bias's column a size is odd more often than not, and matrix products of odd sizes run at two thirds of the

@@ -40,6 +40,7 @@ class OutputBlock(Block):
         super().__init__(Diagonals(gradient=shape[-2] > widest))
         self._inputs, self._exponent, self._wide = shape[-1], exponent, self.diagonals.gradient
         self.symmetric = frozenset() if self._wide else frozenset({"gradient_factor"})
+        self.symmetric_cache = frozenset() if self._wide else frozenset({"inverse_gradient_factor"})
         self.gradient_factor = RunningAverage()
         self._inverse: Tensor | None = None
         self._root: Tensor | None = None

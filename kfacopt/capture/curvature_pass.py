@@ -18,7 +18,7 @@ from kfacopt.capture.loss_graph import LossGraph
 from kfacopt.capture.passes import CotangentPass, Ends
 from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
-from kfacopt.capture.scaling import own_terms, terms_of
+from kfacopt.capture.scaling import OTHER_LAYERS, own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
@@ -79,7 +79,8 @@ class CurvaturePass:
         if read.gradient.numel() == 0:
             self.attend(read)
             return
-        forward, terms, sole = read.forwards[0], self._terms(read), len(read.forwards) == 1
+        forward, terms = read.forwards[0], self._terms(read)
+        sole = all(one.of is forward.of for one in read.forwards)
         tally.passes += 1
         if not bool(terms.count > 0):
             self.attend(read)
@@ -181,6 +182,6 @@ class CurvaturePass:
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
                 f"output of several, pass prediction=lambda output: ... Where something else is added to the loss that "
-                f"depends on this output too, as a z-loss or an entropy bonus, pass extra_terms=True)"
+                f"depends on this output too, as a z-loss or an entropy bonus, pass extra_terms=True. {OTHER_LAYERS})"
             ) from error
         return terms

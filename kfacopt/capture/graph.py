@@ -128,7 +128,7 @@ def nodes_below(start: Node, visited: set[Node], uses: Uses | None = None) -> It
         for following, _ in node.next_functions:
             if following is None:
                 continue
-            if (leaf := _leaf_of(following)) is not None:
+            if (leaf := leaf_of(following)) is not None:
                 uses[id(leaf)] += 1
             elif following not in visited:
                 visited.add(following)
@@ -152,7 +152,7 @@ _REARRANGE = frozenset(
 )
 
 
-def _leaf_of(node: Node) -> torch.Tensor | None:
+def leaf_of(node: Node) -> torch.Tensor | None:
     """The leaf whose gradient a node accumulates, or of which it is another arrangement or type.
 
     Of such a node several operations may read: autocast casts a weight once for all uses, and a derivative reads the

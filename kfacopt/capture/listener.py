@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kfacopt.capture.candidates import ambiguity, candidates_of, reached
 from kfacopt.capture.curvature_pass import CurvaturePass, Read
 from kfacopt.capture.derivatives import Derivatives
 from kfacopt.capture.destination import Destination, Gradients, Returned
@@ -36,7 +37,7 @@ from kfacopt.capture.hooks import drop_inert_hooks, hook_type, is_recorded, may_
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.recording import goes_unnoticed, layers_of_modules, sites_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Marks, Site, Tally
-from kfacopt.capture.roots import OpenCall, returns_losses
+from kfacopt.capture.roots import OpenCall
 from kfacopt.capture.targets import Targets
 from kfacopt.capture.tensor_hooks import HooksSince, Retaining, own
 from kfacopt.fsdp import ShardedModel
@@ -195,7 +196,7 @@ class Capture:
                 for edge in edges:
                     own(edge.node.register_prehook(partial(_passed_through, weakref.ref(self), site.layer.name)))
         if self._open:
-            self._open[-1].note(found)
+            self._open[-1].note(found, keep=len(self._open) == 1 and not isinstance(self._root, nn.Sequential))
             return
         sites, call, self._root = self._sites, self._call, None
         self._sites, self._call = {}, None
@@ -212,32 +213,12 @@ class Capture:
     ) -> None:
         if not sites and next(root.parameters(), None) is None:
             return  # a loss or metric module held by the model is no root
-        refusal = ""
-        if self._estimator.guesses and returns_losses(output):
-            if ended.sole is None:
-                refusal = ended.refusal()
-            else:
-                root, output = ended.sole
-                call = None if call is None else replace(call, inside=root)
-        try:
-            if refusal:
-                raise ValueError(refusal)
-            named = list(self._estimator.predictions(output).items())
-        except ValueError as error:
-            named, refusal = [("", tensor) for tensor in tensors_of(output)], str(error)
+        found = candidates_of(self._estimator, root, call, output, ended)
         led, together = {site: marks for site, marks in sites.items() if any(m() is not None for m in marks)}, object()
-        beside = {name: tensor.detach() for name, tensor in named} if len(named) > 1 and not refusal else {}
-        for name, tensor in named:
-            node = tensor.grad_fn
-            if node is None:
-                continue
-            forward = Forward(root, dict(led), call, refusal=refusal, name=name, of=together, beside=beside)
-            if not refusal:
-                forward.prediction, forward.version = tensor.detach(), tensor._version
-                forward.output_nr = tensor.output_nr
-            mark = leave_mark(node)
-            self._alive[mark] = forward
-            own(node.register_prehook(partial(_arrive, weakref.ref(self), mark)))
+        for one in found:
+            mark = leave_mark(one.edge.node)
+            self._alive[mark] = one.forward(led, together)
+            own(one.edge.node.register_prehook(partial(_arrive, weakref.ref(self), mark)))
 
     def settle(self) -> None:
         """Before the step: what counts is what left its gradient."""
@@ -253,7 +234,8 @@ class Capture:
             self.derivatives.follow(node)
         if destination is Destination.RETURNED and mark not in self._returned.marks:
             with self._returned.taking_in(mark):
-                self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+                took_part = self._take(mark, node, gradients, self._returned.tally, self._returned.keep)
+                self._returned.marks.update(took_part)
         elif destination is Destination.GRAD:
             if (task := torch._C._current_graph_task_id()) > self._task:  # one within it has a greater number
                 self._task = task
@@ -284,10 +266,12 @@ class Capture:
         if prediction is None:
             # No later root used it. If calls led to it, it was the prediction after all.
             if self._leads_to_calls(forward, node):
-                raise ValueError(f"the output of {type(forward.root).__name__} is ambiguous: {forward.refusal}")
+                raise ValueError(forward.refusal)
             return [mark]
         if gradient is None or (gradient.numel() == 0 and not self._sharded):
             return [mark]
+        if forward.rivals is not None and not self._is_chosen(forward, node, gradients):
+            return []
         if prediction._version != forward.version:
             raise RuntimeError(
                 f"the prediction of {type(forward.root).__name__} was modified in place after the forward: "
@@ -298,10 +282,14 @@ class Capture:
         upstream = self._upstream(forward, node, walk)
         with unnoticed(), torch.no_grad(), without_autocast(prediction.device), self._kept_gradients():
             forwards = [forward, *(self._alive[led] for led in upstream)]
-            read = Read(node, prediction, gradient.detach(), forwards, walk)
+            # Of a copy in a higher precision the loss may be taken of the original.
+            read = Read(node, prediction.to(gradient.dtype), gradient.detach(), forwards, walk)
             self.passes(read, tally, deliver)
         tally.seconds += time.perf_counter() - started
-        return [mark, *upstream]
+        rivals = [
+            led for led, one in self._alive.items() if forward.rivals is not None and one.rivals is forward.rivals
+        ]
+        return list(dict.fromkeys([mark, *upstream, *rivals]))
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
@@ -342,13 +330,26 @@ class Capture:
         for mark in walk.onwards(node):
             if (kept := self._alive.get(mark)) is None or kept is forward:
                 continue
-            if kept.of is forward.of and not forward.refusal:
+            if kept.of is forward.of and (kept.rivals is None or kept.rivals is not forward.rivals):
                 # A term that another term of the same call is computed from is a prediction of its own; but another
                 # call's prediction that comes later may lead there, and is to find it.
                 self._backward, kept.leads_on = None, True
                 continue
             found.append(mark)
         return found
+
+    def _is_chosen(self, forward: Forward, node: Node, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether of several tensors that may be the prediction the loss is taken of this one.
+
+        Raises:
+            ValueError: If it is taken of several, or cannot be seen.
+        """
+        found = reached(forward, node, gradients, self._loss_graph(), self._alive)
+        if found is None or (forward in found and len(found) > 1):
+            if self._leads_to_calls(forward, node):
+                raise ValueError(ambiguity(forward, 0 if found is None else len(found)))
+            return False
+        return forward in found
 
     def _leads_to_calls(self, forward: Forward, node: Node) -> bool:
         """Whether one of a forward's calls of covered modules led to one of its outputs."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, _engine_run_backward
 
+from kfacopt.capture.graph import leaf_of
+
 _LOSSES = {
     *("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D", "SmoothL1Loss"),
     *("HuberLoss", "SoftMarginLoss"),
@@ -82,6 +84,29 @@ class LossGraph:
         """The name of the node of a loss of torch's that is taken of a prediction alone and is none of `loss_nodes`."""
         kinds = map(_name, self._path(prediction) or [])
         return next((name for name in kinds if name in _LOSSES and name not in loss_nodes), None)
+
+    def layer_above(self, prediction: Node) -> str | None:
+        """The name of a layer's node through which alone the loss depends on a prediction; None: it needs none.
+
+        A bias or a kernel shows a layer, be it frozen; of a bare product the other factor has to train.
+
+        >>> f, head = torch.ones(2, 3, requires_grad=True) * 1.0, torch.nn.Linear(3, 1)
+        >>> for loss in (head(f).mean(), head(f).mean() + f.mean()):
+        ...     LossGraph([(loss, torch.tensor(1.0))], lambda node: node is f.grad_fn).layer_above(f.grad_fn)
+        'Addmm'
+        """
+        found, queue, seen = None, [prediction], {prediction}
+        while queue:
+            above = self._above.get(node := queue.pop(), [])
+            if not above and node is not prediction:
+                return None  # the loss, without a layer on the way
+            for one in above:
+                if _is_layer(one):
+                    found = found or _name(one)
+                elif one not in seen:
+                    seen.add(one)
+                    queue.append(one)
+        return found
 
     def is_uniform(self, prediction: Node, loss_nodes: Names = _SQUARES) -> bool:
         """Whether the loss is a constant times the mean or sum of torch's losses `loss_nodes` of a prediction.
@@ -182,6 +207,13 @@ def _adds(node: Node) -> bool:
 
 def _name(node: Node) -> str:
     return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _is_layer(node: Node) -> bool:
+    name = _name(node)
+    if name in ("Addmm", "Convolution"):
+        return True
+    return name in ("Mm", "Bmm", "Mv") and any(one and leaf_of(one) is not None for one, _ in node.next_functions)
 
 
 def _reduction(node: Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,8 @@ Marks = tuple[weakref.ref[Mark], ...]
 class Call:
     """What is needed to run a forward again: the damping rule compares the loss before and after a step.
 
-    `inside` is the module within it whose output is the prediction, where the forward returns the loss.
+    `inside` is the module within it whose output is the prediction, where the forward returns the loss; `place` which
+    tensor of the output is, where that was told by the loss alone.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class Call:
     device_random_state: Tensor | None
     autocast_dtype: torch.dtype | None
     inside: nn.Module | None = None
+    place: int | None = None
 
     @classmethod
     def now(cls, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -101,7 +103,8 @@ class Call:
 class Forward:
     """One call of a root (the outermost module that was entered), as long as the graph of its prediction lives.
 
-    Of an ambiguous output every tensor keeps one; they are no predictions unless no later root uses them.
+    Of an ambiguous output every tensor keeps one; they are no predictions unless no later root uses them, and the loss
+    is taken of one alone (`kfacopt.capture.candidates`).
     """
 
     root: nn.Module
@@ -113,6 +116,7 @@ class Forward:
     refusal: str = ""
     name: str = ""  # of the loss term, where a model returns several predictions
     of: object = None  # the same for all predictions of one call
+    rivals: object = None  # the same for those predictions of a call of which one alone is it; None: it has none
     beside: dict[str, Tensor] = field(default_factory=dict)  # all predictions of the call, by name
     leads_on: bool = False  # whether another prediction of the call is computed from this one
     targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
@@ -123,6 +127,10 @@ class Forward:
         self.targets.clear()
         self.beside = {}
         self.prediction = None
+
+
+Alive = MutableMapping[Mark, Forward]
+"""The forwards whose backward may come, by the marks on their predictions' nodes."""
 
 
 @dataclass(eq=False)

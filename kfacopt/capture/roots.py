@@ -6,7 +6,7 @@ that returns no more than that hands on to the outermost call within it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,17 +22,24 @@ Found = tuple[nn.Module, Any]
 class OpenCall:
     """A call that is under way, and the calls of modules with parameters that have ended right within it.
 
-    Only a sole output is kept: of several, none can be told to be the prediction, and they may be large.
+    Outputs may be large: beyond the first they are kept within a root alone, and not of an `nn.Sequential`, which hands
+    one on to the next and returns no loss.
     """
 
     calls: int = 0
-    sole: Found | None = None
+    outputs: list[Found] = field(default_factory=list)
 
-    def note(self, found: Found | None) -> None:
+    def note(self, found: Found | None, keep: bool = False) -> None:
         """Take in a call that has ended within this one; None: it returned losses alone."""
         if found is not None and next(found[0].parameters(), None) is not None:
             self.calls += 1
-            self.sole = found if self.calls == 1 else None
+            if keep or not self.outputs:
+                self.outputs.append(found)
+
+    @property
+    def sole(self) -> Found | None:
+        """What the only call within it returned; None: there was another number of them."""
+        return self.outputs[0] if self.calls == 1 else None
 
     def found(self, module: nn.Module, output: Any) -> Found | None:
         """Where the prediction is, now that this call of `module` has returned `output`.

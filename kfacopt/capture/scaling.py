@@ -24,6 +24,13 @@ from kfacopt.likelihoods.precision import Precision
 from kfacopt.likelihoods.weights import mean_weight, times, weighed
 from kfacopt.sharding import shard_of
 
+OTHER_LAYERS = (
+    "Where other layers lie between, as a discriminator behind a generator, give the optimizer a model that contains "
+    "them: nn.Sequential(generator, discriminator), with params=list(generator.parameters()). Or pass "
+    "curvature='empirical' with the loss as a function, of which only gradients are read (similarities of embeddings)"
+)
+"""What to do where the loss is taken of something that is computed from the prediction."""
+
 
 @dataclass(eq=False)
 class Seen:
@@ -311,8 +318,13 @@ def told_by_value(
         graph, node: The graph above the predictions, and the prediction.
 
     Raises:
-        ValueError: If the graph shows another loss of torch's.
+        ValueError: If the graph shows another loss of torch's, or another layer before it.
     """
+    if likelihood.is_known and (layer := graph.layer_above(node)) is not None:
+        raise ValueError(
+            f"the loss that was differentiated is of what another layer (torch's {layer}) makes of the prediction, not "
+            f"of the prediction itself, as {likelihood!r} has it. {OTHER_LAYERS}"
+        )
     share, kind = likelihood.term_share(float(terms.count)), likelihood.loss_nodes
     if not kind:
         return terms

@@ -46,8 +46,10 @@ class Part:
     def parameter(self, module: nn.Module, role: str) -> Tensor | None:
         """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""
         *owners, name = self.paths[role].split(".")
-        held = module.get_submodule(".".join(owners))._parameters.get(name)
-        return held
+        holder: nn.Module | None = module
+        for owner in owners:
+            holder = None if holder is None else holder._modules.get(owner)
+        return None if holder is None else holder._parameters.get(name)
 
     def label(self, role: str) -> str:
         """The parameter's name, with the rows that are the part's.

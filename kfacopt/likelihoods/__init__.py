@@ -18,10 +18,12 @@ from kfacopt.likelihoods.laplace import Laplace as Laplace
 from kfacopt.likelihoods.log_probabilities import KullbackLeibler as KullbackLeibler
 from kfacopt.likelihoods.log_probabilities import LogCategorical as LogCategorical
 from kfacopt.likelihoods.poisson import Poisson as Poisson
+from kfacopt.likelihoods.probability import BernoulliProbability as BernoulliProbability
 
 __all__ = [
     "AnyLoss",
     "Bernoulli",
+    "BernoulliProbability",
     "Categorical",
     "Curvature",
     "Fisher",

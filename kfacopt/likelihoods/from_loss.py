@@ -16,6 +16,7 @@ from kfacopt.likelihoods.huber import Huber
 from kfacopt.likelihoods.laplace import Laplace
 from kfacopt.likelihoods.log_probabilities import KullbackLeibler, LogCategorical
 from kfacopt.likelihoods.poisson import Poisson
+from kfacopt.likelihoods.probability import BernoulliProbability
 
 
 def _cross_entropy(loss: Any) -> Likelihood:
@@ -25,6 +26,15 @@ def _cross_entropy(loss: Any) -> Likelihood:
         label_smoothing=loss.label_smoothing,
         reduction=loss.reduction,
     )
+
+
+def _probability(loss: Any) -> Likelihood:
+    if loss.weight is not None:
+        raise ValueError(
+            "the argument weight of BCELoss is not supported: return logits and use nn.BCEWithLogitsLoss(weight=...), "
+            "or weigh outside of the loss, with reduction='none'"
+        )
+    return BernoulliProbability(loss.reduction)
 
 
 def _smooth_l1(loss: Any) -> Likelihood:
@@ -39,6 +49,7 @@ _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
     nn.BCEWithLogitsLoss: lambda loss: Bernoulli(
         pos_weight=loss.pos_weight, weight=loss.weight, reduction=loss.reduction
     ),
+    nn.BCELoss: _probability,
     nn.NLLLoss: lambda loss: LogCategorical(loss.weight, loss.ignore_index, loss.reduction),
     nn.KLDivLoss: lambda loss: KullbackLeibler(loss.log_target, loss.reduction),
     nn.SmoothL1Loss: _smooth_l1,
@@ -49,7 +60,6 @@ _LIKELIHOODS: dict[type[nn.Module], Callable[[Any], Likelihood]] = {
 _SUPPORTED = ", ".join(f"nn.{kind.__name__}" for kind in _LIKELIHOODS) + " or a kfacopt Likelihood"
 _INSTEAD = {
     nn.GaussianNLLLoss: "it takes two predictions: pass it alone, to an optimizer",
-    nn.BCELoss: "it takes probabilities: return logits and use nn.BCEWithLogitsLoss",
 }
 _EMPIRICAL = "Or train with curvature='empirical' (fisher_type='empirical' of operators), which any loss has"
 
@@ -59,8 +69,8 @@ def likelihood_from(loss_func: Any, *, empirical: bool = False) -> Likelihood:
 
     Args:
         loss_func: An instance of one of torch's losses (`CrossEntropyLoss`, `MSELoss`, `BCEWithLogitsLoss`, `NLLLoss`,
-            `KLDivLoss`, `SmoothL1Loss`, `HuberLoss`, `L1Loss`, `PoissonNLLLoss`), or a `Likelihood`, which is returned
-            as it is.
+            `BCELoss`, `KLDivLoss`, `SmoothL1Loss`, `HuberLoss`, `L1Loss`, `PoissonNLLLoss`), or a `Likelihood`, which
+            is returned as it is.
         empirical: Whether only the empirical Fisher is wanted: any other module or function is an `AnyLoss` then.
 
     Raises:
@@ -71,9 +81,9 @@ def likelihood_from(loss_func: Any, *, empirical: bool = False) -> Likelihood:
     Categorical(class_weights=None, ignore_index=-100, label_smoothing=0.1, reduction='mean')
     >>> likelihood_from(nn.CosineEmbeddingLoss(), empirical=True)
     AnyLoss(CosineEmbeddingLoss)
-    >>> likelihood_from(nn.BCELoss())
+    >>> likelihood_from(nn.MultiMarginLoss())
     Traceback (most recent call last):
-    TypeError: loss_func BCELoss is not supported: it takes probabilities: ...
+    TypeError: loss_func MultiMarginLoss is not supported: its curvature is not known. ...
     """
     if isinstance(loss_func, Likelihood):
         return loss_func

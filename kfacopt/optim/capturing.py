@@ -165,11 +165,13 @@ class CapturingOptimizer(torch.optim.Optimizer):
         return tuple((p.requires_grad, p in self._unseen_uses) for group in self.param_groups for p in group["params"])
 
     def _follow_changes(self) -> None:
-        """Attach anew where parameters were frozen, unfrozen or found to be used elsewhere since.
+        """Attach anew where parameters were frozen, unfrozen, found to be used elsewhere or held otherwise since.
 
-        What was captured for this step stays.
+        A mask or a parametrization that comes or goes (`torch.nn.utils.prune`) leaves the parameter and changes what it
+        is to its module. What was captured for this step stays.
         """
-        if self._covered_pattern() != self._pattern:
+        moved = any(not layer.held_by(module) for layer in self._layers for module in layer.modules)
+        if moved or self._covered_pattern() != self._pattern:
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally

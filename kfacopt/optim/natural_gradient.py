@@ -59,7 +59,8 @@ class NaturalGradient(CapturingOptimizer):
         line_search: A `kfacopt.GridLineSearch`; default: the step size is `lr`.
         acceleration: A `kfacopt.GeodesicAcceleration`; default: steps are straight.
         damping_rule: A `kfacopt.LevenbergMarquardt` that adapts `damping`; default: it stays.
-        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        prediction: `model output -> tensor`, where the loss is taken of several tensors of the output, of which one is
+            to have curvature; else the loss tells.
         extra_terms: See `SecondOrderOptimizer`.
 
     Raises:

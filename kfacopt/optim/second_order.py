@@ -105,7 +105,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         curvature: `"mc"` (Monte-Carlo Fisher), `"ggn"` (exact), `"empirical"`, or a `kfacopt.Fisher`.
         kfac_approx: `"expand"` or `"reduce"` for layers that share weights (Eschenhagen et al. 2023).
         separate_weight_and_bias: Weight and bias of a layer get a block each, not one together.
-        prediction: `model output -> tensor`, for models whose output does not say which tensor the loss reads.
+        prediction: `model output -> tensor`, where the loss is taken of several tensors of the output, of which one is
+            to have curvature; else the loss tells.
         extra_terms: Whether something is added to the loss that depends on the prediction too (a z-loss, an entropy
             bonus). The gradient there is not read then, and the curvature is that of `loss_func` alone, taken to have
             no weights; where that depends on the target (class weights, ignored targets), call `loss_func` itself.

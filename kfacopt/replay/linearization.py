@@ -18,7 +18,7 @@ from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import inner_product
 from kfacopt.replay.double_backward import DoubleBackward, gradients, guard_of, twice_differentiable
-from kfacopt.replay.loss_change import Part, as_rows, loss_change, parts_of, run_again, terms_now
+from kfacopt.replay.loss_change import Part, as_rows, loss_change, parts_of, predictions_again, terms_now
 from kfacopt.replay.recorder import ProductRecorder
 
 Tensors = Sequence[Tensor]
@@ -98,7 +98,7 @@ class BatchLinearization:
                 last = part.replay.call
                 recording = nullcontext() if self.recorder is None else self.recorder.recording()
                 with twice_differentiable(), recording:
-                    predictions = self.estimator.predictions(run_again(last))
+                    predictions = predictions_again(last, self.estimator)
             _require_same(part.replay, predictions[part.replay.name])
             pieces.append(Piece(**vars(part), prediction=predictions[part.replay.name]))
         return pieces

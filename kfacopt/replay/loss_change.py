@@ -7,7 +7,7 @@ prediction f: no target is needed, and the divergence of the step comes with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from kfacopt.capture.recording import unnoticed
 from kfacopt.capture.records import Call, Replay
 from kfacopt.likelihoods import Likelihood, LossTerms
-from kfacopt.likelihoods.estimator import FisherEstimator
+from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
 
 
 @dataclass(eq=False)
@@ -131,7 +131,7 @@ def terms_now(parts: Sequence[Part], estimator: FisherEstimator) -> list[LossTer
     for part in parts:
         if part.replay.call is not last:
             last = part.replay.call
-            predictions = {name: p.detach() for name, p in estimator.predictions(run_again(last)).items()}
+            predictions = {name: p.detach() for name, p in predictions_again(last, estimator).items()}
         result.append(part.terms.at(predictions[part.replay.name]))
     return result
 
@@ -140,6 +140,12 @@ def run_again(call: Call) -> Any:
     """A forward's output, with gradients enabled (a model may differentiate itself) and unnoticed by any optimizer."""
     with torch.enable_grad(), unnoticed():
         return call.run()
+
+
+def predictions_again(call: Call, estimator: FisherEstimator) -> Mapping[str, Tensor]:
+    """The predictions of a forward that is run again, by the loss term's name."""
+    output = run_again(call)
+    return estimator.predictions(output if call.place is None else tensors_of(output)[call.place])
 
 
 def as_rows(terms: LossTerms, tensor: Tensor) -> Tensor:

@@ -51,6 +51,21 @@ def test_several_roots_are_one_model(curvature: str, reduction: str, factor_ever
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_several_roots_and_gradients_that_are_returned(curvature: str) -> None:
+    """By `autograd.grad`, put into `.grad` by hand: the encoder's output is no prediction then either."""
+    x, y = batch()
+    model, plain = fresh(Parts), fresh()
+    optimizer, other = attached(model, curvature=curvature), attached(plain, curvature=curvature)
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(separately(model, x), y), parameters)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
+    optimizer.step()
+    train_step(other, plain, nn.CrossEntropyLoss(), x, y)
+    assert_same_factors(optimizer, other, {"encoder": "0", "decoder": "2"})
+
+
 @pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss])
 def test_a_loss_that_is_a_module_of_the_model(kind: type[nn.Module]) -> None:
     x, y = batch()

@@ -194,3 +194,46 @@ def test_a_state_goes_on_bit_for_bit() -> None:
         train_step(two, twin, CE, x, y)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
+    "a mask comes": (lambda layer: None, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "a mask goes": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.remove(layer, "weight"),
+    ),
+    "a spectral norm comes": (lambda layer: None, parametrizations.spectral_norm),
+    "a spectral norm goes": (
+        parametrizations.spectral_norm,
+        lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("before_the_step", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_weight_is_to_its_module_may_change_in_training(change: str, before_the_step: bool) -> None:
+    """The factors are those of an optimizer that is made after the change; in between a step is taken."""
+    first, then = CHANGES[change]
+    torch.manual_seed(0)
+    model, (x, y) = of_layers(lambda layer: layer), batch()
+    first(model[4])
+    optimizer = kfacopt.KFAC(model, CE, **still(lr=0.01, curvature="ggn"))
+    train_step(optimizer, model, CE, x, y)
+    if before_the_step:
+        optimizer.zero_grad()
+        CE(model(x), y).backward()
+    then(model[4])
+    if before_the_step:
+        optimizer.step()
+    train_step(optimizer, model, CE, x, y)
+    with torch.no_grad():
+        model(x)  # a weight that was computed with its graph cannot be copied
+    fresh = kfacopt.KFAC(copy.deepcopy(model), CE, **still())
+    for one in (optimizer, fresh):
+        train_step(one, one.model, CE, x, y)
+    assert optimizer.health()["unseen_layers"] == 0.0
+    assert set(optimizer.backend.blocks) == set(fresh.backend.blocks)
+    for name, block in fresh.backend.blocks.items():
+        for mine, theirs in zip(optimizer.backend.blocks[name].factors(), block.factors(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)

@@ -224,6 +224,12 @@ def pointwise() -> list[Case]:
                     counts,
                     lambda f, y: f * f.log() - f,
                 ),
+                "probability": (
+                    nn.BCELoss(reduction=reduction),
+                    prediction.sigmoid(),
+                    real.sigmoid(),
+                    lambda f, y: f.xlogy(f) + (1.0 - f).xlogy(1.0 - f),
+                ),
             }
             for name, (loss, f, y, bent) in wide.items():
                 none = copy.copy(loss)

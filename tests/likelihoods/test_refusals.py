@@ -165,7 +165,6 @@ class Focal(nn.CrossEntropyLoss):
 @pytest.mark.parametrize(
     ("loss_func", "message"),
     [
-        (nn.BCELoss(), r"BCELoss is not supported: .*BCEWithLogitsLoss"),
         (nn.SoftMarginLoss(), r"SoftMarginLoss is not supported.*nn\.MSELoss.*Likelihood.*curvature='empirical'"),
         (nn.CosineEmbeddingLoss(), r"CosineEmbeddingLoss is not supported.*curvature='empirical'"),
         (nn.CrossEntropyLoss, r"class CrossEntropyLoss, not an instance"),
@@ -179,8 +178,13 @@ def test_unknown_losses_are_refused_by_name(loss_func: object, message: str) -> 
         likelihood_from(loss_func)
 
 
+def test_weights_of_probabilities_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"weight of BCELoss.*BCEWithLogitsLoss\(weight"):
+        likelihood_from(nn.BCELoss(weight=torch.ones(2)))
+
+
 def test_any_loss_has_an_empirical_fisher_and_nothing_else() -> None:
-    for loss_func in (nn.SoftMarginLoss(), F.cross_entropy, Focal(), nn.BCELoss()):
+    for loss_func in (nn.SoftMarginLoss(), F.cross_entropy, Focal(), nn.MultiMarginLoss()):
         likelihood = likelihood_from(loss_func, empirical=True)
         assert isinstance(likelihood, AnyLoss)
         terms = likelihood.terms(torch.zeros(3, 2), gradient=torch.ones(3, 2))

@@ -17,6 +17,7 @@ from kfacopt import operators
 from kfacopt.likelihoods import (
     AnyLoss,
     Bernoulli,
+    BernoulliProbability,
     Categorical,
     Curvature,
     Fisher,
@@ -45,6 +46,7 @@ def test_divergence_of_counts_and_absolute_errors_is_the_kullback_leibler_diverg
         (Poisson(), lambda f: torch.distributions.Poisson(f.exp()), old, new),
         (Poisson(log_input=False, eps=0.0), torch.distributions.Poisson, old.exp(), new.exp()),
         (Laplace(), lambda f: torch.distributions.Laplace(f, torch.ones_like(f)), old, new),
+        (BernoulliProbability(), torch.distributions.Bernoulli, old.sigmoid(), new.sigmoid()),
     ]
     for likelihood, distribution, before, after in cases:
         truth = torch.distributions.kl_divergence(distribution(before), distribution(after)).sum() / 5
@@ -143,7 +145,8 @@ def test_statistics_are_wide_and_cotangents_in_the_predictions_dtype(
     [
         *(Categorical(WEIGHTS, 3, 0.1, "sum"), Bernoulli(WEIGHTS, weight=WEIGHTS), Gaussian("mean")),
         *(Huber(0.5, 2.0, "sum"), Laplace("none"), Poisson(False, True, 1e-4, "datum"), LogCategorical(WEIGHTS, 2)),
-        *(KullbackLeibler(True, "batchmean"), AnyLoss(torch.nn.BCELoss())),
+        *(KullbackLeibler(True, "batchmean"), AnyLoss(torch.nn.MultiMarginLoss())),
+        BernoulliProbability("sum"),
     ],
     ids=repr,
 )

@@ -101,7 +101,7 @@ def test_options(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [nn.SoftMarginLoss(), nn.BCELoss(), nn.CrossEntropyLoss, nn.functional.cross_entropy, None]
+    "loss", [nn.SoftMarginLoss(), nn.MultiMarginLoss(), nn.CrossEntropyLoss, nn.functional.cross_entropy, None]
 )
 def test_losses_without_a_likelihood(loss: Any) -> None:
     with pytest.raises(TypeError, match="loss_func"):

@@ -119,6 +119,39 @@ def test_log_probabilities_tell_the_weights_of_the_data(weighted: bool, constant
         torch.testing.assert_close(optimizer.backend.blocks["linear"].factors()[0], hessian(want))
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "mc", "empirical"])
+@pytest.mark.parametrize("way", ["the module", "functional", "weights"])
+def test_probabilities_behind_a_sigmoid_have_the_curvature_of_their_logits(way: str, curvature: str) -> None:
+    target, made = (Y > 0).double(), []
+    for behind in (True, False):
+        model = nn.Sequential(linear(), nn.Sigmoid()) if behind else nn.Sequential(linear())
+        announced = nn.BCELoss() if behind else nn.BCEWithLogitsLoss()
+        call: Any = announced if way == "the module" else F.binary_cross_entropy
+        if way != "the module" and not behind:
+            call = F.binary_cross_entropy_with_logits
+        if way == "weights":
+            announced.reduction = "none"
+            call = lambda f, y, each=announced: (each(f, y) * WEIGHTS[:, None]).mean()  # noqa: E731
+        optimizer = kfacopt.KFAC(model, announced, **still(damping=0.1, curvature=curvature))
+        call(model(X), target).backward()
+        optimizer.step()
+        made.append(optimizer.backend.blocks["0"].factors()[0])
+    if curvature == "mc":  # other labels are drawn
+        assert float(made[0].trace()) == pytest.approx(float(made[1].trace()), rel=0.5)
+    else:
+        torch.testing.assert_close(*made, rtol=1e-9, atol=1e-12)
+
+
+def test_saturated_probabilities_have_finite_curvature() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid())
+    optimizer = kfacopt.KFAC(model, nn.BCELoss(), **still(damping=0.1))
+    x = torch.tensor([[1e3, 0.0], [-1e3, 0.0], [0.0, 1.0]])
+    nn.BCELoss()(model(x), torch.ones(3, 2)).backward()
+    optimizer.step()
+    assert optimizer.health()["skipped_steps"] == 0.0
+    assert all(bool(factor.isfinite().all()) for factor in optimizer.backend.blocks["0"].factors())
+
+
 @pytest.mark.parametrize("case", FISHER_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("optimizer", [kfacopt.KFAC, kfacopt.EKFAC, kfacopt.SpectralDescent, kfacopt.NaturalGradient])
 def test_they_train(optimizer: Any, case: Case) -> None:

@@ -100,9 +100,45 @@ def test_a_generator_and_a_discriminator_train_as_each_would_alone(make: Callabl
         assert made.health()["unseen_layers"] == made.health()["skipped_steps"] == 0.0
 
 
-def test_a_generator_given_without_its_discriminator_is_warned_of() -> None:
-    """Its output is no prediction of the loss: the gradient there shows it."""
-    game = Game()
-    made = kfacopt.KFAC(game.generator, BCE, **EXACT)
-    with pytest.warns(UserWarning, match="has other parts or cannot be seen"):
-        game.deceived(made, game.noise[0], game.discriminator)
+DISCRIMINATORS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(2, 1),
+    "without a bias": lambda: nn.Sequential(nn.Tanh(), nn.Linear(2, 1, bias=False)),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (1, 2)), nn.Conv1d(1, 1, 2), nn.Flatten()),
+    "frozen": lambda: nn.Linear(2, 1).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("loss", [BCE, nn.MSELoss()], ids=["logits", "squares"])
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_a_generator_alone_is_told_what_to_pass(kind: str, loss: nn.Module) -> None:
+    """The loss' curvature at the generator's output is not that at the discriminator's; nothing is lost."""
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(3, 2).double(), DISCRIMINATORS[kind]().double()
+    noise, real = torch.randn(DATA, 3).double(), torch.ones(DATA, 1).double()
+    optimizer = kfacopt.KFAC(generator, loss)
+    with pytest.raises(ValueError, match=r"another layer .*nn\.Sequential\(generator, discriminator\).*'empirical'"):
+        loss(discriminator(generator(noise)), real).backward()
+    optimizer.close()
+    both = nn.Sequential(generator, discriminator)
+    for remedy in (
+        kfacopt.KFAC(both, loss, params=list(generator.parameters())),
+        kfacopt.KFAC(generator, nn.functional.cross_entropy, curvature="empirical"),
+    ):
+        remedy.zero_grad()
+        loss(both(noise), real).backward()
+        remedy.step()
+        assert remedy.health()["unseen_layers"] == 0.0
+        remedy.close()
+
+
+def test_a_layer_beside_the_loss_of_the_prediction_itself_is_no_error() -> None:
+    """As features of another network are compared, too: the loss' curvature, which is said."""
+    torch.manual_seed(0)
+    model, features = nn.Linear(3, 2).double(), nn.Linear(2, 4).double()
+    optimizer = kfacopt.KFAC(model, nn.MSELoss())
+    x, y = torch.randn(DATA, 3).double(), torch.randn(DATA, 2).double()
+    prediction = model(x)
+    (nn.MSELoss()(prediction, y) + nn.MSELoss()(features(prediction), features(y))).backward()
+    with pytest.warns(UserWarning, match="cannot be told|is not that of"):
+        optimizer.step()
+    optimizer.close()
