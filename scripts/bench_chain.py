@@ -118,8 +118,8 @@ def table(found: dict[str, list[dict[str, float]]], of_two: dict[str, list[float
         of_two: CPU-seconds at twice the threads over those at once, by size, run after run.
     """
     made = Table(title="(H + 0.1 I)⁻¹ g of a deep chain, float64")
-    for heading in ("batch, width, depth", "parameters", "published CPU-s / MB", "at most", "CPU-s", "of twice the threads", "MB",
-                    "residual", "corrections", "negative eigenvalues"):  # fmt: skip
+    for heading in ("batch, width, depth", "parameters", "published CPU-s / MB", "at most", "CPU-s",
+                    "of twice the threads", "MB", "residual", "corrections", "negative eigenvalues"):  # fmt: skip
         made.add_column(heading, justify="right")
     for size in SIZES:
         runs = found.get(size.key)
