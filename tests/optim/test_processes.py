@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
-from kfacopt.schedules import Background
+from kfacopt.schedules import Background, WhenMoved
 from tests.processes import Found, alone, run_together
 
 CE, MSE = nn.CrossEntropyLoss, nn.MSELoss
@@ -133,6 +133,16 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
     ),
     "ekfac-background": (
         optimizer(backend=lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)),
+        plain(CE()),
+        {},
+    ),
+    "kfac-when-moved": (
+        optimizer(backend=lambda: kfacopt.KFACBackend(1, WhenMoved(1, 0.5), stagger=False)),
+        plain(CE()),
+        {},
+    ),
+    "ekfac-when-moved": (
+        optimizer(backend=lambda: kfacopt.EKFACBackend(1, WhenMoved(1, 0.5), stagger=False)),
         plain(CE()),
         {},
     ),
