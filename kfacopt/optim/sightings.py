@@ -72,7 +72,8 @@ class Sightings:
                 f"no backward shows the curvature of {', '.join(map(repr, new))}{nothing}: they get gradients, but no "
                 f"call of the modules in the model that the optimizer was given leads to a prediction. They train "
                 f"without curvature, or by the one they had. Call the module itself (not its forward, not a copy, not "
-                f"one that was compiled and run before), with gradients enabled",
+                f"one that was compiled and run before, which torch._dynamo.reset() forgets), with gradients enabled "
+                f"(by torch.utils.checkpoint: use_reentrant=False)",
                 stacklevel=6,
             )
 
