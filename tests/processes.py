@@ -1,4 +1,4 @@
-"""Checks that several processes run together: one spawn for a whole table of them, as each costs seconds."""
+"""New processes, and checks that several run together: one start for a whole table of them, as each costs seconds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import distributed, multiprocessing
+
+FORKED = get_context("forkserver")
+"""New processes are forked from one that has imported other people's packages, which takes seconds, and no more."""
+FORKED.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "einops", "sklearn.datasets"]
+)
 
 Check = Callable[[], None]
 Found = dict[str, list[str]]
@@ -24,7 +31,9 @@ def run_together(checks: Mapping[str, Check], world: int = 2, seconds: float = 1
     """
     with tempfile.TemporaryDirectory() as folder:
         names = list(checks)
-        context = multiprocessing.spawn(_work, (world, folder, dict(checks)), nprocs=world, join=False)
+        context = multiprocessing.start_processes(
+            _work, (world, folder, dict(checks)), nprocs=world, join=False, start_method="forkserver"
+        )
         assert context is not None
         deadline = seconds
         while deadline > 0 and any(process.is_alive() for process in context.processes):

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,37 +17,52 @@ import torch
 from torch import nn
 
 import kfacopt
+from tests.example import example
+from tests.processes import FORKED
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
-RUNNER = """
-import runpy, sys, warnings
-warnings.simplefilter("error")
-# What other packages do at their own import or among themselves is not ours to mend.
-for category, module in [
-    (Warning, r"pytorch_lightning|lightning_fabric|curvlinops|linear_operator"),
-    (DeprecationWarning, r"torch\\.jit"),
-    (FutureWarning, r"torch\\.utils\\._pytree"),
-]:
-    warnings.filterwarnings("ignore", category=category, module=module)
-sys.argv = sys.argv[1:]  # as the script itself would see it
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+FRESH = ("-m", "tests.example")
+"""What starts an example in an interpreter of its own."""
 
 
-def run(name: str, launcher: Sequence[str] = ("-c", RUNNER), **environment: str) -> str:
-    """What an example prints, in its short mode; `launcher` comes between Python and its path."""
-    result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "examples" / f"{name}.py")],
-        env=os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(name: str, launcher: Sequence[str] | None = None, *arguments: str, **environment: str) -> str:
+    """What an example prints, in its short mode.
+
+    With a launcher, which comes between Python and the example's path, it has an interpreter of its own; without, a
+    process that is forked from one that has imported torch, which would be half of what an example takes.
+    """
+    path = str(ROOT / "examples" / f"{name}.py")
+    if launcher is not None:
+        result = subprocess.run(
+            [sys.executable, *launcher, path, *arguments],
+            env=os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)} | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, stream) for stream in ("stdout", "stderr")]
+        process = FORKED.Process(target=_forked, args=(path, *said))
+        process.start()
+        process.join(300)
+        process.kill()
+        process.join()
+        out, errors = (file.read_text() for file in said)
+        assert process.exitcode == 0, out + errors
+        return out
+
+
+def _forked(path: str, *said: Path) -> None:
+    for stream, file in enumerate(said, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ["KFACOPT_SHORT"] = "1"
+    os.chdir(ROOT)
+    example(path)
 
 
 def numbers(text: str, pattern: str) -> list[float]:
@@ -62,19 +78,23 @@ def test_every_example_is_tested() -> None:
 
 
 def test_swap() -> None:
-    adamw, ekfac = numbers(run("swap"), r"AdamW (\d\S*), EKFAC (\d\S*)")
+    adamw, ekfac = numbers(run("swap", FRESH), r"AdamW (\d\S*), EKFAC (\d\S*)")
     assert ekfac < 0.9 * adamw
 
 
 def test_distributed() -> None:
-    """By torchrun in two processes, and in one."""
+    """By torchrun in two processes, which hold all parameters or a part of each, and in one."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = run("distributed", torchrun, OMP_NUM_THREADS="1")
     pattern = r"^(\d) processes: loss (\S+) -> (\S+), length of the weights (\S+)$"
-    two, one = numbers(together, pattern), numbers(run("distributed"), pattern)
-    assert (two[0], one[0]) == (2, 1)
-    assert two[1:] == pytest.approx(one[1:], rel=1e-4)
+    one = numbers(run("distributed"), pattern)
+    assert one[0] == 1
     assert one[2] < one[1]
+    for engine in ("ddp", "fsdp2"):
+        together = run("distributed", torchrun, engine, OMP_NUM_THREADS="1")
+        two = numbers(together, pattern)
+        assert two[0] == 2
+        assert two[1:] == pytest.approx(one[1:], rel=1e-4)
+        assert "the curvature of 3 layers" in together
 
 
 def test_custom_direction() -> None:

@@ -128,6 +128,12 @@ class NaturalGradient(CapturingOptimizer):
     def _wants_replays(self) -> bool:
         return True
 
+    def _alone(self) -> str | None:
+        if self._sharded or not self.solver.products_only:
+            under = " under fully_shard" if self._sharded else ""
+            return f"{type(self).__name__} with {type(self.solver).__name__}{under}"
+        return None
+
     def _wants_terms(self) -> bool:
         return True
 
@@ -144,12 +150,12 @@ class NaturalGradient(CapturingOptimizer):
     def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         self._check_groups()
         tally = self._open_capture().tally
-        if not tally.replays:
+        if not self._agreed.replayed_by_all:
             if any(bool(g.any()) for g in gradients.values()):
                 raise RuntimeError(self._nothing_seen())
             return
         undone = self._settle_scale()
-        scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
+        scale = self._estimator.likelihood.gradient_scale(self._agreed.terms)
         gradients = {p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients
         step = Step(
             self._step,
@@ -163,6 +169,7 @@ class NaturalGradient(CapturingOptimizer):
             tally.replays,
             scale * undone,
             ProductRecorder() if self.solver.records else None,
+            processes=self._processes,
         )
         updates = self.direction.updates(step)
         if not all_finite(list(updates.tensors.values())):

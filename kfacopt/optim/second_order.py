@@ -207,9 +207,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _alone(self) -> str | None:
-        # Whoever runs forwards again sees the data of this process.
+        # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
         parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
-        return repr(parts[0]) if parts else None
+        apart = [part for part in parts if self._sharded or not part.shares_replays]
+        return repr(apart[0]) if apart else None
 
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)
