@@ -23,7 +23,7 @@ from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
-from kfacopt.optim.sightings import Sightings
+from kfacopt.optim.sightings import Sightings, warn_of_none
 from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
@@ -191,6 +191,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         needs = {name: part.wants_replays(0) for name, part in replaying.items()}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
+        warn_of_none(self.coverage(), self._layers, self._plain, self._parameters(curvature=True))
 
     # -- what is covered -------------------------------------------------------------------------------------------
 
