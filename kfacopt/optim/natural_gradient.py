@@ -44,8 +44,8 @@ class NaturalGradient(CapturingOptimizer):
     A constant factor of the loss and weights of its data are in the curvature as in the gradient, as far as they are
     told (see `SecondOrderOptimizer`); a loss whose value contradicts that there is none that is not told is refused.
 
-    Several processes under `torch.nn.parallel.DistributedDataParallel` take one step together with `solver=CG()`: products
-    with the curvature and losses are means over all of them, and each needs data in every step.
+    Several processes under `torch.nn.parallel.DistributedDataParallel` take one step together with `solver=CG()`:
+    products with the curvature and losses are means over all of them, and each needs data in every step.
 
     A loss of several terms, as of a physics-informed network, is a dict: the model returns a dict of tensors, and
     `loss_func={"interior": nn.MSELoss(), "boundary": (10.0, nn.MSELoss())}` names the loss of each and its weight.
