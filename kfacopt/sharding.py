@@ -8,8 +8,9 @@ path; it has nobody to ask, and nothing is sent.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 _BUCKET = 2**23
 """Elements that travel at once: 32 MiB in float32. Long enough to run at the network's speed, little memory."""
+
+_UNDER_WAY = 4
+"""Buckets that are under way at once: enough to keep both ends busy."""
 
 
 class Processes:
@@ -113,19 +117,60 @@ class Processes:
             result |= dict(zip(bucket, split_like(whole, members), strict=True))
         return [result[place] for place in range(len(tensors))]
 
-    def sent(self, tensors: Sequence[Tensor], source: int) -> list[Tensor]:
-        """The tensors of rank `source`; the others' are only of the same shapes. They are new, and contiguous, for all.
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means over the processes of tensors, which all must have in the same shapes; the same in all."""
+        if self.size == 1:
+            return list(tensors)
+        sums = self.sum([tensor.contiguous() for tensor in tensors])
+        return [total.div_(self.size) for total in sums]
 
-        Everybody gets the same strides: products may round otherwise with others.
+    def together(self, work: Callable[[], T]) -> T:
+        """What some work returns that each process does alone; if it fails in one, all raise.
+
+        >>> Processes().together(lambda: 3)
+        3
         """
-        result: dict[int, Tensor] = {}
-        for bucket in _buckets(tensors):
-            members = [tensors[place] for place in bucket]
+        if self.size == 1:
+            return work()
+        failure, found = None, list[T]()
+        try:
+            found.append(work())
+        except Exception as error:  # the others wait for this one
+            failure = error
+        said = self.gathered(None if failure is None else repr(failure))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RuntimeError(f"process {rank} cannot take this step, so that none does: {text}")
+        return found[0]
+
+    def sent(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """What every rank sends to all: `tensors[rank]`, contiguous, of which the others need only have the shapes.
+
+        Several messages are under way at a time, whoever they are from. What comes back are views of them, for the
+        sender too, with the same strides for all: products may round otherwise with others.
+        """
+        arrived = [list(of_rank) for of_rank in tensors]
+        under_way: deque[_Message] = deque()
+        for source, of_rank in enumerate(tensors):
+            for bucket in _buckets(of_rank):
+                under_way.append(self._launched(source, bucket, [of_rank[place] for place in bucket]))
+                if len(under_way) == _UNDER_WAY:
+                    under_way.popleft().arrive(arrived)
+        for message in under_way:
+            message.arrive(arrived)
+        return arrived
+
+    def _launched(self, source: int, bucket: list[int], members: list[Tensor]) -> _Message:
+        if source == self.rank:
             whole = flat(members)
-            if self.size > 1:
-                distributed.broadcast(whole, group=self._group, group_src=source)
-            result |= {p: t.clone() for p, t in zip(bucket, split_like(whole, members), strict=True)}
-        return [result[place] for place in range(len(tensors))]
+        else:
+            whole = members[0].new_empty(sum(tensor.numel() for tensor in members))
+        work = (
+            distributed.broadcast(whole, group=self._group, group_src=source, async_op=True) if self.size > 1 else None
+        )
+        return _Message(source, bucket, members, whole, work)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled: where this is read again there is another.
@@ -136,6 +181,23 @@ class Processes:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self
+
+
+class _Message(NamedTuple):
+    """Tensors of one rank on their way to all."""
+
+    source: int
+    places: list[int]
+    members: list[Tensor]
+    whole: Tensor
+    work: Any
+
+    def arrive(self, arrived: list[list[Tensor]]) -> None:
+        """Wait for it, and write down what came in the places of what was sent."""
+        if self.work is not None:
+            self.work.wait()
+        for place, tensor in zip(self.places, split_like(self.whole, self.members), strict=True):
+            arrived[self.source][place] = tensor
 
 
 def unwrapped(model: Any) -> tuple[Any, Processes]:
@@ -190,6 +252,55 @@ def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:
     shape, stride = parameter.shape, parameter.stride()
     laid = DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
     return laid.full_tensor()
+
+
+def whole_of_each(shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`whole_of` each, many together where the engine divides them by rows; all processes are asked.
+
+    >>> whole_of_each([torch.ones(1)], [torch.ones(1)])
+    [tensor([1.])]
+    """
+    result = list(shards)
+    by_group: dict[Any, list[int]] = {}
+    for place, parameter in enumerate(parameters):
+        if is_sharded(parameter):
+            by_group.setdefault(_dividing(parameter), []).append(place)
+    for dividing, places in by_group.items():
+        if dividing is None:
+            for place in places:
+                result[place] = whole_of(shards[place], parameters[place])
+            continue
+        mesh, axis = dividing
+        for bucket in _buckets([parameters[place] for place in places]):  # whole sizes: all make the same buckets
+            members = [places[index] for index in bucket]
+            found = _gathered_rows([shards[p] for p in members], [parameters[p].shape for p in members], mesh, axis)
+            for place, whole in zip(members, found, strict=True):
+                result[place] = whole
+    return result
+
+
+def _dividing(parameter: Tensor) -> tuple[Any, int] | None:
+    """The mesh and its axis along which a sharded parameter's rows are divided; None: it lies otherwise."""
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    axes = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    rows = len(axes) == 1 and placements[axes[0]].is_shard(0) and type(placements[axes[0]]).__name__ == "Shard"
+    return (mesh, axes[0]) if rows and parameter.is_contiguous() else None
+
+
+def _gathered_rows(shards: Sequence[Tensor], shapes: Sequence[torch.Size], mesh: Any, axis: int) -> list[Tensor]:
+    """Tensors whose rows are divided as by `torch.chunk`: the first processes have the more, the last may have none."""
+    size = mesh.size(axis)
+    rows = [-(-shape[0] // size) for shape in shapes]
+    lengths = [of_one * shape[1:].numel() for of_one, shape in zip(rows, shapes, strict=True)]
+    own = shards[0].new_zeros(sum(lengths))
+    for room, shard in zip(own.split(lengths), shards, strict=True):
+        room[: shard.numel()] = shard.reshape(-1)
+    everybodys = own.new_empty(size, own.numel())
+    # Its name until torch 2.13 was another, which warns since.
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(everybodys.view(-1), own, group=mesh.get_group(axis))
+    found = everybodys.split(lengths, dim=1)
+    return [part.reshape(-1)[: shape.numel()].view(shape) for part, shape in zip(found, shapes, strict=True)]
 
 
 class Whole(Mapping[nn.Parameter, Tensor]):

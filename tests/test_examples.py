@@ -27,7 +27,7 @@ FRESH = ("-m", "tests.example")
 """What starts an example in an interpreter of its own."""
 
 
-def run(name: str, launcher: Sequence[str] | None = None, **environment: str) -> str:
+def run(name: str, launcher: Sequence[str] | None = None, *arguments: str, **environment: str) -> str:
     """What an example prints, in its short mode.
 
     With a launcher, which comes between Python and the example's path, it has an interpreter of its own; without, a
@@ -36,7 +36,7 @@ def run(name: str, launcher: Sequence[str] | None = None, **environment: str) ->
     path = str(ROOT / "examples" / f"{name}.py")
     if launcher is not None:
         result = subprocess.run(
-            [sys.executable, *launcher, path],
+            [sys.executable, *launcher, path, *arguments],
             env=os.environ | {"KFACOPT_SHORT": "1", "PYTHONPATH": str(ROOT)} | environment,
             cwd=ROOT,
             capture_output=True,
@@ -83,14 +83,18 @@ def test_swap() -> None:
 
 
 def test_distributed() -> None:
-    """By torchrun in two processes, and in one."""
+    """By torchrun in two processes, which hold all parameters or a part of each, and in one."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = run("distributed", torchrun, OMP_NUM_THREADS="1")
     pattern = r"^(\d) processes: loss (\S+) -> (\S+), length of the weights (\S+)$"
-    two, one = numbers(together, pattern), numbers(run("distributed"), pattern)
-    assert (two[0], one[0]) == (2, 1)
-    assert two[1:] == pytest.approx(one[1:], rel=1e-4)
+    one = numbers(run("distributed"), pattern)
+    assert one[0] == 1
     assert one[2] < one[1]
+    for engine in ("ddp", "fsdp2"):
+        together = run("distributed", torchrun, engine, OMP_NUM_THREADS="1")
+        two = numbers(together, pattern)
+        assert two[0] == 2
+        assert two[1:] == pytest.approx(one[1:], rel=1e-4)
+        assert "the curvature of 3 layers" in together
 
 
 def test_custom_direction() -> None:

@@ -21,7 +21,7 @@ def test_one_process_asks_nobody() -> None:
     assert alone.gathered("x") == ["x"]
     assert alone.table([1.0, 2.0]) == [[1.0, 2.0]]
     assert alone.largest([1.0, 2.0]) == alone.mean([1.0, 2.0]) == alone.sum_vector([1.0, tensor[0] + 1]) == [1.0, 2.0]
-    assert torch.equal(alone.sent([tensor], 0)[0], tensor)
+    assert torch.equal(alone.sent([[tensor]])[0][0], tensor)
 
 
 def test_copies_have_no_group() -> None:

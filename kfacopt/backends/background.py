@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kfacopt.blocks.base import Block, Renewal
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg.side_by_side import pool
 
 
 @dataclass
@@ -144,7 +145,7 @@ class UnderWay:
     def _submit(self, name: str, block: Block) -> None:
         launch = self._launched[name]
         if self._pool is None or self._process != os.getpid():
-            self._pool, self._process = _pool(self.threads), os.getpid()
+            self._pool, self._process = pool(1, self.threads, "kfacopt-background"), os.getpid()
         device = next(iter(launch.snapshot.values())).device
         launch.future = self._pool.submit(_decomposed, block, launch.snapshot, launch.damping, _queue(device))
 
@@ -169,18 +170,6 @@ def check_devices(layers: Sequence[Layer]) -> None:
                     f"{layer.name!r} lies on {parameter.device}: Background decomposes on CPUs and CUDA devices only. "
                     f"Pass refresh_every= the interval itself"
                 )
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """One thread with its own number of torch's threads.
-
-    torch keeps that number for each thread, but gives threads to come the one that was set last, by whichever thread.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="kfacopt-background")
-    before = torch.get_num_threads()
-    pool.submit(torch.set_num_threads, threads).result()
-    torch.set_num_threads(before)
-    return pool
 
 
 def _queue(device: torch.device) -> Any:

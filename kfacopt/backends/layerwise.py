@@ -24,7 +24,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
-from kfacopt.schedules import Background, Interval, MaxOverhead, Timetable, as_interval
+from kfacopt.schedules import Background, Interval, MaxOverhead, Timetable, WhenMoved, as_interval
 from kfacopt.sharding import Processes
 
 _WHOLE = "whole"
@@ -38,7 +38,7 @@ class LayerwiseBackend(CurvatureBackend):
         factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
             `kfacopt.schedules`.
         refresh_every: Steps between two refreshes of a layer's cache (inverse, eigenbasis); likewise. With a
-            `kfacopt.schedules.Background` they run beside the training.
+            `kfacopt.schedules.Background` they run beside the training, with a `WhenMoved` where they must.
         stagger: Spread the layers' refreshes over the interval, so that no step is a spike; False: all at once.
     """
 
@@ -61,6 +61,8 @@ class LayerwiseBackend(CurvatureBackend):
         self._last_refresh_seconds = 0.0
         background = self._refresh_interval
         self._background = background if isinstance(background, Background) else None
+        self._still = self._refresh_interval if isinstance(self._refresh_interval, WhenMoved) else None
+        self._spared = 0
         self._under_way = UnderWay(1 if self._background is None else self._background.threads)
 
     @abstractmethod
@@ -180,7 +182,7 @@ class LayerwiseBackend(CurvatureBackend):
             self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
         beside = [] if self._background is None else [name for name in due if self._can_wait(name)]
         now = [name for name in due if name not in beside]
-        took = self._by_owners(now, lambda name, block: block.refresh(by_name[name].damping), self._owners)
+        took = self._by_owners(now, lambda name, block: self._refresh(block, by_name[name].damping), self._owners)
         for name in beside:
             assert self._background is not None
             hand_over, owner = self._background.hand_over(step), self._owners.get(name, 0)
@@ -189,6 +191,12 @@ class LayerwiseBackend(CurvatureBackend):
         # Without a cache a layer trains by AdamW: it stays due until it has one.
         self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
         return took
+
+    def _refresh(self, block: Block, damping: float) -> None:
+        if self._still is None:
+            block.refresh(damping)
+        elif not block.refresh_if_moved(damping, self._still.tolerance):
+            self._spared += 1
 
     def _idle(self, names: Iterable[str]) -> list[str]:
         """Those of which nothing is under way."""
@@ -280,6 +288,7 @@ class LayerwiseBackend(CurvatureBackend):
             "refresh_ms": 1e3 * self._last_refresh_seconds,
             "fallbacks": float(sum(block.retries for block in self.blocks.values())),
             "dropped_updates": float(self.dropped.total()),
+            "spared_refreshes": float(self._spared),
             "under_way": float(len(self._under_way)),
             "diagonal_factors": float(sum(sum(self._narrowed(layer)) for layer in self._layers.values())),
             **{f"dropped_updates/{name}": float(count) for name, count in self.dropped.items()},
@@ -294,6 +303,7 @@ class LayerwiseBackend(CurvatureBackend):
             "under_way": self._under_way.state_dict(),
             "schedules": [s.state_dict() if isinstance(s, MaxOverhead) else None for s in self._schedules()],
             "dropped": dict(self.dropped),
+            "spared": self._spared,
             "step": self._step,
         }
 
@@ -335,6 +345,7 @@ class LayerwiseBackend(CurvatureBackend):
             if isinstance(schedule, MaxOverhead) and timed is not None:
                 schedule.load_state_dict(timed)
         self.dropped, self._step = Counter(state.get("dropped", {})), int(state["step"])
+        self._spared = int(state.get("spared", 0))
 
     def _described(self, name: str) -> dict[str, Any]:
         """What a stored block must have in common with the one that takes it over."""

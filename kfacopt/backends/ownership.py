@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Block
+from kfacopt.linalg.triangles import pack_triangle, packed_shape, unpack_triangle
 from kfacopt.sharding import Processes, owners
 
 Work = Callable[[str, Block], None]
@@ -62,35 +63,81 @@ def done_by_owners(
             failure = failure or error
         seconds[name] = time.perf_counter() - start
         if owner is not None:
-            renewed = {key: None if t is None else (tuple(t.shape), t.dtype) for key, t in block.renewed().items()}
-            told[name] = renewed, block.retries, seconds[name]
+            told[name] = _kinds(block), block.retries, seconds[name]
     if processes.size == 1 or not any(name in owner_of for name in blocks):
         if failure is not None:
             raise failure
         return seconds
-    for rank, (failed, of_rank) in enumerate(processes.gathered((None if failure is None else repr(failure), told))):
+    everybody = processes.gathered((None if failure is None else repr(failure), told))
+    for rank, (failed, _) in enumerate(everybody):
         if failed is not None:
             raise failure or RuntimeError(f"process {rank} could not renew the curvature's cache: {failed}")
-        seconds |= _receive(blocks, of_rank, processes, rank)
+    return seconds | _receive(blocks, [of_rank for _, of_rank in everybody], processes)
+
+
+_Kind = tuple[tuple[int, ...], torch.dtype] | None
+
+
+class _Sent(NamedTuple):
+    """One tensor of a block's cache: its half where it is symmetric."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_half: bool
+
+    def packed(self, tensor: Tensor) -> Tensor:
+        return pack_triangle(tensor) if self.is_half else tensor
+
+    def empty(self, device: torch.device) -> Tensor:
+        shape = packed_shape(self.shape) if self.is_half else self.shape
+        return torch.empty(shape, dtype=self.dtype, device=device)
+
+    def unpacked(self, arrived: Tensor) -> Tensor:
+        # A view would keep, and save, all that came with it.
+        return unpack_triangle(arrived) if self.is_half else arrived.clone()
+
+
+def message_bytes(block: Block) -> int:
+    """Bytes that a block's owner sends to each other process when it has renewed the block."""
+    return sum(part.empty(torch.device("meta")).nbytes for part in _parts({"": block}, {"": _kinds(block)}))
+
+
+def _kinds(block: Block) -> dict[str, _Kind]:
+    return {key: None if t is None else (tuple(t.shape), t.dtype) for key, t in block.renewed().items()}
+
+
+def _parts(blocks: Mapping[str, Block], kinds: Mapping[str, Mapping[str, _Kind]]) -> list[_Sent]:
+    return [
+        _Sent(name, key, *kind, key in blocks[name].symmetric_cache and len(kind[0]) > 1)
+        for name, of_block in kinds.items()
+        for key, kind in of_block.items()
+        if kind is not None
+    ]
+
+
+def _receive(blocks: Mapping[str, Block], told: Sequence[Mapping[str, Any]], processes: Processes) -> dict[str, float]:
+    """Take over what each process has told of and sends now."""
+    parts = [_parts(blocks, {name: kinds for name, (kinds, _, _) in of_rank.items()}) for of_rank in told]
+    held = {name: blocks[name].renewed() for name in told[processes.rank]}
+    tensors = [[part.empty(processes.device) for part in of_rank] for of_rank in parts]
+    tensors[processes.rank] = [part.packed(_there(held[part.name][part.key])) for part in parts[processes.rank]]
+    seconds: dict[str, float] = {}
+    for of_rank, sent, arrived in zip(told, parts, processes.sent(tensors), strict=True):
+        values: dict[str, dict[str, Tensor | None]] = {n: dict.fromkeys(kinds) for n, (kinds, _, _) in of_rank.items()}
+        for part, tensor in zip(sent, arrived, strict=True):
+            values[part.name][part.key] = part.unpacked(tensor)
+        for name, (_, retries, took) in of_rank.items():
+            blocks[name].take_renewed(values[name])
+            blocks[name].retries = retries
+            seconds[name] = took
     return seconds
 
 
-def _receive(blocks: Mapping[str, Block], told: Mapping[str, Any], processes: Processes, rank: int) -> dict[str, float]:
-    """Take over what process `rank` has told of and sends now."""
-    places = [(name, key, *kind) for name, (kinds, _, _) in told.items() for key, kind in kinds.items() if kind]
-    if rank == processes.rank:
-        held = {name: blocks[name].renewed() for name in told}
-        tensors = [held[name][key] for name, key, *_ in places]
-    else:
-        tensors = [torch.empty(shape, dtype=dtype, device=processes.device) for _, _, shape, dtype in places]
-    arrived = processes.sent([t for t in tensors if t is not None], rank)
-    values: dict[str, dict[str, Tensor | None]] = {name: dict.fromkeys(kinds) for name, (kinds, _, _) in told.items()}
-    for (name, key, *_), tensor in zip(places, arrived, strict=True):
-        values[name][key] = tensor
-    for name, (_, retries, _) in told.items():
-        blocks[name].take_renewed(values[name])
-        blocks[name].retries = retries
-    return {name: took for name, (_, _, took) in told.items()}
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def decomposition_cost(block: Block) -> float:

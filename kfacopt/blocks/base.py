@@ -12,6 +12,7 @@ from torch import Tensor
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.linalg.gram import gram
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE
 
@@ -27,7 +28,7 @@ class Renewal(NamedTuple):
     """What a decomposition of a block's statistics found; the block has not taken it over yet.
 
     Args:
-        cache: What `Block.load_cache` takes; None: the decomposition failed, and the cache stays.
+        cache: What `Block.load_cache` takes; None: the cache stays, as the decomposition failed or was spared.
         retries: Attempts that failed.
         overlaps: Of blocks with statistics along an eigenbasis: what brings them into the new one, from the left and
             from the right.
@@ -50,6 +51,8 @@ class Block(ABC):
     """What `coverage()` calls it."""
     symmetric: frozenset[str] = frozenset()
     """Which of the averages are symmetric matrices, of which half is enough to send; diagonal ones have one axis."""
+    symmetric_cache: frozenset[str] = frozenset()
+    """Which tensors of `renewed` are symmetric, likewise: what is received is then their upper triangle, mirrored."""
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
@@ -83,6 +86,29 @@ class Block(ABC):
             damping: As of `refresh`.
         """
         raise NotImplementedError(f"{type(self).__name__} decomposes nothing outside refresh()")
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        """What a refresh without a decomposition finds, if what is cached is still true to `tolerance`; else None.
+
+        Of a block that cannot tell, as here, it never is.
+
+        Args:
+            snapshot: What `snapshot` returned; there is a cache.
+            damping: As of `refresh`.
+            tolerance: The share by which a cached factor may be off: of its Frobenius norm along an eigenbasis, in the
+                direction that is most in error of an inverse.
+        """
+        return None
+
+    def refresh_if_moved(self, damping: float, tolerance: float) -> bool:
+        """`refresh`, unless statistics have hardly moved (see `unmoved`). Returns whether it decomposed."""
+        snapshot = self.snapshot()
+        kept = self.unmoved(snapshot, damping, tolerance) if snapshot and self.ready else None
+        if kept is None:
+            self.refresh(damping)
+            return True
+        self.renew(kept)
+        return False
 
     def renew(self, renewal: Renewal) -> None:
         """The rest of a refresh. The cache must be that of when `decomposed` ran; statistics may have gone on."""
@@ -241,7 +267,7 @@ def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool
     flat = flat_rows(inputs)
     if diagonal:
         return squared_columns(flat), float(flat.shape[-2])
-    return flat.mT @ flat, float(flat.shape[-2])
+    return gram(flat), float(flat.shape[-2])
 
 
 def squared_columns(rows: Tensor) -> Tensor:
@@ -262,7 +288,7 @@ def gradient_covariance(gradients: Tensor) -> Tensor:
         # A convolution's rows, [n o s] in memory: a small product for each datum needs no copy of them.
         return (gradients.mT @ gradients).sum((0, -3))
     flat = gradients.movedim(0, -4).flatten(-4, -2) if gradients.shape[0] > 1 else flat_rows(gradients[0])
-    return flat.mT @ flat
+    return gram(flat)
 
 
 def at_once(device: torch.device, budget: int = ELEMENTS_AT_ONCE) -> int:

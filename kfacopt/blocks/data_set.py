@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, input_covariance
-from kfacopt.blocks.eigen import EigenBlock, squared_coordinates
+from kfacopt.blocks.eigen import EigenBlock, of_squares, squared_coordinates
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.gram import gram
+from kfacopt.linalg.kronecker import Spectrum
+from kfacopt.linalg.symmetric import Eigendecomposition
 from kfacopt.linalg.thin_basis import orthonormal, thin_basis
 
 
@@ -21,8 +24,8 @@ class DataSetEigenBlock(EigenBlock):
     """The Kronecker eigenbasis of a data set with the curvature's own second moments along it (George et al. 2018).
 
     The way: `update` with all rows, `accumulate`, `refresh`; then `correct` with all rows again, `accumulate`. Where
-    all rows are at hand, `refresh_from` does the first half, and need not form an A of larger size than rank. Damping
-    is added to the corrected eigenvalues, exactly.
+    all rows are at hand, `feed` does for the first two, and need not form an A of larger size than rank. Damping is
+    added to the corrected eigenvalues, exactly.
 
     Args:
         budget: Elements that a temporary may have.
@@ -36,6 +39,7 @@ class DataSetEigenBlock(EigenBlock):
         self.corrected = RunningAverage()
         self._budget = budget
         self._few_inputs: Tensor | None = None
+        self._few_coordinates: Tensor | None = None
         self._polished = False
 
     def averages(self) -> dict[str, RunningAverage]:
@@ -63,13 +67,8 @@ class DataSetEigenBlock(EigenBlock):
         for name, average in super().averages().items():
             average.merge(other.averages()[name])
 
-    def refresh_from(self, kept: Sequence[Rows]) -> list[Rows]:
-        """The eigenbasis of the rows given, all there are.
-
-        Returns:
-            The rows, their inputs and gradients replaced by coordinates in the basis where these are known by now (then
-            `correct` needs no basis): see `coordinates`.
-        """
+    def feed(self, kept: Sequence[Rows]) -> None:
+        """Take in all rows there are: into the factors, or, where they are few, keep the inputs in place of A."""
         inputs = _few(kept)
         for rows in kept:
             if inputs is None:
@@ -77,36 +76,56 @@ class DataSetEigenBlock(EigenBlock):
             else:
                 self.update_gradient_factor(rows)
         self.accumulate()
-        if inputs is None:
-            self.refresh(0.0)
-            return list(kept)
         self._few_inputs = inputs
-        basis = thin_basis(inputs.flatten(0, 1), float(inputs.shape[0]))
-        values, left = self._left_spectrum()
-        self._change_basis(left, basis.vectors, values, basis.values)
-        self._polished = False
-        parts = iter(basis.coordinates.unsqueeze(1).split([_count(rows) for rows in kept if rows.first]))
-        result, current = [], inputs
+
+    def undecomposed(self) -> dict[str, Tensor]:
+        """What a refresh decomposes: G, unless another block does, and A, or the few inputs' own product."""
+        found: dict[str, Tensor] = {}
+        if not isinstance(self.owner, EigenBlock):
+            assert self.gradient_factor.value is not None
+            found["gradient"] = self.gradient_factor.value
+        few = self._few_inputs
+        if few is None:
+            found["input"] = self.factors()[1]
+        else:
+            found["input"] = gram(few.flatten(0, 1).mT).div_(float(len(few)))
+        return found
+
+    def take_spectra(self, spectra: Mapping[str, Spectrum]) -> None:
+        """Take over the decompositions of what `undecomposed` returned; the owner of a shared factor comes first."""
+        self.retries += sum(spectrum.retries for spectrum in spectra.values())
+        if isinstance(self.owner, EigenBlock):
+            left, values_left = self.owner.basis()[0], self.owner.factor_eigenvalues()[0]
+        else:
+            values_left, left, _ = spectra["gradient"]
+        few = self._few_inputs
+        if few is None:
+            values_right, right, _ = spectra["input"]
+            self._change_basis(left, right, values_left, values_right)
+            return
+        whole = spectra["input"]
+        assert whole.vectors is not None
+        basis = thin_basis(few.flatten(0, 1), float(len(few)), Eigendecomposition(whole.values, whole.vectors, 0))
+        self._change_basis(left, basis.vectors, values_left, basis.values)
+        self._few_coordinates, self._polished = basis.coordinates.unsqueeze(1), False
+
+    def in_coordinates(self, kept: Sequence[Rows]) -> list[Rows] | None:
+        """The rows of `feed`, their inputs replaced by coordinates, where the last refresh has found these by the way.
+
+        They are given away: a second call finds none.
+        """
+        coordinates, self._few_coordinates = self._few_coordinates, None
+        if coordinates is None:
+            return None
+        parts = iter(coordinates.split([_count(rows) for rows in kept if rows.first]))
+        result, current = [], coordinates
         for rows in kept:
             current = next(parts) if rows.first else current
             result.append(replace(rows, inputs=current))
         return result
 
     def refresh(self, damping: float) -> None:
-        right = self.factors()[1]
-        values_right, basis_right, retries = kronecker.spectrum(right)
-        self.retries += retries
-        values_left, basis_left = self._left_spectrum()
-        self._change_basis(basis_left, basis_right, values_left, values_right)
-
-    def _left_spectrum(self) -> tuple[Tensor, Tensor | None]:
-        owner = self.owner
-        if isinstance(owner, EigenBlock):
-            return owner.factor_eigenvalues()[0], owner.basis()[0]
-        assert self.gradient_factor.value is not None
-        values, basis, retries = kronecker.spectrum(self.gradient_factor.value)
-        self.retries += retries
-        return values, basis
+        refresh_together([self])
 
     def correct(self, rows: Rows, left: Tensor | None, right: Tensor | None) -> None:
         """Add the rows' squared coordinates to the corrected eigenvalues.
@@ -117,6 +136,10 @@ class DataSetEigenBlock(EigenBlock):
             right: Q_A; None if the inputs are coordinates.
         """
         self.corrected.add(squared_coordinates(rows, left, right, self._budget), rows.new_terms)
+
+    def correct_by_squares(self, squares: Tensor, rows: Rows, right: Tensor | None) -> None:
+        """As `correct`, for rows without weight sharing whose `squared_gradients` are there already, `[*k n 1 o]`."""
+        self.corrected.add(of_squares(squares, rows.inputs, right), rows.new_terms)
 
     def drop_corrections(self) -> None:
         """Forget basis and corrected eigenvalues: the factors have changed."""
@@ -157,6 +180,18 @@ class DataSetEigenBlock(EigenBlock):
             return self._power(matrix, damping, exponent)
         outside = float(damping**exponent)
         return matrix * outside + kronecker.rotate_back(left, coordinates * (powers - outside), right)
+
+
+def refresh_together(blocks: Sequence[DataSetEigenBlock]) -> None:
+    """Refresh blocks, their decompositions side by side; the owner of a shared factor comes before those who share it.
+
+    Raises:
+        LinAlgError: If statistics are not finite.
+    """
+    wanted = [block.undecomposed() for block in blocks]
+    found = iter(kronecker.spectra([matrix for matrices in wanted for matrix in matrices.values()]))
+    for block, matrices in zip(blocks, wanted, strict=True):
+        block.take_spectra({name: next(found) for name in matrices})
 
 
 def _few(kept: Sequence[Rows]) -> Tensor | None:

@@ -15,6 +15,7 @@ from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import along_basis
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
 
 _ALL = slice(None)
@@ -57,10 +58,10 @@ class EigenBlock(FactoredBlock):
 
     def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         try:
-            values_left, basis_left, retries_left = kronecker.spectrum(snapshot["gradient_factor"])
-            values_right, basis_right, retries_right = kronecker.spectrum(snapshot["input_factor"])
+            left, right = kronecker.spectra([snapshot["gradient_factor"], snapshot["input_factor"]])
         except LinAlgError:
             return Renewal(None, 1)
+        (values_left, basis_left, retries_left), (values_right, basis_right, retries_right) = left, right
         cache = {
             "gradient_basis": basis_left,
             "input_basis": basis_right,
@@ -68,6 +69,19 @@ class EigenBlock(FactoredBlock):
             "input_eigenvalues": values_right,
         }
         return Renewal(cache, retries_left + retries_right)
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        cache = self.cache()
+        for side in ("gradient", "input"):
+            factor, basis = snapshot[f"{side}_factor"], cache[f"{side}_basis"]
+            if basis is None:
+                cache[f"{side}_eigenvalues"] = factor.clamp_min(0.0)
+                continue
+            values, share = along_basis(factor, basis)
+            if not bool(share <= tolerance):
+                return None
+            cache[f"{side}_eigenvalues"] = values.clamp_min(0.0)
+        return Renewal(cache, 0)
 
     def refine(self) -> None:
         """Bring the basis nearer to the statistics by one warm-started QR step, at about half an eigh's cost."""
@@ -298,16 +312,30 @@ def squared_coordinates(
     if late:
         parts = [_squared_by_datum(g, rows.inputs, left, right, budget) for g in rows.gradients]
         return sum(parts[1:], start=parts[0])
-    gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)
     if places == 1:
-        squares = gradients.square().sum(0) if gradients.shape[0] > 1 else gradients[0].square()
-        return squares.squeeze(-2).mT @ inputs.square().squeeze(-2)
+        return of_squares(squared_gradients(rows.gradients, left), rows.inputs, right)
+    gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)
     # Pairs of places cost s(s+1)/2 products against s and two passes over the per-datum gradients.
     if places <= 3:
         parts = [_squared_by_pairs(g, inputs) for g in gradients]
     else:
         parts = [squared_sums(g, inputs, budget) for g in gradients]
     return sum(parts[1:], start=parts[0])
+
+
+def squared_gradients(gradients: Tensor, left: Tensor | None) -> Tensor:
+    """`Σ_v (g Q_G)²`, `[*k n s o]`, of gradients `[v *k n s o]`; one cotangent at a time, which the cache can hold."""
+    total = _times_basis(gradients[0], left).square()
+    for one in gradients[1:]:
+        rotated = _times_basis(one, left)
+        total.addcmul_(rotated, rotated)
+    return total
+
+
+def of_squares(squares: Tensor, inputs: Tensor | OneHot, right: Tensor | None) -> Tensor:
+    """`squaresᵀ (a Q_A)²`, `[*k o i]`, of squares `[*k n 1 o]` and inputs `[*k n 1 i]`."""
+    assert isinstance(inputs, Tensor)
+    return squares.squeeze(-2).mT @ _times_basis(inputs, right).square().squeeze(-2)
 
 
 def _times_basis(rows: Tensor, basis: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from kfacopt.blocks.base import Block, Renewal
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import inverse_error
 from kfacopt.linalg.symmetric import LinAlgError
 from kfacopt.linalg.tensors import tensor_of_rows
 
@@ -30,6 +31,7 @@ class KroneckerBlock(FactoredBlock):
     """
 
     title = "KFAC"
+    symmetric_cache = frozenset({"inverse_gradient_factor", "inverse_input_factor"})
 
     def __init__(self, exponent: float = 1.0, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008
         super().__init__(diagonals)
@@ -45,8 +47,18 @@ class KroneckerBlock(FactoredBlock):
             inverse_right = kronecker.inverse(right, damping_right, self._exponent)
         except LinAlgError:
             return Renewal(None, 1)
-        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": _aligned(inverse_right.value)}
+        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": aligned(inverse_right.value)}
         return Renewal(cache, inverse_left.retries + inverse_right.retries)
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        factors = snapshot["gradient_factor"], snapshot["input_factor"]
+        for factor, shift, inverse in zip(factors, kronecker.pi_split(*factors, damping), self._cached(), strict=True):
+            size = factor.shape[-1]
+            own = inverse if factor.ndim == 1 else inverse[..., :size, :size]
+            error = inverse_error(factor, shift, own, self._exponent)
+            if error is None or not bool(error <= tolerance):
+                return None
+        return Renewal(None, 0)
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         return _solved(*self._cached(), matrix)
@@ -136,7 +148,7 @@ def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
     return kronecker.multiply(left, padded, right)[..., :size]
 
 
-def _aligned(inverse: Tensor) -> Tensor:
+def aligned(inverse: Tensor) -> Tensor:
     """Zero rows and columns up to a multiple of 16.
 
     With the bias's column a size is odd more often than not, and matrix products of odd sizes run at two thirds of the

@@ -12,6 +12,7 @@ from kfacopt.blocks.sides import WIDEST, Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import inverse_error
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
 from kfacopt.linalg.tensors import tensor_of_rows
@@ -39,6 +40,7 @@ class OutputBlock(Block):
         super().__init__(Diagonals(gradient=shape[-2] > widest))
         self._inputs, self._exponent, self._wide = shape[-1], exponent, self.diagonals.gradient
         self.symmetric = frozenset() if self._wide else frozenset({"gradient_factor"})
+        self.symmetric_cache = frozenset() if self._wide else frozenset({"inverse_gradient_factor"})
         self.gradient_factor = RunningAverage()
         self._inverse: Tensor | None = None
         self._root: Tensor | None = None
@@ -69,6 +71,12 @@ class OutputBlock(Block):
         except LinAlgError:
             return Renewal(None, 1)
         return Renewal({"inverse_gradient_factor": found.value}, found.retries)
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        if self._wide:
+            return None  # nothing to spare
+        error = inverse_error(snapshot["gradient_factor"], damping, self._cached(), self._exponent)
+        return Renewal(None, 0) if error is not None and bool(error <= tolerance) else None
 
     def solve(self, matrix: Tensor, damping: float) -> Tensor:
         return _times(self._cached(), matrix)

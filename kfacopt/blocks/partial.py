@@ -13,6 +13,7 @@ from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.moved import along_basis, largest_beside
 from kfacopt.linalg.partial_basis import Coefficients, WholeSide, apply, whole_sides
 from kfacopt.linalg.symmetric import LinAlgError
 
@@ -70,14 +71,20 @@ class PartialEigenBlock(FactoredBlock):
 
     def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         try:
-            left, retries_left = _Side.of(snapshot["gradient_factor"], self._tail)
-            right, retries_right = _Side.of(snapshot["input_factor"], self._tail)
+            found = kronecker.spectra([snapshot["gradient_factor"], snapshot["input_factor"]])
         except LinAlgError:
             return Renewal(None, 1)
-        found = Renewal(_as_cache(left, right), retries_left + retries_right)
+        left, right = (_Side.of(values, basis, self._tail) for values, basis, _ in found if basis is not None)
+        renewal = Renewal(_as_cache(left, right), sum(retries for *_, retries in found))
         if self._left is None or self._right is None:
-            return found
-        return found._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
+            return renewal
+        return renewal._replace(overlaps=(self._left.overlaps(left), self._right.overlaps(right)))
+
+    def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
+        old, names = self.sides(), ("gradient_factor", "input_factor")
+        sides = [side.along(snapshot[name], self._tail, tolerance) for side, name in zip(old, names, strict=True)]
+        left, right = sides
+        return None if left is None or right is None else Renewal(_as_cache(left, right), 0)
 
     def renew(self, renewal: Renewal) -> None:
         (left, right), held = renewal.overlaps, self.corrected.value
@@ -180,16 +187,31 @@ class _Side:
         self.basis, self.values, self.rest = basis, values, rest
 
     @classmethod
-    def of(cls, factor: Tensor, tail: float) -> tuple[_Side, int]:
-        values, basis, retries = kronecker.spectrum(factor)
-        assert basis is not None
+    def of(cls, values: Tensor, basis: Tensor, tail: float) -> _Side:
         size = len(values)
         kept = int((values > tail * values.mean()).sum())
         # More than half kept saves nothing: then the whole side goes into one product.
         if size <= _SMALLEST_CUT or 2 * kept > size or kept == 0:
-            return cls(basis, values, values.new_zeros(())), retries
+            return cls(basis, values, values.new_zeros(()))
         cut = size - kept
-        return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean()), retries
+        return cls(basis[:, cut:].contiguous(), values[cut:].contiguous(), values[:cut].mean())
+
+    def along(self, factor: Tensor, tail: float, tolerance: float) -> _Side | None:
+        """The same directions with the eigenvalues of a factor that moved; None if they have become others.
+
+        They have if more than the share `tolerance` of the factor's norm is beside them, or if in what was cut there is
+        a direction that would be kept, by more than that.
+        """
+        values, share = along_basis(factor, self.basis)
+        if not bool(share <= tolerance):
+            return None
+        trace, size = factor.diagonal().sum(), len(factor)
+        if not self.cut:
+            return _Side(self.basis, values.clamp_min(0.0), self.rest)
+        allowed = tail * trace / size + tolerance * factor.norm()
+        if not bool(largest_beside(factor, self.basis) <= allowed):
+            return None
+        return _Side(self.basis, values.clamp_min(0.0), ((trace - values.sum()) / self.cut).clamp_min(0.0))
 
     @property
     def cut(self) -> int:

@@ -214,13 +214,17 @@ class Likelihood(ABC):
         `sum_v v_m v_mᵀ` has the expectation `scale_m` times the Hessian of term m.
         """
 
+    def square_root_columns(self, outputs: int) -> int:
+        """How many vectors `hessian_sqrt` has for terms of `outputs` outputs: as many, or the Hessian's rank."""
+        return outputs
+
     @abstractmethod
     def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
-        """A square root of every term's Hessian `[c m c]`: sum_v v_m v_mᵀ = scale_m Hessian_m.
+        """A square root of every term's Hessian `[v m c]`: sum_v v_m v_mᵀ = scale_m Hessian_m.
 
         Args:
             terms: The loss terms.
-            columns: Only these of the c vectors, to bound memory.
+            columns: Only these of the `square_root_columns` vectors, to bound memory.
         """
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:
@@ -228,9 +232,9 @@ class Likelihood(ABC):
 
         Here from `hessian_sqrt`, in chunks of its columns; a subclass that knows a formula overrides it.
         """
-        result, outputs = torch.zeros_like(vectors), terms.parameters.shape[1]
-        for start in range(0, outputs, self.vectors_per_chunk):
-            columns = self.hessian_sqrt(terms, slice(start, min(start + self.vectors_per_chunk, outputs)))
+        result, count = torch.zeros_like(vectors), self.square_root_columns(terms.parameters.shape[1])
+        for start in range(0, count, self.vectors_per_chunk):
+            columns = self.hessian_sqrt(terms, slice(start, min(start + self.vectors_per_chunk, count)))
             result += torch.einsum("vmc,vm->mc", columns, torch.einsum("vmc,mc->vm", columns, vectors))
         return result
 
@@ -308,8 +312,8 @@ class Likelihood(ABC):
 
         Their outer products sum (type-2) or sum in expectation (mc) to the Hessian of the *sum* over the terms; divide
         by `terms.count` for the mean loss. The type-2 vectors of one datum's terms are kept apart, since the terms
-        share the graph below (a sequence of t positions has t·c vectors); different data share none, so that one vector
-        serves all of them.
+        share the graph below (a sequence of t positions has t times as many); different data share none, so that one
+        vector serves all of them.
 
         Raises:
             ValueError: If `mc_samples` is not positive, or the empirical Fisher is asked of terms whose gradient cannot
@@ -335,14 +339,15 @@ class Likelihood(ABC):
     def _type2(self, terms: LossTerms) -> Iterator[Tensor]:
         chunk, positions = self.vectors_per_chunk, terms.terms_per_datum
         outputs = terms.parameters.shape[1]
-        if outputs * positions > MANY_VECTORS:
+        count = self.square_root_columns(outputs)
+        if count * positions > MANY_VECTORS:
             warnings.warn(
                 f"the type-2 Fisher ('ggn') takes a backward pass for each class or output of a datum, and there are "
-                f"{outputs * positions}: sampling, curvature='mc' (fisher_type='mc' of operators), takes one",
+                f"{count * positions}: sampling, curvature='mc' (fisher_type='mc' of operators), takes one",
                 stacklevel=2,
             )
-        for start in range(0, outputs, chunk):
-            columns = self.hessian_sqrt(terms, slice(start, min(start + chunk, outputs)))
+        for start in range(0, count, chunk):
+            columns = self.hessian_sqrt(terms, slice(start, min(start + chunk, count)))
             if positions == 1:
                 yield terms.restore(columns)
                 continue

@@ -115,13 +115,30 @@ class Categorical(Likelihood):
         labels = torch.cat(drawn).clamp_(max=classes - 1)
         return self._sampled(terms, probabilities, rearrange(labels, "m v -> v m"))
 
+    def square_root_columns(self, outputs: int) -> int:
+        """One fewer than classes: all logits may rise together, which the softmax does not notice."""
+        return max(1, outputs - 1)
+
     def hessian_sqrt(self, terms: LossTerms, columns: slice = slice(None)) -> Tensor:
-        """Vectors `sqrt(scale p_k) (e_k - p)`, one per class k."""
+        """Cholesky's root of `scale (diag p - p pᵀ)` in closed form, a vector for each class k but the last.
+
+        With the probability `q_k = Σ_{j>k} p_j` of all later classes, and `q_-1 = 1`, eliminating class after class
+        leaves `√(p_k q_k / q_(k-1)) (e_k - Σ_{i>k} (p_i / q_k) e_i)`. Sums of positive numbers and no difference: no
+        digit is lost, however sure the model is.
+        """
         probabilities = terms.parameters.softmax(-1)
-        chosen = torch.arange(probabilities.shape[1], device=probabilities.device)[columns]
-        deviation = (probabilities[:, columns] * terms.scale[:, None]).sqrt().T
-        vectors = -deviation[:, :, None] * probabilities
-        vectors[torch.arange(len(chosen), device=chosen.device), :, chosen] += deviation
+        classes = probabilities.shape[-1]
+        chosen = torch.arange(self.square_root_columns(classes), device=probabilities.device)[columns]
+        later = torch.zeros_like(probabilities)
+        later[:, :-1] = probabilities[:, 1:].flip(-1).cumsum(-1).flip(-1)
+        own, rest = probabilities[:, chosen], later[:, chosen]
+        nothing = rest == 0  # is left to share out
+        share = torch.where(nothing, 0.0, own / (own + rest))
+        deviation = (share * terms.scale[:, None]).sqrt().T
+        heights = -deviation * torch.where(nothing, 0.0, rest.rsqrt()).T
+        follows = torch.arange(classes, device=chosen.device) > chosen[:, None]
+        vectors = heights[:, :, None] * probabilities * follows[:, None, :]
+        vectors[torch.arange(len(chosen), device=chosen.device), :, chosen] = deviation * rest.sqrt().T
         return vectors
 
     def hessian_product(self, terms: LossTerms, vectors: Tensor) -> Tensor:

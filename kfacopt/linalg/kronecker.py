@@ -9,11 +9,12 @@ wide to be squared, which is of the inputs or of the outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.symmetric import Inverse, damped_inverse, damped_inverse_power, eigh
+from kfacopt.linalg.symmetric import Inverse, damped_inverse, damped_inverse_power, eigh, eigh_of_each
 from kfacopt.linalg.symmetric import root as symmetric_root
 
 
@@ -78,11 +79,29 @@ def squared_norm(factor: Tensor) -> Tensor:
     return factor.square().sum(-1) if factor.ndim == 1 else factor.square().sum((-2, -1))
 
 
-def spectrum(factor: Tensor) -> tuple[Tensor, Tensor | None, int]:
+class Spectrum(NamedTuple):
+    """Eigenvalues `[*k d]`, eigenbasis `[*k d d]` (`None`: the identity) and failed attempts of a factor."""
+
+    values: Tensor
+    vectors: Tensor | None
+    retries: int
+
+
+def spectrum(factor: Tensor) -> Spectrum:
     """Eigenvalues `[*k d]`, eigenbasis `[*k d d]` (`None`: the identity) and failed attempts of a factor."""
     if factor.ndim == 1:
-        return factor.clamp_min(0.0), None, 0
-    return eigh(factor)
+        return Spectrum(factor.clamp_min(0.0), None, 0)
+    return Spectrum(*eigh(factor))
+
+
+def spectra(factors: Sequence[Tensor]) -> list[Spectrum]:
+    """`spectrum` of each, on a processor side by side.
+
+    >>> [basis is None for _, basis, _ in spectra([torch.eye(2), torch.ones(3)])]
+    [False, True]
+    """
+    found = iter(eigh_of_each([factor for factor in factors if factor.ndim > 1]))
+    return [spectrum(factor) if factor.ndim == 1 else Spectrum(*next(found)) for factor in factors]
 
 
 def inverse(factor: Tensor, damping: Tensor | float, exponent: float = 1.0) -> Inverse:

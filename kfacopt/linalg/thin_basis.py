@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.symmetric import eigh
+from kfacopt.linalg.gram import gram
+from kfacopt.linalg.symmetric import Eigendecomposition, eigh
 
 _POLISHING_STEPS = 6
 """Newton-Schulz steps at most. One turns a relative error e of a column's length into 1.5 e²: from 0.3, six reach the
@@ -28,7 +29,7 @@ class ThinBasis(NamedTuple):
     coordinates: Tensor
 
 
-def thin_basis(rows: Tensor, count: float) -> ThinBasis:
+def thin_basis(rows: Tensor, count: float, spectrum: Eigendecomposition | None = None) -> ThinBasis:
     """Eigendecompose `rowsᵀ rows / count` by way of `rows rowsᵀ`, for rows `[n d]` with n < d.
 
     With R the rows, both products have the same eigenvalues but for zeros: if `R Rᵀ w = count λ w`, then multiplying by
@@ -42,6 +43,11 @@ def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     products with the matrix, where they count by their eigenvalues; for its inverse, `orthonormal` brings orthogonality
     back.
 
+    Args:
+        rows: R.
+        count: What the sum over the rows is divided by.
+        spectrum: Of `rows rowsᵀ / count`, if that was decomposed elsewhere.
+
     Raises:
         LinAlgError: If the rows are not finite.
 
@@ -49,7 +55,7 @@ def thin_basis(rows: Tensor, count: float) -> ThinBasis:
     >>> basis.values, basis.vectors.shape
     (tensor([25.]), torch.Size([3, 1]))
     """
-    values, left, _ = eigh(rows @ rows.mT / count)
+    values, left, _ = eigh(gram(rows.mT).div_(count)) if spectrum is None else spectrum
     kept = values > rows.shape[0] * torch.finfo(rows.dtype).eps * values[-1:]  # of no rows there is no largest
     values, left = values[kept], left[:, kept]
     norms = (values * count).sqrt()
@@ -70,8 +76,8 @@ def orthonormal(vectors: Tensor) -> Tensor:
     # that would never be reached, and all steps be made.
     tolerance = 8 * torch.finfo(vectors.dtype).eps * vectors.shape[-1] ** 0.5
     for _ in range(_POLISHING_STEPS):
-        gram = vectors.mT @ vectors
-        if bool((gram - identity).norm() <= tolerance):
+        product = gram(vectors)
+        if bool((product - identity).norm() <= tolerance):
             break
-        vectors = vectors @ (1.5 * identity - 0.5 * gram)
+        vectors = vectors @ (1.5 * identity - 0.5 * product)
     return vectors

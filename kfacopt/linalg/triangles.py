@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
@@ -19,10 +21,20 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     size = matrix.shape[-1]
     half = (size + 1) // 2
     upper = matrix.triu()
-    packed = matrix.new_zeros(*matrix.shape[:-2], half, size + 1)
+    packed = matrix.new_zeros(packed_shape(matrix.shape))
     packed[..., 1:] = upper[..., :half, :]
     packed[..., : size - half, :-1] += upper[..., half:, :].flip(-1, -2)
     return packed
+
+
+def packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which `pack_triangle` leaves matrices of a shape.
+
+    >>> packed_shape((5, 3, 3))
+    (5, 2, 4)
+    """
+    *groups, size, _ = shape
+    return (*groups, (size + 1) // 2, size + 1)
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfacopt.linalg.tensors import tensor_of_rows
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
-from kfacopt.sharding import shard_of, shards, whole_of
+from kfacopt.sharding import shard_of, shards, whole_of_each
 
 State = MutableMapping[Any, Any]
 """`torch.optim.Optimizer.state`: a dict for each parameter."""
@@ -45,7 +45,7 @@ def averaged(
         for weight, (held, buffers) in by_weight.items():
             now = [shards(gradients, p) for p in held]
             means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight)
-            result |= {p: whole_of(mean, p) for p, mean in zip(held, means, strict=True)}
+            result |= dict(zip(held, whole_of_each(means, held), strict=True))
     return result
 
 

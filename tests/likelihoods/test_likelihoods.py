@@ -414,6 +414,33 @@ def test_sampled_moments_agree_with_the_hessian_within_their_standard_error(name
     assert (vectors.mean(0).abs() <= 5 * vectors.std(0) / samples**0.5 + 1e-12).all()
 
 
+@pytest.mark.parametrize("spread", [0.1, 10.0, 1e3])
+def test_cross_entropys_root_has_a_vector_less_than_classes(spread: float) -> None:
+    logits = spread * float64(40, 7)
+    logits[0, 3] = -torch.inf  # a masked class
+    for dtype in (torch.float32, torch.float64):
+        terms = Categorical().terms(logits.to(dtype))
+        root = Categorical().hessian_sqrt(terms)
+        assert root.shape == (6, 40, 7)
+        p = terms.parameters.double().softmax(-1)
+        truth = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        found = torch.einsum("vmi,vmj->mij", root.double(), root.double())
+        # Rounding of the probabilities, which the spread of the logits multiplies.
+        torch.testing.assert_close(found, truth, rtol=0, atol=10 * torch.finfo(dtype).eps * max(1.0, spread))
+        parts = [Categorical().hessian_sqrt(terms, slice(i, i + 2)) for i in (0, 2, 4)]
+        torch.testing.assert_close(torch.cat(parts), root)
+
+
+def test_of_a_single_class_there_is_one_vector_of_nothing() -> None:
+    assert Categorical().hessian_sqrt(Categorical().terms(torch.ones(3, 1))).tolist() == [[[0.0]] * 3]
+
+
+def test_what_is_not_finite_stays_so_in_the_root() -> None:
+    root = Categorical().hessian_sqrt(Categorical().terms(torch.tensor([[torch.nan, 0.0, 1.0], [0.0, 0.0, 0.0]])))
+    assert not root[:, 0].isfinite().any(-1).all()
+    assert root[:, 1].isfinite().all()
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if not c.name.endswith(" [c]")], ids=name_of)
 def test_a_batch_given_four_times_changes_nothing(case: Case) -> None:
     four = Case(

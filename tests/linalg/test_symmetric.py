@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfacopt.linalg.symmetric import damped_inverse, eigh, refine_basis
+from kfacopt.linalg.symmetric import damped_inverse, eigh, eigh_of_each, refine_basis
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -177,3 +177,38 @@ def test_refining_again_and_again_finds_the_eigenbasis(leading: tuple[int, ...])
         refined = refine_basis(matrix, refined)
     found = (refined.mT @ matrix @ refined).diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(found, values.expand_as(found), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("silent", [0, 3, 40, 159, 160])
+def test_rows_of_zeros_are_eigenvectors(silent: int) -> None:
+    matrix = torch.zeros(160, 160, dtype=torch.float64)
+    heard = torch.randperm(160)[silent:]
+    matrix[heard[:, None], heard] = covariance(160 - silent, 300) if silent < 160 else matrix.new_zeros(0, 0)
+    values, vectors, retries = eigh(matrix)
+    assert retries == 0
+    assert (values.diff() >= 0).all()
+    assert int((values < 1e-12).sum()) == silent
+    torch.testing.assert_close(vectors * values @ vectors.mT, matrix, rtol=0, atol=1e-10)
+    torch.testing.assert_close(vectors.mT @ vectors, eye_like(matrix), rtol=0, atol=1e-10)
+
+
+def test_a_zero_on_the_diagonal_alone_is_no_row_of_zeros() -> None:
+    matrix = covariance(160, 300)
+    matrix.diagonal()[:20] = 0.0
+    values, vectors, _ = eigh(matrix)  # indefinite: what is negative is clamped
+    exact = torch.linalg.eigh(matrix)
+    torch.testing.assert_close(values, exact.eigenvalues.clamp_min(0.0))
+    torch.testing.assert_close(vectors.abs(), exact.eigenvectors.abs())
+
+
+def test_several_at_once_are_each_as_alone() -> None:
+    matrices = [covariance(size, 300) for size in (7, 140, 2, 130)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = eigh_of_each(matrices)
+    finally:
+        torch.set_num_threads(before)
+    for matrix, (values, vectors, retries) in zip(matrices, found, strict=True):
+        assert retries == 0
+        torch.testing.assert_close(vectors * values @ vectors.mT, matrix, rtol=0, atol=1e-10)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import cast
 
 from torch import Tensor
 
-from kfacopt.blocks.data_set import DataSetEigenBlock
+from kfacopt.blocks.data_set import DataSetEigenBlock, refresh_together
+from kfacopt.blocks.eigen import squared_gradients
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
@@ -55,12 +55,14 @@ class EKFACLinearOperator(KroneckerLinearOperator):
             self._correct_by_sweep()
             return
         blocks, known = self._eigen_blocks(), set()
-        for layer, block in blocks.items():
-            if layer in kept:
-                before = kept[layer][0].inputs
-                kept[layer] = block.refresh_from(kept[layer])
-                if kept[layer][0].inputs is not before:
-                    known.add(layer)
+        for layer, rows in kept.items():
+            blocks[layer].feed(rows)
+        refresh_together([block for layer, block in blocks.items() if layer in kept])
+        for layer, rows in kept.items():
+            coordinates = blocks[layer].in_coordinates(rows)
+            if coordinates is not None:
+                kept[layer] = coordinates
+                known.add(layer)
         self._finish()
         batches = max((len(rows) for rows in kept.values()), default=0)
         for number in range(batches):
@@ -88,8 +90,7 @@ class EKFACLinearOperator(KroneckerLinearOperator):
 
     def _correct_by_sweep(self) -> None:
         """Eigenbases of the factors as they are, and the corrected eigenvalues by another sweep over all data."""
-        for block in self._eigen_blocks().values():
-            block.refresh(0.0)
+        refresh_together(list(self._eigen_blocks().values()))
         self._restart_sampling()
         for _, chunk in self._rows("eigenvalue correction"):
             self._correct(chunk.rows, ())
@@ -97,19 +98,19 @@ class EKFACLinearOperator(KroneckerLinearOperator):
 
     def _correct(self, rows: Mapping[Layer, Rows], known: Collection[Layer]) -> None:
         """Add rows to the corrected eigenvalues; `known` have coordinates for inputs already."""
-        blocks = self._eigen_blocks()
-        rotated: dict[object, Tensor] = {}
-        for layer, block in blocks.items():
+        squared: dict[object, Tensor] = {}
+        for layer, block in self._eigen_blocks().items():
             if layer not in rows:
                 continue
             these, (left, right) = rows[layer], block.basis()
-            if left is not None and these.gradients.shape[-2] == 1 and not isinstance(these.inputs, OneHot):
-                # Weight and bias of a module have the same gradients: rotate them once.
-                if layer.outputs not in rotated:
-                    groups = left if left.ndim == 2 else left.unsqueeze(-3)
-                    rotated[layer.outputs] = these.gradients @ groups
-                these, left = replace(these, gradients=rotated[layer.outputs]), None
-            block.correct(these, left, None if layer in known else right)
+            on_inputs = None if layer in known else right
+            if these.gradients.shape[-2] > 1 or isinstance(these.inputs, OneHot):
+                block.correct(these, left, on_inputs)
+                continue
+            # Weight and bias of a module have the same gradients: rotate and square them once.
+            if layer.outputs not in squared:
+                squared[layer.outputs] = squared_gradients(these.gradients, left)
+            block.correct_by_squares(squared[layer.outputs], these, on_inputs)
 
     def _finish_corrections(self) -> None:
         for block in self._eigen_blocks().values():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.convolution import averaged_patches, patches
-from kfacopt.likelihoods import likelihood_from
+from kfacopt.likelihoods import Categorical, likelihood_from
 
 Pair = tuple[int, int] | int
 
@@ -37,7 +38,13 @@ def loss_hessian_matrix_sqrt(output_one_datum: Tensor, target_one_datum: Tensor,
         raise ValueError(f"target_one_datum must have batch size 1, got the shape {list(target_one_datum.shape)}")
     likelihood = likelihood_from(loss_func)
     terms = likelihood.terms(output_one_datum.detach(), target=target_one_datum)
-    return likelihood.hessian_sqrt(terms)[:, 0].mT.to(output_one_datum.dtype)
+    if isinstance(likelihood, Categorical):  # whose own root has a column less
+        probabilities = terms.parameters[0].softmax(-1)
+        deviation = (probabilities * terms.scale[0]).sqrt()
+        root = deviation.diag() - torch.outer(probabilities, deviation)
+    else:
+        root = likelihood.hessian_sqrt(terms)[:, 0].mT
+    return root.to(output_one_datum.dtype)
 
 
 def extract_patches(

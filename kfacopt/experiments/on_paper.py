@@ -1,0 +1,233 @@
+"""Several processes on paper: what a step takes in each of them, for models and numbers of processes not at hand.
+
+Nothing is trained and nothing is sent. Blocks are filled with tensors without memory (torch's meta device), so that the
+bytes are those of the very code that reduces, divides and sends, and the flops of products are counted as they are
+called. Not counted: attention and elementwise operations, and the some hundred bytes with which a step is agreed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfacopt.backends import LayerwiseBackend
+from kfacopt.backends.ownership import decomposition_cost, message_bytes, owners_of
+from kfacopt.backends.reduction import reduce_pending
+from kfacopt.blocks.base import Block
+from kfacopt.blocks.kronecker import KroneckerBlock, aligned
+from kfacopt.blocks.outputs import OutputBlock
+from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.coverage import find_layers
+from kfacopt.layers.layer import Layer
+from kfacopt.linalg.polar import NewtonSchulz
+from kfacopt.sharding import Processes
+
+FLOAT32 = 4
+"""Bytes of a number: statistics, caches and momentum have this dtype, and so, here, parameters and gradients."""
+
+
+class OnPaper(Processes):
+    """So many processes that are not there: what they would sum is noted.
+
+    Args:
+        size: How many.
+
+    Attributes:
+        summed: Bytes given to sums so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._number, self.summed = size, 0
+
+    @property
+    def size(self) -> int:
+        """How many train together."""
+        return self._number
+
+    @property
+    def rank(self) -> int:
+        """The first."""
+        return 0
+
+    def sum_vector(self, numbers: Sequence[Tensor | float]) -> list[float]:
+        """Every process has rows of every layer."""
+        return [float(self._number)] * len(numbers)
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors as they are."""
+        self.summed += sum(tensor.nbytes for tensor in tensors)
+        return list(tensors)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done when it is due, in one of several processes.
+
+    Attributes:
+        size: How many processes there are.
+        parameters: Numbers in the model's parameters.
+        statistics: Bytes that are summed over the processes when statistics are due.
+        caches: Bytes that each owner sends to all others after a refresh of all layers, by rank.
+        momentum: Bytes of the layers' whole momentum, which `fully_shard`'s processes gather in each step.
+        held: Bytes of statistics and caches, with the roots of a spectral step, which every process has.
+        training: Flops of forward and backward.
+        rows: Flops of the curvature's own pass and of the products of its rows.
+        inverses: Flops of the inverses of all layers, of the owner with most.
+        solve: Flops of a step's direction.
+    """
+
+    size: int
+    parameters: int
+    statistics: int
+    caches: tuple[int, ...]
+    momentum: int
+    held: int
+    training: float
+    rows: float
+    inverses: float
+    solve: float
+
+    def engine_traffic(self, sharded: bool) -> float:
+        """Bytes that a process receives in a step without us: gradients all-reduced, or `fully_shard`'s three ways.
+
+        Rings: of S bytes an all-gather or a reduce-scatter brings each process S (W - 1) / W, an all-reduce twice that.
+        """
+        return (3 if sharded else 2) * self._ring(FLOAT32 * self.parameters)
+
+    def traffic(self, factor_every: int, refresh_every: int, sharded: bool) -> float:
+        """Bytes that a process receives for the curvature, a step, averaged over the intervals."""
+        of_passes = self._ring(FLOAT32 * self.parameters) if sharded else 0.0  # our pass fetches parameters once more
+        sums = (2 * self._ring(self.statistics) + of_passes) / factor_every
+        received = (sum(self.caches) - min(self.caches)) / refresh_every
+        return sums + received + (self._ring(self.momentum) if sharded else 0.0)
+
+    def flops(self, factor_every: int, refresh_every: int) -> float:
+        """Flops of the busiest process for the curvature, a step, averaged over the intervals."""
+        return self.rows / factor_every + self.inverses / refresh_every + self.solve
+
+    def _ring(self, size: float) -> float:
+        return size * (self.size - 1) / self.size
+
+
+def language_model(width: int = 2048, blocks: int = 17, words: int = 32_000) -> nn.Module:
+    """The matrices of a transformer, without memory: by default of 0.99e9 parameters.
+
+    >>> sum(p.numel() for p in language_model().parameters()) / 1e9
+    0.986710016
+    """
+    with torch.device("meta"):
+        parts: list[nn.Module] = [nn.Embedding(words, width)]
+        for _ in range(blocks):
+            parts += [nn.Linear(width, width, bias=False) for _ in range(4)]
+            parts += [nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)]
+        return nn.Sequential(*parts, nn.Linear(width, words, bias=False))
+
+
+def plan(
+    model: nn.Module,
+    backend: LayerwiseBackend,
+    tokens: int,
+    size: int,
+    refusal: Callable[[Layer], str | None] = lambda layer: None,
+    spectral: bool = False,
+) -> Plan:
+    """What a step takes.
+
+    Args:
+        model: On the meta device; linear layers and embeddings.
+        backend: A fresh `KFACBackend` or `OneSidedKFACBackend` of exponent 1.
+        tokens: Rows of every layer in one process's batch.
+        size: How many processes there are.
+        refusal: Of the direction: which layers have no curvature.
+        spectral: Whether a step is spectral; else the natural gradient.
+
+    Raises:
+        NotImplementedError: For a block whose cache has a size that only its numbers tell.
+    """
+    parameters = list(model.parameters())
+    layers, _ = find_layers(model, parameters, {}, separate=False, refusal=refusal)
+    backend.attach(layers)
+    processes = OnPaper(size)
+    products = 2.0 * tokens * sum(layer.parameters["weight"].numel() for layer in layers if not _one_hot(layer))
+    rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
+    reduce_pending(backend.blocks, processes, averaged=True)
+    for block in backend.blocks.values():
+        block.fold(0.0)
+        block.load_cache(_cache(block))
+    owner_of = owners_of(backend.blocks, processes)
+    costs, caches = [0.0] * size, [0] * size
+    for name, block in backend.blocks.items():
+        # A layer without an owner is nobody's to send.
+        if name in owner_of:
+            costs[owner_of[name]] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
+            caches[owner_of[name]] += message_bytes(block)
+    return Plan(
+        size=size,
+        parameters=sum(p.numel() for p in parameters),
+        statistics=processes.summed,
+        caches=tuple(caches),
+        momentum=_gathered({p for layer in layers for p in layer.parameters.values()}, size),
+        held=_held(backend.blocks.values(), spectral),
+        training=6.0 * tokens * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
+        rows=rows,
+        inverses=max(costs),
+        solve=_counted(lambda layer: _direction(backend.blocks[layer.name], layer, spectral), layers),
+    )
+
+
+def _rows(layer: Layer, tokens: int) -> Rows:
+    outputs, inputs = layer.shape
+    seen: Tensor | OneHot = torch.empty(1, tokens, inputs, device="meta")
+    if _one_hot(layer):
+        seen = OneHot(torch.empty(1, tokens, dtype=torch.int64, device="meta"), inputs)
+    return Rows(seen, torch.empty(1, 1, tokens, outputs, device="meta"), torch.empty((), device="meta"))
+
+
+def _one_hot(layer: Layer) -> bool:
+    return layer.handler.structure == "one-hot"
+
+
+def _cache(block: Block) -> dict[str, Tensor | None]:
+    """What a refresh leaves: the inverses, which on paper cannot be computed."""
+    if isinstance(block, KroneckerBlock):
+        left, right = block.factors()
+        return {"inverse_gradient_factor": left, "inverse_input_factor": aligned(right)}
+    if isinstance(block, OutputBlock):
+        return {"inverse_gradient_factor": block.factor()}
+    raise NotImplementedError(
+        f"what {type(block).__name__} holds is not known on paper: plan a KFACBackend or a OneSidedKFACBackend"
+    )
+
+
+def _direction(block: Block, layer: Layer, spectral: bool) -> None:
+    matrix = torch.empty(*layer.shape, device="meta")
+    block.solve(matrix, 1.0)  # whitening and back takes as much, each
+    if spectral:
+        block.solve(matrix, 1.0)
+        NewtonSchulz(iterations=3)(matrix)
+
+
+def _counted(work: Callable[[Layer], None], layers: Iterable[Layer]) -> float:
+    """Flops of the products that some work on layers calls, on tensors without memory."""
+    with FlopCounterMode(display=False) as counter:
+        for layer in layers:
+            work(layer)
+    return float(counter.get_total_flops())
+
+
+def _held(blocks: Iterable[Block], roots: bool) -> int:
+    result = 0
+    for block in blocks:
+        values, cache = [average.value for average in block.averages().values()], list(block.cache().values())
+        result += sum(t.nbytes for t in (*values, *cache, *(cache if roots else [])) if t is not None)
+    return result
+
+
+def _gathered(parameters: Iterable[nn.Parameter], size: int) -> int:
+    """Bytes of tensors whose rows are divided, each process's part as large as the first's."""
+    return sum(FLOAT32 * -(-len(p) // size) * size * p[0].numel() for p in parameters)
