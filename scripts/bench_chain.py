@@ -110,11 +110,16 @@ def in_a_process(size: Size, threads: int) -> dict[str, float]:
     return result
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> Table:
-    """One row a size: medians of time and memory, the worst residual."""
+def table(found: dict[str, list[dict[str, float]]], of_two: dict[str, list[float]] | None = None) -> Table:
+    """One row a size: medians of time and memory, the worst residual.
+
+    Args:
+        found: What `measure` returned, by size.
+        of_two: CPU-seconds at twice the threads over those at once, by size, run after run.
+    """
     made = Table(title="(H + 0.1 I)⁻¹ g of a deep chain, float64")
-    for heading in ("batch, width, depth", "parameters", "published CPU-s / MB", "at most", "CPU-s", "MB", "residual",
-                    "corrections", "negative eigenvalues"):  # fmt: skip
+    for heading in ("batch, width, depth", "parameters", "published CPU-s / MB", "at most", "CPU-s",
+                    "of twice the threads", "MB", "residual", "corrections", "negative eigenvalues"):  # fmt: skip
         made.add_column(heading, justify="right")
     for size in SIZES:
         runs = found.get(size.key)
@@ -130,6 +135,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> Table:
             size.published,
             "–" if size.limit is None else f"{size.limit:g}",
             f"{median('seconds'):.3f}",
+            f"{statistics.median(of_two[size.key]):.2f}" if of_two else "–",
             f"{median('megabytes'):.0f}",
             f"{max(run['residual'] for run in runs):.0e}",
             f"{median('steps'):.0f}",
@@ -143,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="sizes batch,width,depth of the table")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="more take less time, and more CPU-seconds")
+    parser.add_argument("--threads", type=int, default=1, help="measured again with twice as many")
     parser.add_argument("--here", action="store_true", help="measure one size in this process and print JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -152,13 +158,15 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(sizes[0])))
         return
     found: dict[str, list[dict[str, Any]]] = {size.key: [] for size in sizes}
+    of_two: dict[str, list[float]] = {size.key: [] for size in sizes}
     # Not in a process that is measured, whose memory it would be part of.
     from progress import counted, output
 
     console = output()
     for size in counted(sizes * arguments.repeats, lambda size: f"batch, width, depth {size.key}", console):
         found[size.key].append(in_a_process(size, arguments.threads))
-    console.print(table(found))
+        of_two[size.key].append(in_a_process(size, 2 * arguments.threads)["seconds"] / found[size.key][-1]["seconds"])
+    console.print(table(found, of_two))
     for short, long in LINEAR:
         if short in found and long in found:
             ratios = [

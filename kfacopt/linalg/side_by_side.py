@@ -1,9 +1,10 @@
-"""Independent work that runs at the same time, with torch's threads divided among it."""
+"""torch's threads: divided among independent work that runs at the same time, or held back where they only wait."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 from typing import TypeVar
 
@@ -11,6 +12,22 @@ import torch
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+
+@contextmanager
+def at_most(threads: int) -> Iterator[None]:
+    """No more of torch's threads than these within the context, for the thread of Python's that enters it.
+
+    >>> with at_most(1):
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(threads, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pool(workers: int, threads: int, name: str = "kfacopt") -> ThreadPoolExecutor:

@@ -23,7 +23,7 @@ from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
-from kfacopt.optim.sightings import Sightings
+from kfacopt.optim.sightings import Sightings, warn_of_none
 from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
@@ -193,6 +193,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         needs = {name: part.wants_replays(0) for name, part in replaying.items()}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
+        warn_of_none(self.coverage(), self._layers, self._plain, self._parameters(curvature=True))
 
     # -- what is covered -------------------------------------------------------------------------------------------
 
@@ -208,9 +209,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _alone(self) -> str | None:
-        # Whoever runs forwards again sees the data of this process.
+        # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
         parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
-        return repr(parts[0]) if parts else None
+        apart = [part for part in parts if self._sharded or not part.shares_replays]
+        return repr(apart[0]) if apart else None
 
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from kfacopt.linalg.side_by_side import pool, side_by_side
+from kfacopt.linalg.gram import gram
+from kfacopt.linalg.side_by_side import at_most, pool, side_by_side
+from kfacopt.linalg.symmetric import eigh_of_each
 
 
 @pytest.fixture
@@ -43,3 +46,42 @@ def test_a_pool_leaves_the_callers_threads(four_threads: None) -> None:
     with pool(2, 3) as threads:
         assert list(threads.map(lambda _: torch.get_num_threads(), range(2))) == [3, 3]
         assert torch.get_num_threads() == 4
+
+
+def test_fewer_threads_within_a_context_and_as_many_after_an_error(four_threads: None) -> None:
+    with at_most(8):
+        assert torch.get_num_threads() == 4
+    with pytest.raises(ZeroDivisionError), at_most(1):
+        _ = 1 / (torch.get_num_threads() - 1)
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.benchmark
+def test_decompositions_side_by_side_waste_no_processor_time() -> None:
+    before = torch.get_num_threads()
+    rows = torch.rand(600, 512)
+    matrices, seconds = [rows.mT @ rows] * 4, {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seconds[threads] = min(_processor_time(lambda: eigh_of_each(matrices)) for _ in range(5))
+    torch.set_num_threads(before)
+    assert seconds[2] <= 1.3 * seconds[1]
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("shape", [(5120, 512), (4000, 1152)])
+def test_half_a_symmetric_product_is_cheaper(shape: tuple[int, int]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = torch.rand(*shape)
+    whole, half = (
+        min(_processor_time(product) for _ in range(7)) for product in (lambda: rows.mT @ rows, lambda: gram(rows))
+    )
+    torch.set_num_threads(before)
+    assert half <= 0.95 * whole
+
+
+def _processor_time(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start

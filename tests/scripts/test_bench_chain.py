@@ -15,8 +15,9 @@ def test_a_size_is_measured_in_a_process_of_its_own_and_printed() -> None:
     assert found["parameters"] == 16 * 64 * 65
     assert found["residual"] < 1e-10
     out = io.StringIO()
-    Console(file=out, width=160).print(bench_chain.table({size.key: [found]}))
+    Console(file=out, width=160).print(bench_chain.table({size.key: [found]}, {size.key: [1.25, 7.0, 1.05]}))
     assert "115 / 8276" in out.getvalue()
+    assert "1.25" in out.getvalue()
 
 
 @pytest.mark.benchmark
@@ -36,3 +37,11 @@ def test_cost_is_linear_in_depth() -> None:
             min(bench_chain.in_a_process(by_key[key], threads=1)["seconds"] for _ in range(3)) for key in (short, long)
         )
         assert 3.0 <= many / few <= 5.0
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("key", ["8,64,16", "32,32,16"])
+def test_two_threads_waste_no_processor_time(key: str) -> None:
+    size = next(size for size in bench_chain.SIZES if size.key == key)
+    one, two = (min(bench_chain.in_a_process(size, n)["seconds"] for _ in range(3)) for n in (1, 2))
+    assert two <= 1.2 * one

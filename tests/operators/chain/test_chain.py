@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 
+from kfacopt.linalg.riccati import RiccatiFactorization
 from kfacopt.operators import CGInverseLinearOperator, ChainGGN, ChainHessian, IdentityLinearOperator, Residual
 from kfacopt.operators.convergence import ConvergenceWarning
 from tests.cases import bits, classes, reals
@@ -437,3 +438,31 @@ def test_nothing_is_left_on_the_model() -> None:
         ChainHessian(model, loss, x, y).solve(torch.ones(60, dtype=torch.float64), 0.1)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("width", "inside"), [(3, 1), (513, 2)])
+def test_small_states_keep_to_one_thread_and_leave_the_callers(
+    width: int, inside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of two: 6 and 1,026 numbers in a state."""
+    before, seen = torch.get_num_threads(), []
+    make = RiccatiFactorization.__init__
+
+    def watched(*args: object, **options: object) -> None:
+        seen.append(torch.get_num_threads())
+        make(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RiccatiFactorization, "__init__", watched)
+    torch.set_num_threads(2)
+    try:
+        model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1)).double()
+        x, y = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
+        hessian = ChainHessian(model, nn.MSELoss(), x, y)
+        hessian.solve(hessian.gradient, damping=0.1)
+        with pytest.raises(ValueError, match="damping"):
+            hessian.solve(hessian.gradient, damping=0.0)
+        assert hessian.positive_definite(100.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {inside}
