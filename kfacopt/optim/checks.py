@@ -114,6 +114,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "damping": (0.0, math.inf),
     "momentum": (0.0, 1.0),
     "weight_decay": (0.0, math.inf),
+    "cautious_decay": (0.0, math.inf),
     "ema_decay": (0.0, 1.0),
     "adamw_lr": (0.0, math.inf),
 }

@@ -88,7 +88,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
             each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
             factor, as long as the group's `"relative_damping"` is True).
         momentum: Of the gradient, before it is preconditioned; default: 0.95 with the spectral step, else 0.9.
-        weight_decay: Decoupled.
+        weight_decay: Decoupled, of all parameters; default: none, but for the cautious one of the spectral step (its
+            `decay`), which whoever says this, for all or for a param group, does without.
         ema_decay: Decay of the statistics' running averages, for each update of them.
         kl_clip: Default: `"grafted"`, each layer's step has a fixed length (`Grafted`), which needs no bound and no
             constant to tune. A number: bound on `lr² uᵀ m / c`, twice the step's Kullback-Leibler divergence, with the
@@ -138,7 +139,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         lr: Rate = None,
         damping: float | RelativeDamping | None = None,
         momentum: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         ema_decay: float = 0.8,
         kl_clip: Bound = "grafted",
         relative_clip: float | None = None,
@@ -169,7 +170,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         defaults = groups.with_plain_damping({"damping": step.usual.damping if damping is None else damping}) | {
             "lr": step.rate,
             "momentum": step.momentum,
-            "weight_decay": weight_decay,
+            "weight_decay": 0.0,
             "ema_decay": ema_decay,
             **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
             "adamw_lr": step.usual.adamw_lr if adamw_lr is None else adamw_lr,
@@ -179,6 +180,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             **self.direction.defaults(),
             **self.step_length.defaults(),
         }
+        defaults |= {} if weight_decay is None else groups.with_own_decay({"weight_decay": weight_decay}, defaults)
         estimator = TermsEstimator(
             loss_func,
             fisher=fisher,
@@ -238,7 +240,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
-        super().add_param_group(groups.with_plain_damping(param_group))
+        super().add_param_group(groups.with_own_decay(groups.with_plain_damping(param_group), self.defaults))
         self.param_groups[-1].setdefault("base_lr", float(self.param_groups[-1]["lr"]))
 
     def _check_groups(self) -> None:

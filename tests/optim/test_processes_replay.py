@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kfacopt
+from kfacopt.replay.metric import Metric
 from tests.optim.test_processes import (
     CE,
     MSE,
@@ -102,6 +103,26 @@ def squared_sum(model: nn.Module, batch: Batch) -> None:
     nn.functional.mse_loss(model(batch[0]), target, reduction="sum").backward()
 
 
+def labels_are_drawn_by_every_process_anew() -> None:
+    """Of the same data, too, and in every step; the step is one all the same."""
+    drawn: list[Tensor] = []
+    scaled_columns = Metric._scaled_columns
+
+    def noting(metric: Metric, piece: Any) -> Tensor:
+        drawn.append(scaled_columns(metric, piece))
+        return drawn[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metric, "_scaled_columns", noting)
+        train(natural(curvature="mc"), [make_batches(1)[0]] * 2, plain(CE()), None)
+    assert len(drawn) == 2
+    own = torch.stack([(columns < 0).double() for columns in drawn])  # which class was drawn, by sign
+    everybodys = [torch.empty_like(own) for _ in range(2)]
+    distributed.all_gather(everybodys, own)
+    labels = [*everybodys[0], *everybodys[1]]
+    assert not any(torch.equal(a, b) for i, a in enumerate(labels) for b in labels[:i])
+
+
 def a_preconditioner_is_of_all_data() -> None:
     """Its labels are drawn, so that the number of products differs and the solution does not."""
     make = natural(solver=lambda: kfacopt.CG(tolerance=1e-14, progress=None, preconditioner=kfacopt.KFACBackend(1, 1)))
@@ -146,6 +167,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         check.__name__: check
         for check in (
             sums_may_be_of_unlike_many_data,
+            labels_are_drawn_by_every_process_anew,
             a_preconditioner_is_of_all_data,
             a_process_without_a_forward_is_refused,
             a_forward_that_is_another_is_refused_by_all,

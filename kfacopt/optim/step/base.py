@@ -206,6 +206,8 @@ class Updates:
         bend: Second derivative of the step's path, what is added to the parameters is
             `scale · (-lr u) + ½ scale² · bend`, in the order of `tensors`; None: the path is straight.
         check: A number that is finite exactly if all of `tensors` are, where the direction knows one.
+        decays: By parameter, which part of it is taken off at learning rate one, of those entries that the update makes
+            smaller anyway (`rule.decay_cautiously`).
     """
 
     tensors: dict[nn.Parameter, Tensor]
@@ -213,6 +215,7 @@ class Updates:
     scale: float = 1.0
     bend: list[Tensor] | None = None
     check: Tensor | None = None
+    decays: Mapping[nn.Parameter, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
