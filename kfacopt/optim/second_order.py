@@ -209,10 +209,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _alone(self) -> str | None:
-        # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole:
-        # said at the beginning, or else before such a step.
-        steps = {0, self._step}
-        parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, steps))]
+        # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
+        parts = [p for p in (self.direction, self.step_length) if any(map(p.wants_replays, {0, self._step}))]
         apart = [part for part in parts if self._sharded or not part.shares_replays]
         return repr(apart[0]) if apart else None
 
