@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 _ENGINE = "torch.distributed.fsdp"
+_WHOLE = frozenset({Tensor, nn.Parameter})
 
 
 def is_engines(hook: Any) -> bool:
@@ -32,6 +33,8 @@ def is_sharded(tensor: Tensor) -> bool:
     >>> is_sharded(torch.ones(2))
     False
     """
+    if type(tensor) in _WHOLE:  # asked dozens of times of each parameter in a step
+        return False
     return hasattr(tensor, "placements") and hasattr(tensor, "full_tensor")
 
 

@@ -202,9 +202,9 @@ class Spectral(Direction):
         """What evens each output's row and gives each matrix its length, `[b *k o 1]`; and the norms without length.
 
         Evening is to divide by the root of the row's running mean square, in units of the mean over its layer's rows.
-        The norm of what comes of it is known from the rows' mean squares: the matrices are met twice.
+        The norm of what comes of it is known from the rows' squares: the matrices are met twice.
         """
-        squares = torch.linalg.vector_norm(matrices, dim=stack.inputs).square() / matrices.shape[stack.inputs]
+        squares = torch.linalg.vector_norm(matrices, dim=stack.inputs).square()
         tiny = torch.finfo(squares.dtype).tiny
         evening = squares.new_ones(())
         if self._row_decay is not None:
@@ -213,7 +213,7 @@ class Spectral(Direction):
             averages = averages.clamp_min(_LEAST_ROW)
             squares, evening = squares / averages, averages.rsqrt()
         # Squares end at `tiny`, so the norm at its root; of a zero matrix the factor is to be finite.
-        norms = (squares.flatten(1).sum(-1) * matrices.shape[stack.inputs]).sqrt().clamp_min(tiny**0.5)
+        norms = squares.flatten(1).sum(-1).sqrt().clamp_min(tiny**0.5)
         length = shrunk(step.number, self._full_steps) * stack.length
         factors = evening * _column(length / norms, squares)
         return factors.unsqueeze(stack.inputs), norms
