@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -116,6 +116,34 @@ class Processes:
             distributed.all_reduce(whole, group=self._group)
             result |= dict(zip(bucket, split_like(whole, members), strict=True))
         return [result[place] for place in range(len(tensors))]
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means over the processes of tensors, which all must have in the same shapes; the same in all."""
+        if self.size == 1:
+            return list(tensors)
+        sums = self.sum([tensor.contiguous() for tensor in tensors])
+        return [total.div_(self.size) for total in sums]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What some work returns that each process does alone; if it fails in one, all raise.
+
+        >>> Processes().together(lambda: 3)
+        3
+        """
+        if self.size == 1:
+            return work()
+        failure, found = None, list[T]()
+        try:
+            found.append(work())
+        except Exception as error:  # the others wait for this one
+            failure = error
+        said = self.gathered(None if failure is None else repr(failure))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RuntimeError(f"process {rank} cannot take this step, so that none does: {text}")
+        return found[0]
 
     def sent(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """What every rank sends to all: `tensors[rank]`, contiguous, of which the others need only have the shapes.

@@ -69,7 +69,8 @@ def trained(
     build, rows = MODELS[kind]
     model = build()
     smoothing = options.get("label_smoothing_factor", 0.0)
-    optimizer = make(model, nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=smoothing))
+    fixed = {"curvature": options.pop("curvature")} if "curvature" in options else {}
+    optimizer = make(model, nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=smoothing), **fixed)
     losses = run(model, optimizer, rows(), folder, start, **options)
     assert optimizer.health()["skipped_steps"] == 0.0
     assert optimizer.health()["unseen_layers"] == 0.0
@@ -142,6 +143,17 @@ def test_it_trains_under_the_trainers_autocast(name: str, kind: str, tmp_path: P
     """accelerate returns copies of the logits in float32, and the loss within the model is of the logits themselves."""
     _, losses = trained(tmp_path, kind, OURS[name], bf16=True, max_steps=2 * STEPS)
     assert sum(losses[-4:]) < 0.98 * sum(losses[:4])
+
+
+@models
+def test_activation_checkpointing_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """What is recomputed runs code of the model's in our pass; what that can reach is as it was afterwards."""
+    losses = [
+        trained(tmp_path, kind, kfacopt.KFAC, curvature="ggn", gradient_checkpointing=active)[1]
+        for active in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert transformers.activations.ACT2FN["gelu"] is not transformers.activations.ACT2FN["gelu"]
 
 
 def test_the_trainers_autocast_shows_the_curvature_of_the_loss(tmp_path: Path) -> None:

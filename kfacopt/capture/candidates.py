@@ -148,10 +148,11 @@ def reached(
         alive: All forwards, by their marks.
 
     Returns:
-        None where the graph cannot be seen.
+        None where the graph cannot be seen. Of a copy and its original the first that a backward reaches is taken then:
+        it comes to the copy first, if at all.
     """
     if graph is None:
-        return None
+        return {forward} if forward.refusal.endswith(_COPIED) else None
     found = {alive[mark] for place in graph.predictions for mark in marks_on(place) if mark in alive}
     beside = {alive[mark] for mark in marks_on(node) if mark in alive}
     # Tensors of one node (a chunk each) arrive together: those without a gradient are not in the loss.

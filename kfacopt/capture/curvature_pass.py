@@ -23,7 +23,7 @@ from kfacopt.capture.tensor_hooks import HooksSince
 from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
-from kfacopt.layers.plain import DIFFERENTIATED, USED_ELSEWHERE
+from kfacopt.layers.plain import DIFFERENTIATED, RECOMPUTED, USED_ELSEWHERE
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
 
@@ -54,8 +54,8 @@ class CurvaturePass:
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
         needs_inputs: See `CurvatureBackend.needs_inputs`.
-        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how; no rows of
-            them are delivered any more.
+        used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how, or that a pass
+            cannot reach; no rows of them are delivered any more.
         differentiated: Names of layers through whose calls a derivative was taken before the forward had ended.
         hooks_since: Hooks of the user's that a graph may hold.
     """
@@ -158,8 +158,11 @@ class CurvaturePass:
         # The tensors of an ambiguous output may each have kept the same call.
         marks = {site: references for one in read.forwards for site, references in one.sites.items()}
         edges: dict[Site, Ends] = {}
+        out_of_reach = walk.out_of_reach() if walk.recomputed else set()
         for site, references in marks.items():
             nodes = [walk.nodes.get(mark) if (mark := reference()) is not None else None for reference in references]
+            if not out_of_reach.isdisjoint(nodes):
+                self.used_elsewhere[site.layer] = RECOMPUTED
             if any(nodes) and site.layer not in self.used_elsewhere:
                 ends = zip(nodes, site.output_nrs, strict=True)
                 edges[site] = tuple(None if node is None else GradientEdge(node, number) for node, number in ends)

@@ -62,6 +62,8 @@ class Walk:
         nodes: Where every mark is that was come by.
         uses: Of every leaf that was come by. A parameter that autocast casts is used as often as the cast is.
         explained: What of that the calls of layers account for. Less: a parameter is used outside its module, too.
+        recomputed: Calls of `torch.utils.checkpoint` with `use_reentrant=True`, through which torch lets no pass but a
+            whole backward.
 
     >>> weight = torch.ones(2, requires_grad=True)
     >>> walk = Walk({})
@@ -75,6 +77,7 @@ class Walk:
         self.nodes: dict[Mark, Node] = {}
         self.uses: Uses = Counter()
         self.explained: Uses = Counter()
+        self.recomputed: list[Node] = []
         self._within = within
         self._counted: set[int] = set()
         self._visited: set[Node] = set()
@@ -88,6 +91,8 @@ class Walk:
         found: list[Mark] = []
         own = set(marks_on(start))
         for node in nodes_below(start, self._visited, self.uses):
+            if node.name() == "CheckpointFunctionBackward":
+                self.recomputed.append(node)
             for mark in marks_on(node):
                 self.nodes[mark] = node
                 found.append(mark)
@@ -96,6 +101,14 @@ class Walk:
                     self._counted.add(id(reads))
                     self.explained.update(reads)
         return [mark for mark in found if mark not in own]
+
+    def out_of_reach(self) -> set[Node]:
+        """The nodes that a pass from the predictions comes to through `recomputed` ones, if not only so."""
+        visited: set[Node] = set()
+        for node in self.recomputed:
+            for _ in nodes_below(node, visited):
+                pass
+        return visited
 
     def used_elsewhere(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter is used otherwise than by its layer's calls: by a function, or in a derivative."""

@@ -11,7 +11,7 @@ import random
 import sys
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -91,17 +91,17 @@ class Reach:
         return ()
 
     def _mapping(self, item: dict[Any, Any]) -> Iterable[Any]:
-        self._places.append((functools.partial(dict, item), functools.partial(_refill, item)))
-        values = tuple(item.values()) if len(item) <= _LONGEST else ()
+        self._places.append((functools.partial(_contents_of, item), functools.partial(_refill, item)))
+        values = tuple(_contents_of(item).values()) if dict.__len__(item) <= _LONGEST else ()
         return (*values, *getattr(item, "__dict__", {}).values())
 
     def _collection(self, item: Any) -> Iterable[Any]:
-        copy: Any = set if isinstance(item, set) else list
-        self._places.append((functools.partial(copy, item), functools.partial(_refill, item)))
-        return tuple(item) if len(item) <= _LONGEST else ()
+        self._places.append((functools.partial(_contents_of, item), functools.partial(_refill, item)))
+        return tuple(_contents_of(item)) if _builtin(item).__len__(item) <= _LONGEST else ()
 
     def _fixed(self, item: Any) -> Iterable[Any]:
-        return tuple(item) if len(item) <= _LONGEST else ()
+        kind = tuple if isinstance(item, tuple) else frozenset
+        return tuple(kind.__iter__(item)) if kind.__len__(item) <= _LONGEST else ()
 
     def _function(self, item: types.FunctionType) -> Iterable[Any]:
         yield from (item.__closure__ or ())
@@ -184,9 +184,27 @@ def _same(now: Any, before: Any) -> bool:
     return now is before
 
 
+def _builtin(container: Any) -> Any:
+    """What a container is at bottom: a subclass may compute what it shows, as transformers' table of activations."""
+    return next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
+
+
+def _contents_of(container: Any) -> Any:
+    """What a container holds, as a plain dict, set or list."""
+    kind = _builtin(container)
+    if issubclass(kind, dict):
+        return dict(kind.items(container))
+    return set(set.__iter__(container)) if kind is set else list(kind.__iter__(container))
+
+
 def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    container.extend(contents) if isinstance(container, (list, deque)) else container.update(contents)
+    kind = _builtin(container)
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in contents.items():
+            kind.__setitem__(container, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(container, contents)
 
 
 def _bind(namespace: dict[str, Any], name: str, value: Any) -> None:

@@ -33,8 +33,8 @@ def check_handler(
     that datum alone, `reduce` averages inputs and sums gradients over the places, and a handler that says it is
     `batched` packs stacked parts as it packs each. All in float64, with a copy of the module and random cotangents of
     a seed of their own; module, inputs and the random state are left as they are. Parts of a compound module are
-    checked one by one, by the gradient alone (the direction of a weight norm is not to be: its rows leave out a
-    projection).
+    checked one by one, by the gradient alone; one whose rows hold something that moves (`Part.held`, the norm of a
+    spectral norm) only by its shapes, and there and back through the matrix.
 
     Args:
         handler: The handler; it need not be registered.
@@ -116,7 +116,7 @@ def _check_parts(handler: CompoundHandler, module: nn.Module, given: Any, named:
             found = [gradient for gradient in each if gradient is not None]
             arrived.append(torch.stack(found) if len(found) == COTANGENTS else None)
         check = _Check(layer, call.inputs, {})
-        check.gradient(check.rows(call.arrange(arrived), KFACType.EXPAND), outputs, cotangents)
+        check.gradient(check.rows(call.arrange(arrived), KFACType.EXPAND), outputs, cotangents, summed=not part.held)
 
 
 def _subsets(handler: LayerHandler, module: nn.Module) -> Iterator[Layer]:
@@ -149,8 +149,8 @@ class _Check:
         require_rows_pair(layer, inputs, gradients)
         return Rows(inputs, gradients, torch.tensor(1.0))
 
-    def gradient(self, rows: Rows, outputs: list[Tensor], cotangents: list[Tensor]) -> None:
-        """For each cotangent: the rows sum to the gradient, which goes there and back through the matrix."""
+    def gradient(self, rows: Rows, outputs: list[Tensor], cotangents: list[Tensor], summed: bool = True) -> None:
+        """For each cotangent: the rows sum to the gradient (if `summed`), and that goes there and back as a matrix."""
         layer, inputs = self._layer, self._dense(rows)
         products = "vnsc,nsci->vci" if self._elementwise else "v...nso,...nsi->v...oi"
         matrices = torch.einsum(products, rows.gradients, inputs)
@@ -161,7 +161,10 @@ class _Check:
             )
             truth = layer.share(dict(zip(parameters, each, strict=True)))
             packed = layer.pack(truth)
-            self._require(matrix, packed, "the sum of its rows' products is not autograd's gradient", _factor)
+            if matrix.shape != packed.shape:
+                raise ValueError(self._words(f"its rows make {list(matrix.shape)}, the matrix is {list(packed.shape)}"))
+            if summed:
+                self._require(matrix, packed, "the sum of its rows' products is not autograd's gradient", _factor)
             unpacked = layer.unpack(packed)
             if unpacked.keys() != truth.keys():
                 raise ValueError(self._words(f"unpack gives {tuple(unpacked)}"))

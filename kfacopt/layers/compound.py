@@ -33,6 +33,8 @@ class Part:
             (`{"weight": "out_proj.weight"}`).
         rows: By the same names, which rows of a parameter are its own; left out: all.
         needs_weight: Whether a bias is seen only with a weight that trains.
+        held: What its rows take for constant although the parameters move it, so that they do not sum to the gradient;
+            "": nothing.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Part:
     paths: Mapping[str, str]
     rows: Mapping[str, slice] = field(default_factory=dict)
     needs_weight: bool = True
+    held: str = ""
 
     def parameter(self, module: nn.Module, role: str) -> Tensor | None:
         """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""

@@ -121,7 +121,7 @@ class WeightNormHandler(_NormHandler):
         length = LengthHandler(self._handler, self._direction, self._length)
         whats = ("direction of the weight norm, but for the projection", "length of the weight norm")
         return (
-            Part("direction", whats[0], self, direction, {"weight": self._direction}),
+            Part("direction", whats[0], self, direction, {"weight": self._direction}, held="the norm"),
             Part("length", whats[1], self, length, {"weight": self._length}),
         )
 
@@ -150,9 +150,8 @@ class SpectralNormHandler(_NormHandler):
 
     def _own_parts(self, module: nn.Module) -> tuple[Part, ...]:
         weight = ScaledHandler(self._handler, self._scales)
-        return (
-            Part("weight", "weight over its spectral norm, with that held", self, weight, {"weight": self._weight}),
-        )
+        what = "weight over its spectral norm, with that held"
+        return (Part("weight", what, self, weight, {"weight": self._weight}, held="the spectral norm"),)
 
     def _scales(self, module: nn.Module) -> Tensor:
         weight = module.get_parameter(self._weight).flatten(1)
@@ -170,7 +169,8 @@ class PrunedHandler(_ComputedHandler):
         paths = {"weight": "weight_orig", "bias": "bias"}
         if module._parameters.get("bias") is None:
             del paths["bias"]
-        return (Part("", "factors of the pruned weight", self, MaskedHandler(self._handler), paths),)
+        masked = MaskedHandler(self._handler)
+        return (Part("", "factors of the pruned weight", self, masked, paths, held="entries that the mask takes out"),)
 
 
 class _WrappedHandler(LayerHandler):

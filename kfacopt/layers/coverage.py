@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from kfacopt.layers import handler_for
@@ -217,8 +218,12 @@ def _reason_against(
         others = ", ".join(f"{p}.{n}" for p, _, n in held[1:])
         return ("AdamW", of_part or f"tied to {others}") if of_part or others else ("", "")
     handler = handler_for(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "AdamW", "made by torch.jit, where hooks see nothing: train the module that it was made of"
     if handler is None:
-        return "AdamW", f"no handler for {type(module).__name__}"
+        raw = parameter.ndim == 2 and not type(module).__module__.startswith("torch.")
+        hint = "; if it multiplies by this, register kfacopt.layers.ProductsHandler" if raw else ""
+        return "AdamW", f"no handler for {type(module).__name__}{hint}"
     refusal = next((r for r in (_refusal(m, n) for _, m, n in held) if r), None)
     if refusal:
         return "AdamW", refusal

@@ -11,6 +11,10 @@ from kfacopt.layers.coverage import CoverageRow, places_of, retreated
 
 USED_ELSEWHERE = "used outside its module too (F.linear of its weight, or a derivative of the model)"
 DIFFERENTIATED = "a derivative of the model is taken in its forward, which the calls do not show"
+RECOMPUTED = (
+    "torch.utils.checkpoint with use_reentrant=True lies between it and the loss, through which torch lets no "
+    "curvature pass; use_reentrant=False saves as much memory"
+)
 """Why a layer has no curvature, in the table of coverage."""
 
 

@@ -1,4 +1,4 @@
-"""Matrices that a module of one's own multiplies by with `@` or `F.linear`, without a layer for each."""
+"""Matrices that a module of one's own multiplies by with `@`, `F.linear` or `einsum`, without a layer for each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.einsum import product_of_einsum
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.transposed_linear import TransposedLinearHandler
 from kfacopt.likelihoods.estimator import tensors_of
@@ -24,13 +25,14 @@ class ProductsHandler(CompoundHandler):
 
     Register it for a class of your own that holds raw matrices (a `ParameterList` of them, say). What multiplies a
     matrix may have any leading shape, the data first, as `torch.nn.Linear` has it; a matrix may be used several times
-    in a call, of which each is more places. Other uses (`einsum`, a product from the left, of a part of the matrix) are
-    noticed: the matrix trains by AdamW then, which a warning and `coverage()` say. All else that the module holds
-    trains by AdamW, too.
+    in a call, of which each is more places. Other uses (a product from the left, of a part of the matrix, an `einsum`
+    whose result has the data elsewhere) are noticed: the matrix trains by AdamW then, which a warning and `coverage()`
+    say. All else that the module holds trains by AdamW, too.
 
     Args:
-        linear: Paths of the matrices `[o i]` that `F.linear(x, W)` or `x @ W.T` uses; of a `ParameterList`, all in it.
-        matmul: Paths of the matrices `[i o]` that `x @ W` uses.
+        linear: Paths of the matrices `[o i]` that `F.linear(x, W)`, `x @ W.T` or `einsum("...i,oi->...o", x, W)` uses;
+            of a `ParameterList`, all in it.
+        matmul: Paths of the matrices `[i o]` that `x @ W` or `einsum("...i,io->...o", x, W)` uses.
 
     Raises:
         ValueError: If no path is given, or one twice.
@@ -116,6 +118,12 @@ def _reads(
     while queue:
         node = queue.pop()
         kind = node.name()
+        if (found := product_of_einsum(node)) is not None and id(found[0]) in wanted:
+            yield found[0], _Product(node, node._saved_self.detach()[0], transposed=found[1])  # type: ignore[attr-defined]
+            if (left := node.next_functions[0][0]) is not None and left not in seen:
+                seen.add(left)
+                queue.append(left)
+            continue
         for place, (following, _) in enumerate(node.next_functions):
             weight, turns = _leaf(following)
             if weight is not None and id(weight) in wanted:
@@ -150,11 +158,11 @@ def _with_data(rows: Tensor, data: int) -> Tensor:
 
 
 def _joined(data: int, rows: Sequence[int], outputs: int, arrived: Sequence[Tensor | None]) -> Tensor:
-    """What arrived at each product, `[v (n s) o]` (None: nothing), as `[v n s o]`."""
+    """What arrived at each product, `[v (n s) o]` or `[v 1 (n s) o]` (None: nothing), as `[v n s o]`."""
     some = next(gradient for gradient in arrived if gradient is not None)
     every = [
         some.new_zeros(len(some), count, outputs) if gradient is None else gradient
         for gradient, count in zip(arrived, rows, strict=True)
     ]
-    apart = [g.reshape(len(g), data, g.shape[1] // max(data, 1), outputs) for g in every]
+    apart = [g.reshape(len(g), data, n // max(data, 1), outputs) for g, n in zip(every, rows, strict=True)]
     return torch.cat(apart, dim=2)

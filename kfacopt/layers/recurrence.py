@@ -76,6 +76,7 @@ class Recurrence:
         states: At the start, `[runs n h]` each.
         mask: `[n t]`, False where a sequence has ended; None: nowhere.
         arrange: Makes of the outputs `[n t o]` and the last states `[runs n h]` what the module returned, flat.
+        between: What the outputs of each layer but the last are multiplied with, `[n t o]` (dropout); empty: nothing.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Recurrence:
         states: Sequence[Tensor],
         mask: Tensor | None,
         arrange: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]],
+        between: Sequence[Tensor] = (),
     ) -> None:
+        self._between = between
         self._cell, self._weights, self._runs = cell, weights, runs
         self._inputs, self._states, self.mask, self._arrange = inputs, states, mask, arrange
         self._latest: tuple[Sequence[Tensor | None], dict[str, Tensor]] | None = None
@@ -134,7 +137,7 @@ class Recurrence:
         matrices: dict[str, Matrix] = {}
         last: list[tuple[Tensor, ...]] = []
         with torch.enable_grad():
-            for layer in self._runs:
+            for place, layer in enumerate(self._runs):
                 done = []
                 for ending in layer:
                     start = tuple(state[len(last)] for state in starts)
@@ -142,6 +145,8 @@ class Recurrence:
                     done.append(outputs)
                     last.append(state)
                 sequence = torch.cat(done, dim=-1)
+                if place < len(self._between):
+                    sequence = sequence * self._between[place].to(dtype)
             returned = self._arrange(sequence, [torch.stack(some) for some in zip(*last, strict=True)])
         return matrices, returned
 

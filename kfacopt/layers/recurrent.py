@@ -37,12 +37,14 @@ class RecurrentHandler(CompoundHandler):
     rows are due.
 
     Handled exactly: several layers, both directions, `proj_size`, `batch_first` or not, unbatched inputs, packed
-    sequences, states given and returned. Dropout between layers is drawn inside the kernel: refused, by name. So is a
-    module that `fully_shard` has sharded.
+    sequences, states given and returned, and dropout between layers, whose masks are read off the graph. On a GPU they
+    are drawn inside the kernel and never seen: refused, by name. So is a module that `fully_shard` has sharded.
 
     >>> handler, module = RecurrentHandler(), nn.LSTM(3, 4, 2, dropout=0.5)
-    >>> handler.refusal(module)
-    'dropout between its layers is drawn within it: use one module for each layer, and nn.Dropout'
+    >>> handler.refusal(module) is None
+    True
+    >>> handler.refusal(module.to("meta"))
+    'dropout between its layers is drawn within it on meta: use one module for each layer, and nn.Dropout'
     """
 
     def __init__(self) -> None:
@@ -53,8 +55,10 @@ class RecurrentHandler(CompoundHandler):
         return tuple(name for name, p in module._parameters.items() if p is not None)
 
     def refusal(self, module: nn.Module) -> str | None:
-        if isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1:
-            return "dropout between its layers is drawn within it: use one module for each layer, and nn.Dropout"
+        device = next(module.parameters()).device.type
+        if _drops(module) and device != "cpu":
+            remedy = "use one module for each layer, and nn.Dropout"
+            return f"dropout between its layers is drawn within it on {device}: {remedy}"
         for name in _names(module):
             if not isinstance(module._parameters.get(name), nn.Parameter):
                 return f"{name} is computed from other parameters (weight norm, pruning, ...)"
@@ -79,7 +83,19 @@ class RecurrentHandler(CompoundHandler):
         cell_apart = isinstance(module, nn.LSTMCell) and nested == {(0, 1)}
         if nested and not cell_apart:
             return {}
-        again = _of_cell(module, call, cell_apart) if isinstance(module, RecurrentCell) else _of_module(module, call)
+        between: list[Tensor] = []
+        if _drops(module) and module.training:
+            assert isinstance(module, nn.RNNBase)
+            # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                return {}
+            between = _masks(module, call, outputs)
+            if len(between) != module.num_layers - 1:
+                return {}
+        if isinstance(module, RecurrentCell):
+            again = _of_cell(module, call, cell_apart)
+        else:
+            again = _of_module(module, call, between)
         edges = tuple(get_gradient_edge(output) for output in outputs)
         data, steps = again.size
         return {
@@ -146,6 +162,33 @@ def _nested(outputs: Sequence[Tensor], above: Collection[Node]) -> set[tuple[int
     return found
 
 
+def _drops(module: nn.Module) -> bool:
+    """Whether there is dropout between the layers of a module that trains."""
+    return isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1
+
+
+def _masks(module: nn.RNNBase, call: ModuleCall, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """What dropout multiplied the outputs of the layers with, the first layer's first, as the kernel has them."""
+    queue: list[Any] = [output.grad_fn for output in outputs]
+    seen, found = {*queue, *call.above}, dict[int, Tensor]()
+    given = call.inputs[0] if call.inputs else call.kwargs["input"]
+    is_packed = isinstance(given, PackedSequence)
+    rows, axes = (given.data if is_packed else given).shape[:-1].numel(), 2 if is_packed else 3
+    width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    while queue:
+        node = queue.pop()
+        if node.name() == "MulBackward0" and node.next_functions[1][0] is None:
+            factor = node._saved_other
+            fits = factor.ndim == axes and factor.shape[-1] == width and factor.shape[:-1].numel() == rows
+            kept = (factor - 1.0 / (1.0 - module.dropout)).abs() <= 0.01
+            if fits and bool((kept | (factor == 0.0)).all()):
+                found[node._sequence_nr()] = factor.detach()
+        following = [one for one, _ in node.next_functions if one is not None and one not in seen]
+        seen.update(following)
+        queue += following
+    return [found[number] for number in sorted(found)]
+
+
 def _cell_of(module: nn.Module) -> Cell:
     if isinstance(module, nn.LSTM | nn.LSTMCell):
         return recurrence.lstm
@@ -178,7 +221,7 @@ def _of_cell(module: RecurrentCell, call: ModuleCall, cell_apart: bool) -> Recur
     return Recurrence(cell, _weights(module), [("",)], x, starts, None, arranged)
 
 
-def _of_module(module: nn.Module, call: ModuleCall) -> Recurrence:
+def _of_module(module: nn.Module, call: ModuleCall, between: Sequence[Tensor] = ()) -> Recurrence:
     assert isinstance(module, nn.RNNBase)
     given = call.inputs[0] if call.inputs else call.kwargs["input"]
     unbatched = isinstance(given, Tensor) and given.ndim == 2
@@ -190,9 +233,11 @@ def _of_module(module: nn.Module, call: ModuleCall) -> Recurrence:
         mask = (torch.arange(index.shape[1])[None] < lengths[:, None]).to(index.device)
         packing = mask.flatten().nonzero().squeeze(1)[index[mask].argsort()]
         x = given.data.detach()[index] * mask.unsqueeze(-1)
+        between = [factor[index] for factor in between]
     else:
         x = given.detach().unsqueeze(0) if unbatched else given.detach()
         x = x if module.batch_first or unbatched else x.transpose(0, 1)
+        between = [factor.transpose(0, 1) for factor in between]  # kernels have the steps first
     directions = ("", "_reverse") if module.bidirectional else ("",)
     runs = [tuple(f"_l{layer}{direction}" for direction in directions) for layer in range(module.num_layers)]
 
@@ -210,4 +255,4 @@ def _of_module(module: nn.Module, call: ModuleCall) -> Recurrence:
         sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if isinstance(module, nn.LSTM) else 1]
         states = tuple(x.new_zeros(len(runs) * len(directions), len(x), size) for size in sizes)
     starts = [state.reshape(-1, len(x), state.shape[-1]) for state in states]
-    return Recurrence(_cell_of(module), _weights(module), runs, x, starts, mask, arranged)
+    return Recurrence(_cell_of(module), _weights(module), runs, x, starts, mask, arranged, between)

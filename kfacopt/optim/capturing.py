@@ -253,12 +253,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = dense_gradients(self.param_groups)
+        gradients, solves = dense_gradients(self.param_groups), self._solves_on_replays()
         self._agreed = agreed(
-            self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check
+            self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check, solves
         )
         if self._agreed.in_the_loss:
-            if self._solves_on_replays():
+            if solves:
                 raise RuntimeError(OF_ANOTHER_GRADIENT)
             self._open_capture().tally.replayable = False
         self._unseen_uses |= uses_out_of_sight(self._layers, self._agreed, self._unseen_uses)
@@ -292,8 +292,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
             What brings the user's gradients at the predictions to the scale of `.grad`.
         """
         tally = self._open_capture().tally
-        self._scaling.settle(tally, self._estimator, self.model.parameters(), self._solves_on_replays())
-        self._scaling.agree(tally, self._estimator, self._processes, self._agreed.passes)
+        solves, parameters = self._solves_on_replays(), self.model.parameters()
+        self._scaling.settle(tally, self._estimator, parameters, solves, self._processes, self._agreed.passes)
         if self._fed is not None and tally.passes:
             reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
             if lacking := self._scaling.rescaling(tally, self._estimator, reached):

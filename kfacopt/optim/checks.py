@@ -66,7 +66,8 @@ def check_processes(processes: Processes, alone: Callable[[], str | None]) -> No
         raise RuntimeError(
             f"{processes.size} processes train together, but {one} knows the data of one only, and their weights "
             f"would drift apart: it works in one process so far. KFAC, EKFAC and SpectralDescent with a learning rate "
-            f"work in several"
+            f"work in several; under DistributedDataParallel so do lr='auto', GridLineSearch, and NaturalGradient with "
+            f"solver=CG()"
         )
     if processes.joins:
         raise RuntimeError(
@@ -113,6 +114,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "damping": (0.0, math.inf),
     "momentum": (0.0, 1.0),
     "weight_decay": (0.0, math.inf),
+    "cautious_decay": (0.0, math.inf),
     "ema_decay": (0.0, 1.0),
     "adamw_lr": (0.0, math.inf),
 }

@@ -23,11 +23,14 @@ def descend(
         gradients: Of the step; parameters without one stay.
         updates: Of the parameters that do not take AdamW's step, whole.
     """
-    second = [p for p in group["params"] if p in updates.tensors]
+    moved = {p: (shard_of(p), shard_like(updates.tensors[p], p)) for p in group["params"] if p in updates.tensors}
     rest = [p for p in group["params"] if p in gradients and p not in updates.tensors]
+    if decayed := [p for p in moved if p in updates.decays]:
+        tensors, steps = zip(*(moved[p] for p in decayed), strict=True)
+        rule.decay_cautiously(tensors, steps, [float(group["lr"]) * updates.decays[p] for p in decayed])
     rule.descend(
-        [shard_of(p) for p in second],
-        [shard_like(updates.tensors[p], p) for p in second],
+        [tensor for tensor, _ in moved.values()],
+        [step for _, step in moved.values()],
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         scale=updates.scale,

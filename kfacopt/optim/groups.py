@@ -29,6 +29,16 @@ def with_plain_damping(group: dict[str, Any]) -> dict[str, Any]:
     return group | {"damping": damping.factor if relative else damping, "relative_damping": relative}
 
 
+def with_own_decay(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group that, if it says its weight decay, has no other: what its user asked for is all that is taken off.
+
+    >>> with_own_decay({"weight_decay": 0.0}, {"cautious_decay": 0.2})
+    {'cautious_decay': 0.0, 'weight_decay': 0.0}
+    """
+    told = "weight_decay" in group and "cautious_decay" in defaults
+    return {"cautious_decay": 0.0} | group if told else group
+
+
 def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBackend) -> dict[Layer, Settings]:
     """Every layer's hyper-parameters; a relative damping of a layer without statistics yet is as it stands.
 

@@ -44,6 +44,9 @@ class NaturalGradient(CapturingOptimizer):
     A constant factor of the loss and weights of its data are in the curvature as in the gradient, as far as they are
     told (see `SecondOrderOptimizer`); a loss whose value contradicts that there is none that is not told is refused.
 
+    Several processes under `torch.nn.parallel.DistributedDataParallel` take one step together with `solver=CG()`:
+    products with the curvature and losses are means over all of them, and each needs data in every step.
+
     A loss of several terms, as of a physics-informed network, is a dict: the model returns a dict of tensors, and
     `loss_func={"interior": nn.MSELoss(), "boundary": (10.0, nn.MSELoss())}` names the loss of each and its weight.
 
@@ -65,7 +68,8 @@ class NaturalGradient(CapturingOptimizer):
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
-        RuntimeError: In `step`, a loss with weights or a factor that cannot be told.
+        RuntimeError: In `step`, a loss with weights or a factor that cannot be told. Of several processes, with another
+            solver than `CG`, or parameters sharded by `fully_shard`.
 
     >>> model = torch.nn.Linear(3, 1)
     >>> optimizer = NaturalGradient(model, torch.nn.MSELoss(), damping=1e-6)
@@ -128,6 +132,12 @@ class NaturalGradient(CapturingOptimizer):
     def _wants_replays(self) -> bool:
         return True
 
+    def _alone(self) -> str | None:
+        if self._sharded or not self.solver.products_only:
+            under = " under fully_shard" if self._sharded else ""
+            return f"{type(self).__name__} with {type(self.solver).__name__}{under}"
+        return None
+
     def _wants_terms(self) -> bool:
         return True
 
@@ -144,12 +154,12 @@ class NaturalGradient(CapturingOptimizer):
     def _take_step(self, gradients: dict[nn.Parameter, Tensor]) -> None:
         self._check_groups()
         tally = self._open_capture().tally
-        if not tally.replays:
+        if not self._agreed.replayed_by_all:
             if any(bool(g.any()) for g in gradients.values()):
                 raise RuntimeError(self._nothing_seen())
             return
         undone = self._settle_scale()
-        scale = self._estimator.likelihood.gradient_scale(float(tally.terms))
+        scale = self._estimator.likelihood.gradient_scale(self._agreed.terms)
         gradients = {p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients
         step = Step(
             self._step,
@@ -163,6 +173,7 @@ class NaturalGradient(CapturingOptimizer):
             tally.replays,
             scale * undone,
             ProductRecorder() if self.solver.records else None,
+            processes=self._processes,
         )
         updates = self.direction.updates(step)
         if not all_finite(list(updates.tensors.values())):

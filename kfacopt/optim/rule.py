@@ -58,6 +58,26 @@ def descend(
     torch._foreach_add_(list(parameters), list(updates), alpha=-rate * scale)
 
 
+def decay_cautiously(parameters: Sequence[Tensor], updates: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """`parameter ← (1 - rate) parameter`, in place, of the entries that the update makes smaller: those of its sign.
+
+    Rates above one are one: no sign changes.
+
+    Cautious weight decay (Chen et al. 2025, arXiv:2510.12402): entries that the loss wants larger are not held back.
+
+    >>> weight = torch.tensor([2.0, 2.0, -2.0])
+    >>> decay_cautiously([weight], [torch.tensor([1.0, -1.0, -1.0])], [0.25])
+    >>> weight
+    tensor([ 1.5000,  2.0000, -1.5000])
+    """
+    if not parameters:
+        return
+    alike = torch._foreach_mul(list(parameters), list(updates))
+    torch._foreach_sign_(alike)
+    torch._foreach_clamp_min_(alike, 0.0)
+    torch._foreach_addcmul_(list(parameters), list(parameters), alike, [-min(rate, 1.0) for rate in rates])
+
+
 def adamw_step(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],

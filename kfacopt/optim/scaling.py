@@ -14,6 +14,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from types import FrameType
 
@@ -45,19 +46,39 @@ class LossScaling:
         self.undone = 1.0
         self._said = False
 
-    def settle(self, tally: Tally, estimator: FisherEstimator, parameters: Iterable[nn.Parameter], exact: bool) -> None:
-        """Take in what the backwards of a step showed.
+    def settle(
+        self,
+        tally: Tally,
+        estimator: FisherEstimator,
+        parameters: Iterable[nn.Parameter],
+        exact: bool,
+        processes: Processes,
+        passes: int,
+    ) -> None:
+        """Take in what the backwards of a step showed, in all processes; the loss is the mean of theirs.
 
         Args:
             tally: What arrived since the last step.
             estimator: Of the loss.
             parameters: Of the model, in its order, with the gradients of the step.
             exact: Whether the step follows a quadratic model, which a wrong factor would make wrong.
+            processes: Those that train together.
+            passes: How many curvature passes they had, all together.
 
         Raises:
             RuntimeError: If the step is to be exact, and the loss is evidently not the plain one by a factor or weights
                 that its gradient does not tell.
         """
+        here = partial(self._settle_here, tally, estimator, list(parameters), exact)
+        if exact:
+            processes.together(here)  # what one refuses all do
+        else:
+            here()
+        self._agree(tally, estimator, processes, passes)
+
+    def _settle_here(
+        self, tally: Tally, estimator: FisherEstimator, parameters: list[nn.Parameter], exact: bool
+    ) -> None:
         self.undone, scale = 1.0, tally.scale
         if not tally.passes:
             return
@@ -71,15 +92,8 @@ class LossScaling:
                 self._doubt(scale.seen, exact)
         self.factor = factor * self.undone if scale.told else 1.0
 
-    def agree(self, tally: Tally, estimator: FisherEstimator, processes: Processes, passes: int) -> None:
-        """Take in what the other processes found; the loss is the mean of theirs.
-
-        Args:
-            tally: What arrived in this process since the last step.
-            estimator: Of the loss.
-            processes: Those that train together.
-            passes: How many curvature passes they had, all together.
-        """
+    def _agree(self, tally: Tally, estimator: FisherEstimator, processes: Processes, passes: int) -> None:
+        """Take in what the other processes found."""
         if processes.size == 1 or not passes:
             return
         told = tally.scale.told
@@ -120,7 +134,7 @@ class LossScaling:
             raise RuntimeError(text)
         if not self._said:
             self._said = True
-            warnings.warn(text, stacklevel=6)
+            warnings.warn(text, stacklevel=7)
 
 
 _OTHER = (

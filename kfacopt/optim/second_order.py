@@ -23,7 +23,7 @@ from kfacopt.optim import deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
-from kfacopt.optim.sightings import Sightings
+from kfacopt.optim.sightings import Sightings, warn_of_none
 from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
@@ -88,7 +88,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
             each layer's mean eigenvalue and so fits losses and models of any scale (a group's `"damping"` is then its
             factor, as long as the group's `"relative_damping"` is True).
         momentum: Of the gradient, before it is preconditioned; default: 0.95 with the spectral step, else 0.9.
-        weight_decay: Decoupled.
+        weight_decay: Decoupled, of all parameters; default: none, but for the cautious one of the spectral step (its
+            `decay`), which whoever says this, for all or for a param group, does without.
         ema_decay: Decay of the statistics' running averages, for each update of them.
         kl_clip: Default: `"grafted"`, each layer's step has a fixed length (`Grafted`), which needs no bound and no
             constant to tune. A number: bound on `lr² uᵀ m / c`, twice the step's Kullback-Leibler divergence, with the
@@ -138,7 +139,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         lr: Rate = None,
         damping: float | RelativeDamping | None = None,
         momentum: float | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         ema_decay: float = 0.8,
         kl_clip: Bound = "grafted",
         relative_clip: float | None = None,
@@ -169,7 +170,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         defaults = groups.with_plain_damping({"damping": step.usual.damping if damping is None else damping}) | {
             "lr": step.rate,
             "momentum": step.momentum,
-            "weight_decay": weight_decay,
+            "weight_decay": 0.0,
             "ema_decay": ema_decay,
             **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
             "adamw_lr": step.usual.adamw_lr if adamw_lr is None else adamw_lr,
@@ -179,6 +180,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             **self.direction.defaults(),
             **self.step_length.defaults(),
         }
+        defaults |= {} if weight_decay is None else groups.with_own_decay({"weight_decay": weight_decay}, defaults)
         estimator = TermsEstimator(
             loss_func,
             fisher=fisher,
@@ -191,6 +193,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         needs = {name: part.wants_replays(0) for name, part in replaying.items()}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
+        warn_of_none(self.coverage(), self._layers, self._plain, self._parameters(curvature=True))
 
     # -- what is covered -------------------------------------------------------------------------------------------
 
@@ -206,9 +209,10 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
 
     def _alone(self) -> str | None:
-        # Whoever runs forwards again sees the data of this process.
+        # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
         parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
-        return repr(parts[0]) if parts else None
+        apart = [part for part in parts if self._sharded or not part.shares_replays]
+        return repr(apart[0]) if apart else None
 
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)
@@ -234,7 +238,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; parameters that the model holds get curvature from the next forward on."""
-        super().add_param_group(groups.with_plain_damping(param_group))
+        super().add_param_group(groups.with_own_decay(groups.with_plain_damping(param_group), self.defaults))
         self.param_groups[-1].setdefault("base_lr", float(self.param_groups[-1]["lr"]))
 
     def _check_groups(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend
+from kfacopt.layers.coverage import Coverage
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.together import Agreement
 
@@ -72,9 +73,31 @@ class Sightings:
                 f"no backward shows the curvature of {', '.join(map(repr, new))}{nothing}: they get gradients, but no "
                 f"call of the modules in the model that the optimizer was given leads to a prediction. They train "
                 f"without curvature, or by the one they had. Call the module itself (not its forward, not a copy, not "
-                f"one that was compiled and run before), with gradients enabled",
+                f"one that was compiled and run before, which torch._dynamo.reset() forgets), with gradients enabled "
+                f"(by torch.utils.checkpoint: use_reentrant=False)",
                 stacklevel=6,
             )
+
+
+def warn_of_none(
+    coverage: Coverage, layers: Sequence[Layer], plain: Collection[nn.Parameter], wanted: Sequence[nn.Parameter]
+) -> None:
+    """Warn that no parameter at all has curvature, or a step of its own, though some were to have it.
+
+    >>> import kfacopt
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     _ = kfacopt.KFAC(nn.PReLU(), nn.MSELoss())
+    >>> print(caught[0].message)
+    no parameter gets curvature, all train by AdamW (no handler for PReLU): print(optimizer.coverage())
+    """
+    if layers or plain or not any(p.requires_grad for p in wanted):
+        return
+    whys = dict.fromkeys(row.why for row in coverage.rows if row.treatment == "AdamW")
+    named = "; ".join(list(whys)[:3]) + ("; ..." if len(whys) > 3 else "")
+    warnings.warn(
+        f"no parameter gets curvature, all train by AdamW ({named}): print(optimizer.coverage())", stacklevel=4
+    )
 
 
 def uses_out_of_sight(

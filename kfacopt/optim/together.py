@@ -27,6 +27,7 @@ class Agreement:
         passes: Curvature passes.
         terms: Loss terms, over the number of processes: gradients are averaged over them.
         replays: Whether some forward can be run again, and none that took part cannot.
+        replayed_by_all: Whether each process has a forward to run again.
         in_the_loss: Whether a loss is of a derivative of the model.
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         reached: Names of the layers whose rows were delivered.
@@ -37,6 +38,7 @@ class Agreement:
     passes: int = 0
     terms: float = 0.0
     replays: bool = False
+    replayed_by_all: bool = False
     in_the_loss: bool = False
     verified: bool = True
     reached: frozenset[str] = frozenset()
@@ -50,6 +52,7 @@ def agreed(
     reached: Collection[str],
     gradients: Mapping[nn.Parameter, Tensor],
     check: Callable[[], None],
+    solves: bool,
 ) -> Agreement:
     """Settle what this process saw, and ask all of them.
 
@@ -60,10 +63,11 @@ def agreed(
         reached: Names of those whose rows were delivered.
         gradients: Of the step.
         check: Raises an error if this process cannot take the step.
+        solves: Whether the step goes where forwards that are run again say.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError: If this process cannot take the step.
-        RuntimeError: If another cannot, or has other gradients.
+        RuntimeError: If another cannot, has other gradients, or no forward to run again where the step goes by them.
     """
     refusal = _settled(processes, capture, check)
     tally = capture.tally
@@ -95,6 +99,8 @@ def agreed(
     others_differ = all(map(math.isfinite, sizes)) and max(sizes) - min(sizes) > _SAME * max(sizes)
     if max(counts) > min(counts) or others_differ:
         raise RuntimeError(_OTHER_GRADIENTS)
+    if solves and any(replays) and not all(replays):
+        raise RuntimeError(_NOT_ALL_REPLAY)
     if processes.size > 1 and any(passes) and layers:
         seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
         reached = [layer.name for layer, times in zip(layers, seen, strict=True) if times]
@@ -106,6 +112,7 @@ def agreed(
         terms=sum(terms) / len(terms),
         # A sharded model's forward needs all processes.
         replays=any(replays) and all(replayable) and (not is_shared or max(replays) == min(replays)),
+        replayed_by_all=min(replays) > 0.0,
         in_the_loss=any(derived),
         verified=all(verified),
         reached=frozenset(reached),
@@ -137,4 +144,9 @@ _OTHER_GRADIENTS = (
     "the processes have different gradients, and their weights would drift apart: let an engine of torch's average "
     "them before the step, torch.nn.parallel.DistributedDataParallel around the model (and no step right after a "
     "backward in its no_sync()), or torch.distributed.fsdp.fully_shard of all of it"
+)
+
+_NOT_ALL_REPLAY = (
+    "this step goes by forwards that are run again, but not every process had one with a loss since the last step: "
+    "give each of them data in every step"
 )

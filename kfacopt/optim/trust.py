@@ -58,7 +58,7 @@ def outcome_of_step(
         gradient_scale: Brings the user's gradient at the prediction to that of the mean loss.
         processes: Those that train together: the loss is the mean of theirs.
     """
-    own = loss_change(parts_of(replays, estimator, gradient_scale), estimator)
+    own = loss_change(parts_of(replays, estimator, gradient_scale, processes), estimator)
     untold = float(any(replay.terms.weights is None for replay in replays))
     linear, divergence, untold = processes.mean([own.linear, own.divergence, untold])
     change = LossChange(linear, divergence)

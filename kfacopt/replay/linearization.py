@@ -20,6 +20,7 @@ from kfacopt.linalg.tensors import inner_product
 from kfacopt.replay.double_backward import DoubleBackward, gradients, guard_of, twice_differentiable
 from kfacopt.replay.loss_change import Part, as_rows, loss_change, parts_of, predictions_again, terms_now
 from kfacopt.replay.recorder import ProductRecorder
+from kfacopt.sharding import Processes
 
 Tensors = Sequence[Tensor]
 
@@ -38,12 +39,16 @@ class Piece(Part):
 class BatchLinearization:
     """The predictions of a step's forwards as functions of the parameters.
 
+    Of several processes each has its own predictions, and rows of them; what is shaped as the parameters, and the loss,
+    is the mean over all of them, the same in each. All must ask for it then, in the same order.
+
     Args:
         parameters: What to differentiate with respect to.
         replays: The forwards, with the user's gradient at each prediction.
         estimator: Of the loss terms.
         gradient_scale: Brings the user's gradient to that of the mean loss.
         recorder: Records the forwards' products with weights.
+        processes: Those that train together.
 
     Raises:
         RuntimeError: If a forward run again gives another prediction than the one that the loss saw, or is only a part
@@ -57,16 +62,14 @@ class BatchLinearization:
         estimator: FisherEstimator,
         gradient_scale: float,
         recorder: ProductRecorder | None = None,
+        processes: Processes = Processes(),  # noqa: B008 - it asks for the group whenever it needs it
     ) -> None:
-        if not all(replay.whole for replay in replays):
-            raise RuntimeError(
-                "several forwards of the model's parts, called one after the other, led to one prediction: only the "
-                "last could be run again, and the others' curvature would be missing. Call them within one module"
-            )
+        self.processes = processes
         self.parameters = list(parameters)
         self.estimator, self.recorder = estimator, recorder
         since = HooksSince()
-        self.pieces = self._run_again(parts_of(replays, estimator, gradient_scale))
+        parts = parts_of(replays, estimator, gradient_scale, processes)
+        self.pieces = processes.together(lambda: self._run_again(parts))
         self.guard = guard_of(self._predictions, since)
         self._straight: DoubleBackward | None = None
         self._curved: DoubleBackward | None = None
@@ -91,6 +94,11 @@ class BatchLinearization:
             self.loss_gradient = list(torch._foreach_mul(self.loss_gradient, factor))
 
     def _run_again(self, parts: Sequence[Part]) -> list[Piece]:
+        if not all(part.replay.whole for part in parts):
+            raise RuntimeError(
+                "several forwards of the model's parts, called one after the other, led to one prediction: only the "
+                "last could be run again, and the others' curvature would be missing. Call them within one module"
+            )
         pieces: list[Piece] = []
         last: Call | None = None
         for part in parts:
@@ -111,7 +119,7 @@ class BatchLinearization:
         scale = largest if half and largest > 0.0 else 1.0
         cotangents = [p.terms.restore(w[None] / scale)[0] for p, w in zip(self.pieces, rows, strict=True)]
         found = gradients(self._predictions, self.parameters, cotangents, self.guard)
-        return list(torch._foreach_mul(found, scale)) if scale != 1.0 else found
+        return self.processes.average(list(torch._foreach_mul(found, scale)) if scale != 1.0 else found)
 
     def jacobian(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """`J v` as rows `[m c]` of each piece, for `v` shaped as the parameters; None stands for zeros."""
@@ -126,7 +134,7 @@ class BatchLinearization:
             # Its graph serves `jacobian` as well.
             self._straight = self._curved = DoubleBackward(self._predictions, self.parameters, weights, self.guard)
         along, bent = self._curved.both(vectors)
-        return self._rows(along), bent
+        return self._rows(along), self.processes.average(bent)
 
     def jacobian_columns(self, index: int, columns: slice) -> list[Tensor]:
         """Columns `[k m c]` of the Jacobian with respect to one parameter, for each piece."""
@@ -149,7 +157,7 @@ class BatchLinearization:
 
     def loss_change(self) -> float:
         """The loss at the parameters as they are now, minus the loss at those of the linearization."""
-        return loss_change(self.pieces, self.estimator).total
+        return self.processes.mean([loss_change(self.pieces, self.estimator).total])[0]
 
     def second_difference(self, step: Tensors, length: float) -> list[Tensor]:
         """Second derivative of the predictions along `step`, as rows `[m c]`, from two more forwards at `± length`."""

@@ -18,6 +18,7 @@ from kfacopt.capture.recording import unnoticed
 from kfacopt.capture.records import Call, Replay
 from kfacopt.likelihoods import Likelihood, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator, tensors_of
+from kfacopt.sharding import Processes
 
 
 @dataclass(eq=False)
@@ -75,17 +76,26 @@ class LossChange:
         return change if math.isfinite(change) else math.inf
 
 
-def parts_of(replays: Sequence[Replay], estimator: FisherEstimator, gradient_scale: float) -> list[Part]:
+def parts_of(
+    replays: Sequence[Replay],
+    estimator: FisherEstimator,
+    gradient_scale: float,
+    processes: Processes = Processes(),  # noqa: B008 - it asks for the group whenever it needs it
+) -> list[Part]:
     """The parts of a step's loss; those of one forward come one after the other.
 
     Args:
         replays: The forwards, with the user's gradient at each prediction.
         estimator: Of the likelihoods and their weights.
         gradient_scale: Brings the user's gradient to that of the mean loss.
+        processes: Those that train together, each on its own forwards; all must ask.
     """
     counts = dict.fromkeys(estimator.likelihoods, 0.0)
     for replay in replays:
         counts[replay.name] += float(replay.terms.count)
+    if estimator.likelihood.reduction == "sum":
+        # Gradients are those of the mean of the processes' sums.
+        counts = dict(zip(counts, processes.mean(list(counts.values())), strict=True))
     first = {id(replay.call): place for place, replay in reversed(list(enumerate(replays)))}
     parts = []
     for replay in sorted(replays, key=lambda replay: first[id(replay.call)]):

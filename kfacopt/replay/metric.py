@@ -73,7 +73,7 @@ class Metric(LinearOperator):
         products = [
             (a * self._on_rows(i, b)).sum(dtype=torch.float64) for i, (a, b) in enumerate(zip(left, right, strict=True))
         ]
-        return float(torch.stack(products).sum())
+        return self.linearization.processes.mean([float(torch.stack(products).sum())])[0]
 
     def pulled_back(self, rows: Tensors) -> list[Tensor]:
         """`Jᵀ S Sᵀ w` for rows `w` `[m c]` of each piece, shaped as the parameters."""

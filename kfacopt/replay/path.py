@@ -57,7 +57,7 @@ def bend(
         limit: Largest `2 |a| / |v|`.
     """
     along = linearization.second_difference(step, probe)
-    if not all_finite(along):
+    if linearization.processes.largest([float(not all_finite(along))])[0] > 0.0:
         return None
     result = [-x for x in solve(along)]
     large = not 4.0 * inner_product(result, result) <= limit**2 * inner_product(step, step)

@@ -62,6 +62,9 @@ class Solver(ABC):
     records: ClassVar[bool] = False
     """Whether the forwards are to be run again with recorded products."""
 
+    products_only: ClassVar[bool] = False
+    """Whether all it asks of the curvature are products, which several processes average."""
+
     backend: CurvatureBackend | None = None
     """Fed with rows as a layer-wise optimizer's, if the solver has one: its preconditioner."""
 

@@ -40,6 +40,8 @@ class CG(Solver):
         TypeError, ValueError: If an argument is out of range, by name.
     """
 
+    products_only = True
+
     def __init__(
         self,
         max_iterations: int = 250,

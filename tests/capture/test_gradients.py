@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
-from tests.capture.harness import CURVATURES, NAMED, assert_same_factors, attached, batch, fresh
+from tests.capture.harness import CURVATURES, NAMED, assert_same_factors, attached, batch, factors, fresh
 from tests.cases import Case, backward, mlp, still, train_step
 
 
@@ -75,6 +75,42 @@ def test_activation_checkpointing(reentrant: bool, curvature: str) -> None:
                 assert_same_factors(optimizer, twin, {n: n for n in ("net.0", "net.2", "head")})
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["alone", "residual"])
+def test_a_layer_below_a_reentrant_checkpoint_trains_without_curvature_and_says_why(around: bool) -> None:
+    """torch lets no pass through it but a whole backward; what is above it keeps its curvature."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, active: bool) -> None:
+            super().__init__()
+            self.stem, self.net, self.head, self.active = nn.Linear(4, 4), mlp(4), nn.Linear(4, 3), active
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            h = checkpoint(self.net, x, use_reentrant=True) if self.active else self.net(x)
+            return self.head(x + h if around else h)
+
+    x, y = batch()
+    made = []
+    for active in (True, False):
+        model = fresh(lambda active=active: Checkpointed(active))
+        optimizer = attached(model)
+        backward(model, nn.CrossEntropyLoss(), x, y)
+        made.append((optimizer, [p.grad for p in model.parameters()]))
+    (ours, gradients), (plain, others) = made
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    plain.step()
+    with (
+        pytest.warns(UserWarning, match=r"'net.0', 'net.2'.*use_reentrant=False"),
+        pytest.warns(UserWarning, match=r"'stem': torch.utils.checkpoint with use_reentrant=True"),
+    ):
+        ours.step()
+    assert factors(ours).keys() == {"head"}
+    for mine, theirs in zip(factors(ours)["head"], factors(plain)["head"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    why = {row.module: row.why for row in ours.coverage().rows}
+    assert "use_reentrant=False" in why["stem"]
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -568,6 +568,32 @@ def test_kept_tensors_are_those_that_were_there() -> None:
     assert [t.tolist() for t in (x, clone, made_within)] == [[1.0] * 4, [1.0] * 4, [1.0] * 2]
     assert (x._version, clone._version) == (0, 0)
     assert len(kept._kept) == 2
+
+
+class Makes(OrderedDict[str, Any]):
+    """As transformers' table of activations: what is held are classes, what is shown are new objects of them."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+class Doubled(list[int]):
+    def __iter__(self) -> Iterator[int]:
+        return (2 * number for number in super().__iter__())
+
+
+def test_containers_that_compute_what_they_show_keep_what_they_hold() -> None:
+    """To read such a one as it shows itself, and write that back, would put other things in it."""
+    table, numbers = Makes(silu=nn.SiLU, tanh=nn.Tanh), Doubled([1, 2])
+    table.move_to_end("silu")
+    state = Reach([table, numbers])
+    for change in (lambda: None, lambda: (table.clear(), numbers.append(3))):
+        before = state.saved()
+        change()
+        state.restore(before)
+        assert list(OrderedDict.items(table)) == [("tanh", nn.Tanh), ("silu", nn.SiLU)]
+        assert [numbers[place] for place in range(len(numbers))] == [1, 2]
+    assert isinstance(table["silu"], nn.SiLU)
 
 
 def test_reach_ends() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfacopt
+from kfacopt.capture import loss_graph
 from tests.capture.harness import assert_same_factors, attached, batch, fresh, pending
 from tests.cases import mlp, train_step
 
@@ -165,6 +166,16 @@ def test_a_loss_of_several_tensors_is_an_error_that_says_what_to_pass(kind: str)
     assert pending(optimizer) == []
 
 
+def test_where_the_graph_of_the_loss_is_not_seen_the_prediction_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_graph, "roots_of_backward", lambda: None)
+    model = fresh(lambda: Unsaid("tuple"))
+    optimizer = attached(model)
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"Unsaid is ambiguous.*prediction="):
+        model.loss(model(x, y), y).backward()
+    assert pending(optimizer) == []
+
+
 class Copied(nn.Module):
     """Half of it in bfloat16; returns the logits or a copy in float32, and a loss of the logits themselves."""
 
@@ -178,9 +189,12 @@ class Copied(nn.Module):
         return Output(logits.float() if self.copied else logits, logits.detach(), loss)
 
 
+@pytest.mark.parametrize("seen", [True, False], ids=["", "graph unseen"])
 @pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "loss outside"])
-def test_a_copy_of_the_prediction_beside_the_loss(inside: bool) -> None:
+def test_a_copy_of_the_prediction_beside_the_loss(inside: bool, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As accelerate's wrapper of a forward returns under autocast."""
+    if not seen:  # as where several threads run a backward
+        monkeypatch.setattr(loss_graph, "roots_of_backward", lambda: None)
     x, y = batch()
     made = []
     for copied in (True, False):

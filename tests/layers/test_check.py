@@ -69,6 +69,25 @@ def test_no_built_in_handler_is_left_out() -> None:
     assert {kind for kind, handler in built_in.items() if type(handler) is not RefusedHandler} == kinds
 
 
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "pruned": lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.4),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_handlers_of_computed_weights_are_right(kind: str) -> None:
+    """But for what their rows hold constant: the direction's projection, the norm that moves with the weight."""
+    for plain, x in ((nn.Linear(3, 2), torch.randn(5, 4, 3)), (nn.Conv2d(4, 2, 2), torch.randn(3, 4, 3, 3))):
+        module = COMPUTED[kind](plain)
+        with torch.no_grad():
+            module(x)
+        handler = handler_for(module)
+        assert handler is not None
+        check_handler(handler, module, x)
+
+
 class Turned(nn.Module):
     """A linear layer whose weight is `[i o]`."""
 

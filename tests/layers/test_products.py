@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,69 @@ def test_steps_are_those_of_linear_layers(optimizer: Any, approx: str) -> None:
     torch.testing.assert_close(raw.out, twin.inner.out.weight, rtol=1e-7, atol=1e-9)
 
 
+EINSUMS: dict[str, tuple[str, str, bool]] = {
+    "held": ("ni,io->no", "matmul", False),
+    "turned": ("ni,oi->no", "linear", False),
+    "the matrix first": ("io,ni->no", "matmul", False),
+    "places": ("nti,io->nto", "matmul", True),
+    "dots": ("...i,oi->...o", "linear", True),
+    "inputs in the middle": ("nit,io->not", "matmul", True),
+}
+
+
+class ByEinsum(nn.Module):
+    def __init__(self, equation: str, turned: bool) -> None:
+        super().__init__()
+        self.equation, self.weight = equation, nn.Parameter(torch.randn((3, 2) if turned else (2, 3)) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = (self.weight, x) if self.equation.startswith("io") else (x, self.weight)
+        return torch.einsum(self.equation, *pair)
+
+
+class Around(nn.Module):
+    """Between linear layers; where the inputs are in the middle they are brought there by a convolution."""
+
+    def __init__(self, inner: nn.Module, middle: bool) -> None:
+        super().__init__()
+        self.below = nn.Conv1d(4, 2, 1) if middle else nn.Linear(4, 2)
+        self.inner, self.head, self.middle = inner, nn.Linear(3, 2), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(self.below(x.mT if self.middle else x).tanh()).tanh()
+        h = h.mT if self.middle else h
+        return self.head(h.mean(1) if h.ndim == 3 else h)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, exact_ekfac])
+@pytest.mark.parametrize("kind", EINSUMS)
+def test_einsum_is_a_linear_layer(kind: str, optimizer: Any, autocast: bool) -> None:
+    equation, use, places = EINSUMS[kind]
+    torch.manual_seed(0)
+    inner = ByEinsum(equation, turned=use == "linear")
+    model = Around(inner, equation.startswith("nit"))
+    dtype = torch.float32 if autocast else torch.float64
+    model = model.to(dtype)
+    plain = nn.Linear(2, 3, bias=False).to(dtype)
+    plain.weight.data.copy_(inner.weight if use == "linear" else inner.weight.mT)
+    twin = Around(plain, False)
+    twin.below, twin.head = nn.Linear(4, 2).to(dtype), copy.deepcopy(model.head)
+    twin.below.weight.data.copy_(model.below.weight.flatten(1))
+    twin.below.bias.data.copy_(model.below.bias)
+    x = torch.randn(*((8, 3, 4) if places else (8, 4)), dtype=dtype)
+    y = torch.randn(8, 2, dtype=dtype)
+    with register_handler(ByEinsum, ProductsHandler(**{use: ["weight"]})), torch.autocast("cpu", enabled=autocast):
+        made, other = (trained(m, optimizer, x, y, steps=1) for m in (model, twin))
+    assert made.health()["unseen_layers"] == 0.0
+    tolerance = {"rtol": 0.05, "atol": 0.02} if autocast else {"rtol": 1e-8, "atol": 1e-10}
+    names = {"inner.weight": "inner", "below": "below"}
+    for mine, theirs in names.items():
+        found, want = made.backend.blocks[mine].factors(), other.backend.blocks[theirs].factors()
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+
+
 class OneMatrix(nn.Module):
     def __init__(self, use: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -105,12 +169,15 @@ class OneMatrix(nn.Module):
 
 
 OTHER_USES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "einsum": lambda x, w: torch.einsum("ni,io->no", x, w),
+    "einsum from the left": lambda x, w: torch.einsum("ni,ij->jn", x, w).T,
+    "einsum of a part": lambda x, w: torch.einsum("ni,io->no", x[:, :2], w[:2]),
+    "einsum with the data behind": lambda x, w: torch.einsum("abi,io->bao", torch.stack([x, x]), w)[:, 0],
     "a part": lambda x, w: nn.functional.pad(x @ w[:, :2], (0, 1)),
     "from the left": lambda x, w: (w @ x.T).T,
     "elementwise, too": lambda x, w: x @ w + w[0],
-    "an einsum, too": lambda x, w: x @ w + torch.einsum("ni,io->no", x, w),
+    "a contraction, too": lambda x, w: x @ w + torch.einsum("ni,ij->n", x, w)[:, None],
     "the other way round": lambda x, w: x @ w.T,
+    "einsum the other way round": lambda x, w: torch.einsum("ni,oi->no", x, w),
 }
 
 

@@ -64,6 +64,29 @@ FORMS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Callable[[], tu
 }
 
 
+# Dropout between layers: the masks are in the graph.
+DROPPED: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Callable[[], tuple[Any, ...]]]] = {
+    "gru, dropout": (nn.GRU, {"num_layers": 2, "dropout": 0.5}, lambda: (reals(STEPS, DATA, INPUTS),)),
+    "rnn, dropout": (nn.RNN, {"num_layers": 3, "dropout": 0.3}, lambda: (reals(STEPS, DATA, INPUTS), states(3))),
+    "lstm, dropout": (
+        nn.LSTM,
+        {"num_layers": 3, "dropout": 0.5, "bidirectional": True, "batch_first": True},
+        lambda: (reals(DATA, STEPS, INPUTS),),
+    ),
+    "lstm, dropout, projected": (
+        nn.LSTM,
+        {"num_layers": 2, "dropout": 0.5, "proj_size": 1},
+        lambda: (reals(STEPS, DATA, INPUTS),),
+    ),
+    "gru, dropout, unbatched": (nn.GRU, {"num_layers": 2, "dropout": 0.5}, lambda: (reals(STEPS, INPUTS),)),
+    "lstm, dropout, packed": (
+        nn.LSTM,
+        {"num_layers": 2, "dropout": 0.5, "bidirectional": True},
+        lambda: (pack_sequence([reals(t, INPUTS) for t in (2, 4, 1)], enforce_sorted=False),),
+    ),
+}
+
+
 def compound(module: nn.Module) -> CompoundHandler:
     handler = handler_for(module)
     assert isinstance(handler, CompoundHandler)
@@ -82,10 +105,10 @@ def float_outputs(output: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *DROPPED])
 def test_rows_sum_to_the_gradient(form: str) -> None:
     """Of each weight and bias, whichever outputs a gradient arrives at; all parts together hold every parameter."""
-    kind, options, inputs = FORMS[form]
+    kind, options, inputs = (FORMS | DROPPED)[form]
     module, given = kind(INPUTS, HIDDEN, **options).double(), inputs()
     handler = compound(module)
     output = module(*given)
@@ -254,7 +277,7 @@ def test_coverage_names_the_matrices() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout": (lambda: nn.GRU(3, 4, 2, dropout=0.1), "dropout between its layers"),
+    "dropout": (lambda: nn.GRU(3, 4, 2, dropout=0.1, device="meta"), "dropout between its layers"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"), "weight_hh_l0 is computed"),
     "weight norm of a cell": (lambda: parametrizations.weight_norm(nn.LSTMCell(3, 4), "weight_ih"), "weight_ih is"),
 }
@@ -266,10 +289,54 @@ def test_refusals_are_said_and_train_by_adamw(make: Callable[[], nn.Module], wor
     handler = handler_for(module)
     assert handler is not None
     assert words in str(handler.refusal(module))
-    made = kfacopt.KFAC(module, MSE, factor_every=1, refresh_every=1, prediction=lambda output: output[0], kl_clip=0.03)
+    with pytest.warns(UserWarning, match=rf"no parameter gets curvature.*{words}"):
+        made = kfacopt.KFAC(module, MSE, kl_clip=0.03)
     rows = made.coverage().rows
     assert {row.treatment for row in rows} == {"AdamW"}
     assert any(words in row.why for row in rows)
+
+
+@pytest.mark.parametrize("optimizer", [kfacopt.KFAC, exact_ekfac])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_between_layers_is_that_of_modules_with_dropout_between(optimizer: Any, training: bool) -> None:
+    """The same numbers are drawn: three steps of a module of two layers are those of two modules of one."""
+
+    class Apart(nn.Module):
+        def __init__(self, whole: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second, self.drop = nn.LSTM(3, 4), nn.LSTM(4, 4), nn.Dropout(0.5)
+            for layer, one in enumerate((self.first, self.second)):
+                for name, p in one.named_parameters():
+                    p.data.copy_(whole.get_parameter(name.replace("l0", f"l{layer}")))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+            return self.second(self.drop(self.first(x)[0]))
+
+    class Head(nn.Module):
+        def __init__(self, recurrent: nn.Module) -> None:
+            super().__init__()
+            self.recurrent, self.head = recurrent, nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(x)[0].transpose(0, 1)).tanh()
+
+    torch.manual_seed(0)
+    whole = nn.LSTM(3, 4, 2, dropout=0.5)
+    model, twin = Head(whole).double().train(training), Head(Apart(whole)).double().train(training)
+    twin.head.load_state_dict(model.head.state_dict())
+    x, y = reals(6, 5, 3), reals(5, 6, 2)
+    values = []
+    for one in (model, twin):
+        torch.manual_seed(1)
+        made = optimizer(one, MSE, curvature="ggn", factor_every=1, refresh_every=1)
+        for _ in range(3):
+            made.zero_grad()
+            value = MSE(one(x), y)
+            value.backward()
+            made.step()
+            values.append(value.item())
+        assert made.health()["unseen_layers"] == 0.0
+    assert values[:3] == pytest.approx(values[3:], rel=1e-9)
 
 
 def test_dropout_of_one_layer_acts_on_nothing() -> None:

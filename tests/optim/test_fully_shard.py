@@ -479,9 +479,38 @@ def the_first_alone_may_ask() -> None:
     assert bool(whole_weights(net).isfinite().all())
 
 
+def compiled_it_is_the_same() -> None:
+    """The whole model or block by block; gradients and steps are, bit for bit, those of the model as it is."""
+
+    def trained(compiled: Callable[[Any], Any]) -> list[Tensor]:
+        net = per_block(seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))))
+        model = compiled(net)
+        made = kfacopt.KFAC(model, CE(), curvature="ggn", factor_every=1, refresh_every=1)
+        found = []
+        for batch in make_batches(2):
+            made.zero_grad()
+            plain(CE())(model, share(batch))
+            found += [p.grad.full_tensor() for p in net.parameters()]  # type: ignore[union-attr]
+            made.step()
+        assert made.health()["unseen_layers"] == 0.0
+        return [*found, whole_weights(net)]
+
+    def block_by_block(net: Any) -> Any:
+        for child in net.children():
+            child.compile(backend="aot_eager")
+        return net
+
+    expected = trained(lambda net: net)
+    for compiled in (partial(torch.compile, backend="aot_eager"), block_by_block):
+        assert all(map(torch.equal, trained(compiled), expected))
+
+
 def what_works_in_one_process_only_is_refused() -> None:
     refused: dict[str, Callable[[nn.Module], Any]] = {
-        "NaturalGradient": lambda net: kfacopt.NaturalGradient(net, CE()),
+        "NaturalGradient with Gram": lambda net: kfacopt.NaturalGradient(net, CE()),
+        "NaturalGradient with CG under fully_shard": lambda net: kfacopt.NaturalGradient(
+            net, CE(), solver=kfacopt.CG()
+        ),
         "TrustRegionNewton": lambda net: kfacopt.TrustRegionNewton(net, CE()),
         "QuadraticModel": lambda net: kfacopt.KFAC(net, CE(), lr="auto"),
     }
@@ -534,6 +563,7 @@ OTHERS: Mapping[str, Callable[[], None]] = {
         processes_may_have_unlike_many_data,
         an_operator_is_refused,
         the_first_alone_may_ask,
+        compiled_it_is_the_same,
         what_works_in_one_process_only_is_refused,
     )
 }

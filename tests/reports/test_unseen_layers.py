@@ -207,3 +207,32 @@ def test_any_backend_says_so(backend: Any) -> None:
         assert any("first" in text for text in said)
         assert optimizer.health()["unseen_layers"] == 1.0
         assert uncovered(optimizer, "first")
+
+
+class RawMatrix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (RawMatrix, "no handler for RawMatrix; .* kfacopt.layers.ProductsHandler"),
+        (lambda: torch.jit.script(nn.Linear(4, 3)), "made by torch.jit, .* train the module that it was made of"),
+    ],
+    ids=["raw", "jit"],
+)
+def test_that_nothing_has_curvature_is_said_when_the_optimizer_is_made(make: Any, words: str) -> None:
+    for kind in (kfacopt.KFAC, kfacopt.EKFAC, kfacopt.SpectralDescent):
+        with pytest.warns(UserWarning, match=f"no parameter gets curvature.*{words}"):
+            kind(make(), nn.MSELoss())
+    model = make()
+    kfacopt.KFAC(model, nn.MSELoss(), params=[{"params": list(model.parameters()), "curvature": False}])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    kfacopt.KFAC(model, nn.MSELoss())

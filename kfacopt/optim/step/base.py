@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.capture.records import Replay
+from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer, by_layer, by_parameter
 from kfacopt.layers.plain import PlainMatrix
 from kfacopt.likelihoods.estimator import FisherEstimator
@@ -158,17 +159,22 @@ class Step:
     def linearization(self, parameters: Sequence[nn.Parameter]) -> BatchLinearization:
         """The step's forwards as functions of some parameters: run again once, for all who ask for the same.
 
+        Of several processes each has its own forwards: what is shaped as the parameters is the mean over all, which
+        must ask for it together.
+
         Raises:
-            RuntimeError: If several processes train together: they are those of this one.
+            RuntimeError: If parameters are sharded.
         """
-        if self.processes.size > 1:
+        if any(map(is_sharded, parameters)):
             raise RuntimeError(
-                f"{self.processes.size} processes train together, but forwards that are run again are of one's data: "
-                f"directions and step lengths that ask for them work in one process so far"
+                f"the model is sharded by fully_shard over {self.processes.size} processes: its forwards cannot be run "
+                f"again yet. Directions and step lengths that ask for them work under DistributedDataParallel"
             )
         key = tuple(id(p) for p in parameters)
         if key not in self._linearizations:
-            made = BatchLinearization(parameters, self.replays, self.estimator, self.gradient_scale, self.recorder)
+            made = BatchLinearization(
+                parameters, self.replays, self.estimator, self.gradient_scale, self.recorder, self.processes
+            )
             made.match([self.gradients[p] for p in parameters])
             self._linearizations[key] = made
         return self._linearizations[key]
@@ -200,6 +206,8 @@ class Updates:
         bend: Second derivative of the step's path, what is added to the parameters is
             `scale · (-lr u) + ½ scale² · bend`, in the order of `tensors`; None: the path is straight.
         check: A number that is finite exactly if all of `tensors` are, where the direction knows one.
+        decays: By parameter, which part of it is taken off at learning rate one, of those entries that the update makes
+            smaller anyway (`rule.decay_cautiously`).
     """
 
     tensors: dict[nn.Parameter, Tensor]
@@ -207,6 +215,7 @@ class Updates:
     scale: float = 1.0
     bend: list[Tensor] | None = None
     check: Tensor | None = None
+    decays: Mapping[nn.Parameter, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -228,7 +237,14 @@ class Updates:
 
 
 class _Part:
-    """What directions and lengths have in common: an optimizer asks them for defaults, health and state."""
+    """What directions and lengths have in common: an optimizer asks them for defaults, health and state.
+
+    Attributes:
+        shares_replays: Whether what they do with forwards that are run again is right in several processes: decided by
+            what `Step.linearization` and `Step.metric` average over them, never by rows of one's own.
+    """
+
+    shares_replays: bool = False
 
     def defaults(self) -> dict[str, float]:
         """Scalars for the optimizer's param groups, where schedulers and users write them; read them from there."""

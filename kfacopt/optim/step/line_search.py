@@ -29,6 +29,8 @@ class GridLineSearch(StepLength):
     0.25
     """
 
+    shares_replays = True
+
     points: int = 31
     ratio: float = 0.5
     longest: float = 1.0

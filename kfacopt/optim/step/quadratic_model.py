@@ -37,6 +37,8 @@ class QuadraticModel(StepLength):
         ValueError: If an argument is out of range.
     """
 
+    shares_replays = True
+
     def __init__(self, every: int = 1, damping: float = 1.0, damping_rule: LevenbergMarquardt | None = None) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,10 @@ _LEAST_ROW = 1e-2
 # By how many times more a new gradient weighs in the first step: a momentum of 0.95 is one of 0.85 then. With 0.95
 # throughout a character model ended at 1.514, with 0.9 at 1.495, growing at 1.482; a deep chain at 0.484, 0.464, 0.426.
 _FRESH = 2.0
+# Weight decay is small and signs change slowly: taken every so many steps, so many times as much, it costs nothing.
+_DECAY_EVERY = 8
+DECAY = 0.2
+"""Default `decay`."""
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -101,12 +105,16 @@ class Spectral(Direction):
             old ones are soon of another place then. 0: none.
         full_steps: For so many steps the length is whole, after them it falls as `sqrt(full_steps / number of steps)`
             (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
+        decay: Cautious weight decay of matrices, a param group's `cautious_decay` from then on: `lr · decay` of the
+            entries that the step makes smaller anyway is taken off as well, and less as steps grow shorter
+            (`full_steps`). Not of biases, and not where the model is differentiated in its own forward: such a network
+            solves an equation, and a smaller weight is no better there.
 
     Raises:
         ValueError: If a number is out of range.
 
     >>> Spectral(momentum=0.9).defaults()
-    {'momentum': 0.9}
+    {'momentum': 0.9, 'cautious_decay': 0.2}
     """
 
     plain_treatment = "spectral step, no curvature"
@@ -120,15 +128,17 @@ class Spectral(Direction):
         row_decay: float | None = 0.95,
         warmup: int = 300,
         full_steps: int | None = FULL_STEPS,
+        decay: float = DECAY,
     ) -> None:
         check_number("momentum", momentum)
+        check_number("cautious_decay", decay)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
         check_full_steps(full_steps)
         self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
-        self._momentum, self._layers = momentum, layers
+        self._momentum, self._decay, self._layers = momentum, decay, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
         self._measured: dict[str, torch.dtype] = {}
@@ -137,7 +147,7 @@ class Spectral(Direction):
         return f"Spectral(momentum={self._momentum}, polar={self._polar}, layers={self._layers.__name__})"
 
     def defaults(self) -> dict[str, float]:
-        return {"momentum": self._momentum}
+        return {"momentum": self._momentum, "cautious_decay": self._decay}
 
     def refusal(self, layer: Layer) -> str | None:
         if layer.handler.structure == "elementwise":
@@ -157,7 +167,7 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates, norms = Unstacked(averaged), []
+        updates, norms, decayed = Unstacked(averaged), [], set[nn.Parameter]()
         for stack in stacks(step, averaged):
             device = stack.matrices.device.type
             long = min(stack.matrices.shape[-2:]) >= _LONG
@@ -168,7 +178,17 @@ class Spectral(Direction):
             factors, norm = self._factors(step, stack, found)
             updates.add(stack, found * factors)
             norms.append(norm)
-        return Updates(updates.by_parameter(), check=torch.cat(norms).sum() if norms else None)
+            if not stack.differentiated:
+                decayed.update(stack.weights)
+        check = torch.cat(norms).sum() if norms else None
+        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, decayed))
+
+    def _decays(self, step: Step, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, float]:
+        if (step.number + 1) % _DECAY_EVERY:
+            return {}
+        times = _DECAY_EVERY * shrunk(step.number, self._full_steps)
+        rates = {p: times * float(group.get("cautious_decay", 0.0)) for group in step.groups for p in group["params"]}
+        return {p: rates[p] for p in parameters if rates[p] > 0.0}
 
     def _orthogonalized(self, step: Step, stack: Stack) -> Tensor:
         """`S polar(Sᵀ M)`, with S = I of matrices that have no curvature, or none yet."""

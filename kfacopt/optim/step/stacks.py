@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class Stack:
     def layers(self) -> list[Layer]:
         """The holders that are layers."""
         return [holder for holder in self.holders if isinstance(holder, Layer)]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The holders' parameters but for biases."""
+        return [p for holder in self.holders for p in _parameters_of(holder) if p.ndim > 1]
 
     @property
     def keys(self) -> list[Key]:
@@ -136,6 +141,10 @@ def _matrices(members: Sequence[tuple[Holder, Sequence[Tensor]]], alike: bool) -
 def structure_of(holder: Holder) -> Structure:
     """A layer's, or that of a plain matrix: a linear layer's."""
     return holder.handler.structure if isinstance(holder, Layer) else "outer"
+
+
+def _parameters_of(holder: Holder) -> Iterable[nn.Parameter]:
+    return holder.parameters.values() if isinstance(holder, Layer) else (holder,)
 
 
 def inputs_axis(structure: Structure) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def svd_polar(matrix: Tensor) -> Tensor:
     return (left * (values > 1e-9 * values[..., :1]).to(values).unsqueeze(-2)) @ right
 
 
-EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers, "row_decay": None}
+EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers, "row_decay": None, "decay": 0.0}
 
 
 class Identity(kfacopt.LayerwiseBackend):
@@ -599,13 +600,20 @@ def test_refusals_of_spectral(options: dict[str, float]) -> None:
         kfacopt.Spectral(**options)  # type: ignore[arg-type]
 
 
+class OwnLSTM(nn.LSTM):
+    """A subclass with a forward of its own, which may compute anything."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(x)
+
+
 class Gates(nn.Module):
     """Attention, recurrent layers and a head: matrices that the handler refuses among such as handlers cover."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.recurrent = nn.LSTM(4, 3, 2, batch_first=True, dropout=0.1)
+        self.recurrent = OwnLSTM(4, 3, 2, batch_first=True)
         self.position = nn.Parameter(torch.zeros(5, 4))
         self.head = nn.Linear(3, 2)
 
@@ -751,3 +759,49 @@ def test_a_step_that_is_not_finite_is_forgotten() -> None:
         moved.append(not torch.equal(before, model.weight))
     assert moved == [True, False, True]
     assert made.health()["skipped_steps"] == 1.0
+
+
+# -- cautious weight decay -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 7, 15])
+def test_decay_takes_off_what_the_step_makes_smaller_anyway(number: int) -> None:
+    def last_step(decay: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The parameters before step `number`, the only one with decay, and after it."""
+        model, loss, x, y = BY_NAME["mlp-ce"].make()
+        made = kfacopt.SpectralDescent(model, loss, direction=kfacopt.Spectral(decay=0.0), lr=0.1)
+        for step in range(number + 1):
+            made.param_groups[0]["cautious_decay"] = decay if step == number else 0.0
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            train_step(made, model, loss, x, y)
+        return before, dict(model.named_parameters())
+
+    (before, free), (_, decayed) = last_step(0.0), last_step(0.5)
+    due = number in (7, 15)
+    for name, p in decayed.items():
+        alike = (before[name] - free[name]) * before[name] > 0
+        part = 0.1 * 0.5 * spectral._DECAY_EVERY if due and p.ndim > 1 else 0.0
+        torch.testing.assert_close(p, free[name] - part * before[name] * alike)
+
+
+def test_decay_falls_as_steps_do() -> None:
+    direction = kfacopt.Spectral(full_steps=4)
+    weight = nn.Parameter(torch.ones(2, 2))
+    groups = [{"params": [weight], "cautious_decay": 0.2}]
+    moments: list[Any] = [SimpleNamespace(number=number, groups=groups) for number in (7, 8, 15)]
+    early, between, late = (direction._decays(step, [weight]) for step in moments)
+    assert not between
+    assert late[weight] / early[weight] == pytest.approx((8 / 16) ** 0.5)
+
+
+def test_whoever_says_weight_decay_has_no_other() -> None:
+    model = mlp()
+    made = kfacopt.SpectralDescent(model, nn.CrossEntropyLoss())
+    assert made.param_groups[0]["cautious_decay"] > 0.0 == made.param_groups[0]["weight_decay"]
+    made = kfacopt.KFAC(model, nn.CrossEntropyLoss(), weight_decay=0.1)
+    assert made.param_groups[0]["cautious_decay"] == 0.0 < made.param_groups[0]["weight_decay"]
+    first, *rest = model.parameters()
+    groups = [{"params": [first], "weight_decay": 0.0}, {"params": rest}]
+    made = kfacopt.SpectralDescent(model, nn.CrossEntropyLoss(), groups)
+    assert [group["cautious_decay"] > 0.0 for group in made.param_groups] == [False, True]
+    assert "cautious_decay" not in kfacopt.KFAC(model, nn.CrossEntropyLoss(), kl_clip=0.1).param_groups[0]
