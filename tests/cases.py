@@ -622,6 +622,11 @@ exact_ekfac = made_of(kfacopt.FullEKFACBackend)
 OPTIMIZERS = {"kfac": kfacopt.KFAC, "ekfac": kfacopt.EKFAC, "exact-kfac": exact_kfac, "exact-ekfac": exact_ekfac}
 
 
+def natural_direction() -> kfacopt.Direction:
+    """The natural gradient's, as far in each layer as the layer is long: what takes all curvature there is."""
+    return kfacopt.Grafted(kfacopt.Preconditioned())
+
+
 def still(**options: Any) -> dict[str, Any]:
     """Options of an optimizer that estimates curvature with every step and moves nothing."""
     fixed = {"lr": 0.0, "adamw_lr": 0.0, "kl_clip": None, "momentum": 0.0, "ema_decay": 0.0}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import kfacopt
 from tests import zoo_models as models
+from tests.cases import natural_direction
 
 PAGE = Path(__file__).parents[1] / "kfacopt" / "docs" / "pages" / "guides" / "models.md"
 STEPS, BATCH, HELD_OUT = 150, 32, 8
@@ -206,8 +207,7 @@ def ours(model: Model, name: str) -> Callable[[nn.Module], torch.optim.Optimizer
 
 def with_curvature(model: Model, name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """KFAC or EKFAC with the direction that takes all curvature there is."""
-    direction = kfacopt.Grafted(kfacopt.Preconditioned())
-    return lambda net: OURS[name](net, model.loss, direction=direction, **model.options)
+    return lambda net: OURS[name](net, model.loss, direction=natural_direction(), **model.options)
 
 
 def adamw(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:

@@ -78,9 +78,9 @@ class Block(ABC):
     def update(self, rows: Rows) -> None:
         """Add one micro-batch's rows to what the next `fold` averages."""
 
-    @abstractmethod
     def refresh(self, damping: float) -> None:
         """Bring the cache up to date with the statistics. Statistics that were never folded are an error."""
+        self.renew(self.decomposed(self.snapshot(), damping))
 
     def snapshot(self) -> dict[str, Tensor]:
         """The statistics that `decomposed` reads, not copied. Empty: such a block is refreshed in the step itself."""

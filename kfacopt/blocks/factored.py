@@ -74,8 +74,5 @@ class FactoredBlock(Block):
         left, right = self.factors()
         return {"gradient_factor": left, "input_factor": right}
 
-    def refresh(self, damping: float) -> None:
-        self.renew(self.decomposed(self.snapshot(), damping))
-
     def mean_eigenvalue(self) -> Tensor:
         return kronecker.mean_eigenvalue(*self.factors())

@@ -63,9 +63,6 @@ class OutputBlock(Block):
     def snapshot(self) -> dict[str, Tensor]:
         return {"gradient_factor": self.factor()}
 
-    def refresh(self, damping: float) -> None:
-        self.renew(self.decomposed(self.snapshot(), damping))
-
     def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         factor = snapshot["gradient_factor"]
         if self._wide:

@@ -62,6 +62,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._sharded = ShardedModel(model)
         self._sharded.reshard()  # else the parameters below would be copies
         checks.check_params(params)
+        self._step = 0
         checks.check_processes(self._processes, self._alone)
         self._agreed = Agreement()
         self.model = model
@@ -69,7 +70,6 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._capture: Capture | None = None
         self._layers: list[Layer] = []
         self._rest: list[CoverageRow] = []
-        self._step = 0
         self._report: dict[str, float] = {"skipped_steps": 0.0}
         self._reached: Counter[str] = Counter()
         self._scaling = LossScaling()

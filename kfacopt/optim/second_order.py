@@ -210,7 +210,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _alone(self) -> str | None:
         # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
-        parts = [part for part in (self.direction, self.step_length) if any(map(part.wants_replays, range(100)))]
+        parts = [p for p in (self.direction, self.step_length) if any(map(p.wants_replays, {0, self._step}))]
         apart = [part for part in parts if self._sharded or not part.shares_replays]
         return repr(apart[0]) if apart else None
 

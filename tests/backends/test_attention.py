@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import kfacopt
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.polar import exact_polar
-from kfacopt.optim.step import Grafted, Preconditioned, Spectral
-from tests.cases import exact_ekfac, still
+from kfacopt.optim.step import Spectral
+from tests.cases import exact_ekfac, natural_direction, still
 from tests.explicit import explicit_model
 
 MSE = nn.MSELoss()
@@ -75,7 +75,7 @@ def spectral_kfac(model: nn.Module, loss: nn.Module, factor_every: int, refresh_
 
 
 def natural(optimizer: Any) -> Any:
-    return lambda *args, **options: optimizer(*args, direction=Grafted(Preconditioned(0.9)), **options)
+    return lambda *args, **options: optimizer(*args, direction=natural_direction(), **options)
 
 
 OPTIMIZERS = {

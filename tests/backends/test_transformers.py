@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kfacopt
-from tests.cases import OPTIMIZERS
+from tests.cases import OPTIMIZERS, natural_direction
 
 
 class Language(nn.Module):
@@ -39,7 +39,7 @@ def test_transformers_train(optimizer: Any, fisher_type: str, kind: str, batch_f
     model = Language(batch_first, norm_first=fisher_type == "mc", kind=kind)
     x = torch.randint(7, (5, 4))
     loss = nn.CrossEntropyLoss()
-    direction = kfacopt.Grafted(kfacopt.Preconditioned())
+    direction = natural_direction()
     intervals = {"factor_every": 2, "refresh_every": 2}
     made = optimizer(model, loss, curvature=fisher_type, lr=0.05, adamw_lr=1e-2, direction=direction, **intervals)
     losses = []

@@ -17,7 +17,7 @@ from kfacopt.layers import Rows, handler_for
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import tensors_of
-from tests.cases import exact_ekfac
+from tests.cases import exact_ekfac, natural_direction
 from tests.explicit import explicit_model
 
 MSE = nn.MSELoss()
@@ -225,7 +225,7 @@ def trained(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, steps: int =
 
 
 def natural_kfac(*args: Any, **options: Any) -> kfacopt.KFAC:
-    return kfacopt.KFAC(*args, direction=kfacopt.Grafted(kfacopt.Preconditioned()), **options)
+    return kfacopt.KFAC(*args, direction=natural_direction(), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import kfacopt
 from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.products import ProductsHandler
+from tests.cases import natural_direction
 from tests.optim.test_processes import (
     CE,
     EQUAL,
@@ -379,8 +380,7 @@ def half_precision_trains() -> None:
         torch.manual_seed(0)
         net = blocks_apart(Blocks(), mp_policy=policy)
         # The spectral step makes of rounding, where nothing else is left, a step as long as any.
-        direction = kfacopt.Grafted(kfacopt.Preconditioned())
-        made = kfacopt.KFAC(net, CE(), factor_every=1, refresh_every=1, curvature="ggn", direction=direction)
+        made = kfacopt.KFAC(net, CE(), factor_every=1, refresh_every=1, curvature="ggn", direction=natural_direction())
         for x, y in make_batches(2):
             made.zero_grad()
             plain(CE())(net, share((x.float(), y)))

@@ -669,6 +669,25 @@ def what_does_not_work_yet_is_refused() -> None:
         assert same_everywhere(torch.tensor(len(name)))
 
 
+class FromTheSecondOn(kfacopt.TrustRegion):
+    def wants_replays(self, step: int) -> bool:
+        return step > 0
+
+
+def what_asks_for_replays_later_is_refused_then() -> None:
+    model = DistributedDataParallel(make_net())
+    made = optimizer(step_length=FromTheSecondOn)(model)
+    first, second = make_batches(2)
+    plain(CE())(model, share(first))
+    made.step()
+    made.zero_grad()
+    plain(CE())(model, share(second))
+    before = weights_of(model.module)
+    with pytest.raises(RuntimeError, match=r"2 processes.*TrustRegion"):
+        made.step()
+    assert torch.equal(weights_of(model.module), before)
+
+
 def gradients_that_nobody_averaged_are_refused() -> None:
     net = make_net()
     made = optimizer()(net)
@@ -803,6 +822,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
             the_first_alone_may_ask,
             checkpoints_go_from_any_number_to_any,
             what_does_not_work_yet_is_refused,
+            what_asks_for_replays_later_is_refused_then,
             gradients_that_nobody_averaged_are_refused,
             sharded_models_are_refused,
             labels_of_two_processes_have_half_the_variance,
