@@ -135,6 +135,21 @@ class MaxOverhead:
 
 
 @dataclass(frozen=True)
+class OwnShare:
+    """The interval that a shared `MaxOverhead` gives one kind of work, `"factors"` or `"refresh"`.
+
+    >>> OwnShare(MaxOverhead(), "refresh")(0)
+    1
+    """
+
+    schedule: MaxOverhead
+    kind: str
+
+    def __call__(self, step: int) -> int:
+        return self.schedule.interval(self.kind)
+
+
+@dataclass(frozen=True)
 class Background:
     """Decompositions beside the training: a step that is due launches one, a later step takes it over.
 

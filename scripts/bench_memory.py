@@ -21,15 +21,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import kfacopt
+from kfacopt.blocks import Storage
 from kfacopt.experiments import rivals
 
 Factory = Callable[..., Optimizer]
+
+
+def stored(optimizer: Factory, backend: Callable[..., Any], storage: Storage | None) -> Factory:
+    """An optimizer whose backend keeps its factors so."""
+    return lambda model, loss_func: optimizer(model, loss_func=loss_func, backend=backend(storage=storage))
+
+
 OPTIMIZERS: dict[str, Factory] = {
     "AdamW": rivals.adamw,
     "Muon": rivals.muon,
     "SpectralDescent": kfacopt.SpectralDescent,
     "KFAC": kfacopt.KFAC,
     "EKFAC": kfacopt.EKFAC,
+}
+# With a backend of one's own the step is the natural gradient's, which is cheaper: so these are against that.
+OPTIMIZERS |= {
+    f"{name}, natural{told}": stored(optimizer, backend, storage)
+    for name, optimizer, backend in (
+        ("KFAC", kfacopt.KFAC, kfacopt.KFACBackend),
+        ("EKFAC", kfacopt.EKFAC, kfacopt.EKFACBackend),
+    )
+    for told, storage in {"": None, ", packed": Storage(), ", packed bf16": Storage(dtype=torch.bfloat16)}.items()
 }
 
 

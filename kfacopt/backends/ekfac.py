@@ -10,6 +10,7 @@ from kfacopt.backends.checks import check_exponent, check_widest
 from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, CorrectedEigenBlock, DiagonalBlock, PartialEigenBlock
 from kfacopt.blocks.sides import WIDEST, Diagonals
+from kfacopt.blocks.storage import Storage
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import EKFAC_REFRESH_EVERY, FACTOR_EVERY, Interval, Timetable, as_interval
 
@@ -24,6 +25,7 @@ class FullEKFACBackend(LayerwiseBackend):
         stagger: Spread the layers' refreshes over the interval.
         widest: Inputs or outputs up to which there is an eigenbasis; of more (a vocabulary's) the corrected eigenvalues
             are along the inputs or outputs themselves.
+        storage: How Kronecker factors are kept, `kfacopt.blocks.Storage()` in half of the memory.
     """
 
     all_places = True
@@ -35,8 +37,9 @@ class FullEKFACBackend(LayerwiseBackend):
         refine_every: Interval | None = None,
         stagger: bool = True,
         widest: int = WIDEST,
+        storage: Storage | None = None,
     ) -> None:
-        super().__init__(factor_every, refresh_every, stagger)
+        super().__init__(factor_every, refresh_every, stagger, storage)
         self._widest = check_widest(widest)
         refine = None if refine_every is None else as_interval("refine_every", refine_every)
         self._refinements = None if refine is None else Timetable(refine, stagger)
@@ -88,6 +91,7 @@ class EKFACBackend(LayerwiseBackend):
         stagger: Spread the layers' refreshes over the interval.
         widest: Inputs or outputs up to which there is an eigenbasis; of more (a vocabulary's) the corrected eigenvalues
             are along the inputs or outputs themselves.
+        storage: How Kronecker factors are kept, `kfacopt.blocks.Storage()` in half of the memory.
     """
 
     all_places = True
@@ -100,8 +104,9 @@ class EKFACBackend(LayerwiseBackend):
         exponent: float = 1.0,
         stagger: bool = True,
         widest: int = WIDEST,
+        storage: Storage | None = None,
     ) -> None:
-        super().__init__(factor_every, refresh_every, stagger)
+        super().__init__(factor_every, refresh_every, stagger, storage)
         if not 0.0 < tail < 1.0:
             raise ValueError(f"tail must lie between 0 and 1, got {tail}; FullEKFACBackend cuts nothing")
         self._tail, self._exponent, self._widest = tail, check_exponent(exponent), check_widest(widest)

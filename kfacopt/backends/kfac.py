@@ -6,6 +6,7 @@ from kfacopt.backends.checks import check_exponent, check_widest
 from kfacopt.backends.layerwise import LayerwiseBackend
 from kfacopt.blocks import Block, DiagonalBlock, EigenBlock, KroneckerBlock, OutputBlock
 from kfacopt.blocks.sides import WIDEST, Diagonals
+from kfacopt.blocks.storage import Storage
 from kfacopt.layers.layer import Layer
 from kfacopt.schedules import FACTOR_EVERY, KFAC_REFRESH_EVERY, Interval
 
@@ -20,6 +21,7 @@ class KFACBackend(LayerwiseBackend):
             (Gupta et al. 2018). Normalisation layers keep 1.
         stagger: Spread the layers' inversions over the interval.
         widest: Inputs or outputs up to which a factor is a whole matrix; of more (a vocabulary's) it is its diagonal.
+        storage: How Kronecker factors are kept, `kfacopt.blocks.Storage()` in half of the memory.
     """
 
     def __init__(
@@ -29,8 +31,9 @@ class KFACBackend(LayerwiseBackend):
         exponent: float = 1.0,
         stagger: bool = True,
         widest: int = WIDEST,
+        storage: Storage | None = None,
     ) -> None:
-        super().__init__(factor_every, refresh_every, stagger)
+        super().__init__(factor_every, refresh_every, stagger, storage)
         self._exponent, self._widest = check_exponent(exponent), check_widest(widest)
         self.newton = exponent == 1.0
 
@@ -50,6 +53,7 @@ class OneSidedKFACBackend(KFACBackend):
         exponent: Power of the damped factor to divide by, as in `KFACBackend`.
         stagger: Spread the layers' decompositions over the interval.
         widest: Outputs up to which G is kept whole; of layers with more its diagonal is.
+        storage: How Kronecker factors are kept, `kfacopt.blocks.Storage()` in half of the memory.
     """
 
     needs_inputs = False
@@ -61,8 +65,9 @@ class OneSidedKFACBackend(KFACBackend):
         exponent: float = 1.0,
         stagger: bool = True,
         widest: int = WIDEST,
+        storage: Storage | None = None,
     ) -> None:
-        super().__init__(factor_every, refresh_every, exponent, stagger, widest)
+        super().__init__(factor_every, refresh_every, exponent, stagger, widest, storage)
 
     def make_block(self, layer: Layer) -> Block:
         if layer.handler.structure == "elementwise":
@@ -81,6 +86,7 @@ class EigenKFACBackend(LayerwiseBackend):
         refresh_every: Steps between two eigendecompositions.
         stagger: Spread the layers' eigendecompositions over the interval.
         widest: Inputs or outputs up to which a factor is a whole matrix; of more it is its diagonal.
+        storage: How Kronecker factors are kept, `kfacopt.blocks.Storage()` in half of the memory.
     """
 
     def __init__(
@@ -89,8 +95,9 @@ class EigenKFACBackend(LayerwiseBackend):
         refresh_every: Interval = KFAC_REFRESH_EVERY,
         stagger: bool = True,
         widest: int = WIDEST,
+        storage: Storage | None = None,
     ) -> None:
-        super().__init__(factor_every, refresh_every, stagger)
+        super().__init__(factor_every, refresh_every, stagger, storage)
         self._widest = check_widest(widest)
 
     def make_block(self, layer: Layer) -> Block:

@@ -18,13 +18,14 @@ from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
+from kfacopt.blocks.storage import Storage
 from kfacopt.blocks.tied import TransposedFactors
 from kfacopt.blocks.trial import misfit
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
-from kfacopt.schedules import Background, Interval, MaxOverhead, Timetable, WhenMoved, as_interval
+from kfacopt.schedules import Background, Interval, MaxOverhead, OwnShare, Timetable, WhenMoved, as_interval
 from kfacopt.sharding import Processes
 
 _WHOLE = "whole"
@@ -40,9 +41,13 @@ class LayerwiseBackend(CurvatureBackend):
         refresh_every: Steps between two refreshes of a layer's cache (inverse, eigenbasis); likewise. With a
             `kfacopt.schedules.Background` they run beside the training, with a `WhenMoved` where they must.
         stagger: Spread the layers' refreshes over the interval, so that no step is a spike; False: all at once.
+        storage: How Kronecker factors are kept between two updates; None: as they are.
     """
 
-    def __init__(self, factor_every: Interval, refresh_every: Interval, stagger: bool = True) -> None:
+    def __init__(
+        self, factor_every: Interval, refresh_every: Interval, stagger: bool = True, storage: Storage | None = None
+    ) -> None:
+        self._storage = storage
         self._factor_interval = as_interval("factor_every", factor_every)
         self._refresh_interval = as_interval("refresh_every", refresh_every)
         self._updates = Timetable(self._interval_for("factors", self._factor_interval), stagger=False)
@@ -77,7 +82,7 @@ class LayerwiseBackend(CurvatureBackend):
         block = self.make_block(layer)
         if layer.handler.structure == "tied" and isinstance(block, FactoredBlock):
             block.transposed = TransposedFactors(block.diagonals)
-        return block
+        return block.kept_as(self._storage)
 
     def treatment(self, layer: Layer) -> str:
         narrowed = self._narrowed(layer)
@@ -377,17 +382,7 @@ class LayerwiseBackend(CurvatureBackend):
     @staticmethod
     def _interval_for(kind: str, schedule: Any) -> Any:
         # One MaxOverhead may time both kinds of work: each asks for its own interval.
-        return _OwnShare(schedule, kind) if isinstance(schedule, MaxOverhead) else schedule
-
-
-class _OwnShare:
-    """The interval that a shared `MaxOverhead` gives one kind of work."""
-
-    def __init__(self, schedule: MaxOverhead, kind: str) -> None:
-        self._schedule, self._kind = schedule, kind
-
-    def __call__(self, step: int) -> int:
-        return self._schedule.interval(self._kind)
+        return OwnShare(schedule, kind) if isinstance(schedule, MaxOverhead) else schedule
 
 
 def _device(layer: Layer) -> torch.device:

@@ -7,3 +7,4 @@ from kfacopt.blocks.eigen import EigenBlock as EigenBlock
 from kfacopt.blocks.kronecker import KroneckerBlock as KroneckerBlock
 from kfacopt.blocks.outputs import OutputBlock as OutputBlock
 from kfacopt.blocks.partial import PartialEigenBlock as PartialEigenBlock
+from kfacopt.blocks.storage import Storage as Storage

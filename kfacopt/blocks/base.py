@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
+from kfacopt.blocks.storage import Storage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg.gram import gram
 from kfacopt.linalg.polar import PolarFactor
@@ -65,6 +66,13 @@ class Block(ABC):
     @abstractmethod
     def averages(self) -> dict[str, RunningAverage]:
         """The statistics by name, in the order in which they are stored."""
+
+    def kept_as(self, storage: Storage | None) -> Self:
+        """Keep the averages that are symmetric so, from now on; to be said of a block without statistics. Itself."""
+        for name, average in self.averages().items():
+            if name in self.symmetric:
+                average.storage = storage
+        return self
 
     @abstractmethod
     def update(self, rows: Rows) -> None:
@@ -176,7 +184,7 @@ class Block(ABC):
     @property
     def estimated(self) -> bool:
         """Whether any statistics have been folded, so that `refresh` has something to work on."""
-        return all(average.value is not None for average in self.averages().values())
+        return all(average.known for average in self.averages().values())
 
     def pending_checksum(self) -> Tensor | None:
         """A number that is finite exactly if everything that waits to be folded is; None if nothing waits."""

@@ -44,14 +44,13 @@ class FactoredBlock(Block):
 
     @property
     def estimated(self) -> bool:
-        own = self.gradient_factor.value is not None and self.input_factor.value is not None
+        own = self.gradient_factor.known and self.input_factor.known
         return own or (self.transposed is not None and self.transposed.estimated)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """G `[*k o o]` or `[o]`, and A `[*k i i]` or `[i]`."""
-        own = None
-        if self.gradient_factor.value is not None and self.input_factor.value is not None:
-            own = self.gradient_factor.value, self.input_factor.value
+        left, right = self.gradient_factor.value, self.input_factor.value
+        own = None if left is None or right is None else (left, right)
         found = own if self.transposed is None else self.transposed.joined_with(own)
         if found is None:
             raise RuntimeError("this block has no statistics yet: update() and fold() come first")

@@ -50,9 +50,10 @@ class OutputBlock(Block):
 
     def factor(self) -> Tensor:
         """G `[*k o o]`, or its diagonal `[*k o]` of a wide layer."""
-        if self.gradient_factor.value is None:
+        factor = self.gradient_factor.value
+        if factor is None:
             raise RuntimeError("this block has no statistics yet: update() and fold() come first")
-        return self.gradient_factor.value
+        return factor
 
     def update(self, rows: Rows) -> None:
         gradients = rows.for_factors().gradients

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfacopt.blocks.storage import Storage
+
 
 class RunningAverage:
     """A bias-corrected exponential moving average of `sum / count`.
@@ -23,10 +25,32 @@ class RunningAverage:
     """
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self.storage: Storage | None = None
+        """How the average is kept; what is read is then brought back, and not the thing itself."""
+        self._kept: Tensor | None = None
+        self._dtype = torch.float32
         self.weight = 0.0
         self._sum: Tensor | None = None
         self._count: Tensor | float = 0.0
+
+    @property
+    def value(self) -> Tensor | None:
+        """The average; None before the first fold."""
+        if self.storage is None or self._kept is None:
+            return self._kept
+        return self.storage.restored(self._kept, self._dtype)
+
+    @value.setter
+    def value(self, value: Tensor | None) -> None:
+        if self.storage is None or value is None:
+            self._kept = value
+        else:
+            self._kept, self._dtype = self.storage.kept(value), value.dtype
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an average; it is not brought back for the question."""
+        return self._kept is not None
 
     def add(self, total: Tensor, count: Tensor | float) -> None:
         """Add one micro-batch: its sum (taken over, not copied), and what the sum is to be divided by."""
@@ -64,10 +88,8 @@ class RunningAverage:
             return
         batch = self._sum.div_(self._count)
         self.weight = decay * self.weight + (1.0 - decay)
-        if self.value is None:
-            self.value = batch
-        else:
-            self.value.lerp_(batch, (1.0 - decay) / self.weight)
+        held = self.value
+        self.value = batch if held is None else held.lerp_(batch, (1.0 - decay) / self.weight)
         self.discard()
 
     def accumulate(self) -> None:
@@ -92,10 +114,8 @@ class RunningAverage:
 
     def _join(self, value: Tensor, weight: float) -> None:
         self.weight += weight
-        if self.value is None:
-            self.value = value
-        else:
-            self.value.lerp_(value.to(self.value), weight / self.weight)
+        held = self.value
+        self.value = value if held is None else held.lerp_(value.to(held), weight / self.weight)
 
     def reset(self) -> None:
         """Forget everything."""

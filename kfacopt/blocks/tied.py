@@ -46,7 +46,7 @@ class TransposedFactors:
     @property
     def estimated(self) -> bool:
         """Whether this use has been seen."""
-        return self.input_factor.value is not None and self.gradient_factor.value is not None
+        return self.input_factor.known and self.gradient_factor.known
 
     def joined_with(self, other: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """The factors of both uses, `[o o]` or `[o]` and `[V V]` or `[V]`, where the other's are the first and `[V]`.
@@ -56,8 +56,9 @@ class TransposedFactors:
         pairs = []
         if other is not None:
             pairs.append((other[0], other[1] if self._diagonals.input else other[1].diag()))
-        if self.input_factor.value is not None and self.gradient_factor.value is not None:
-            pairs.append((self.input_factor.value, self.gradient_factor.value))
+        own = self.input_factor.value, self.gradient_factor.value
+        if own[0] is not None and own[1] is not None:
+            pairs.append((own[0], own[1]))
         return kronecker.product_of_sum(pairs) if len(pairs) > 1 else pairs[0] if pairs else None
 
 

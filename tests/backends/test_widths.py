@@ -226,9 +226,9 @@ class Language(nn.Module):
 
 
 def test_a_vector_for_each_word_is_warned_of() -> None:
-    model = Language(1001, 2, tied=False)
+    model = Language(1002, 2, tied=False)
     made = kfacopt.EKFAC(model, nn.CrossEntropyLoss(), curvature="ggn")
-    x = torch.randint(1001, (2, 1))
+    x = torch.randint(1002, (2, 1))
     with pytest.warns(UserWarning, match="there are 1001: sampling, curvature='mc'"):
         nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
     made.step()

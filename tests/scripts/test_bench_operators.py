@@ -52,9 +52,10 @@ def test_memory_is_that_of_tensors_at_once() -> None:
 @pytest.mark.parametrize("work", [pytest.param(work, id=work.name) for work in bench_operators.WORKS])
 def test_work_costs_at_most_what_was_promised(work: Work) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # by the processor's time, which repeats on a machine that others use
+    clock = bench_operators.CLOCKS["processor"]
     try:
-        found = bench_operators.costs(bench_operators.race(work.contestants(), seconds=8.0))
+        found = bench_operators.costs(bench_operators.race(work.contestants(), seconds=8.0, clock=clock))
     finally:
         torch.set_num_threads(threads)
     assert found["ours"] <= (found["curvlinops"] if work.at_most is None else work.at_most)
