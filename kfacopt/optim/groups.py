@@ -13,6 +13,9 @@ from kfacopt.layers.layer import Layer
 
 Groups = Sequence[dict[str, Any]]
 
+YOUNGER = frozenset({"cautious_decay"})
+"""What a param group of an older state may lack: it goes on without."""
+
 
 def with_plain_damping(group: dict[str, Any]) -> dict[str, Any]:
     """A group whose `damping` object, if it has one, is replaced by plain values.

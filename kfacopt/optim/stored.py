@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.optim.groups import Groups
+from kfacopt.optim.groups import YOUNGER, Groups
 from kfacopt.sharding import shard_of
 
 _TOGETHER = (
@@ -75,7 +75,8 @@ def check_stored(
         if section not in state_dict:
             raise ValueError(f"there is no {section!r}: it is not an optimizer's state dict, or a part of one")
     _check_values(state_dict, _called_alike(here, state_dict), "")
-    names = [name for name in defaults if groups and name in groups[0]]  # torch adds to the defaults on loading
+    # torch adds to the defaults on loading
+    names = [name for name in defaults if groups and name in groups[0] and name not in YOUNGER]
     for number, group in enumerate(state_dict["param_groups"]):
         if missing := [name for name in (*names, "params") if name not in group]:
             raise ValueError(f"param_groups/{number} lacks {', '.join(map(repr, missing))}")

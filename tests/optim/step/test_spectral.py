@@ -805,3 +805,14 @@ def test_whoever_says_weight_decay_has_no_other() -> None:
     made = kfacopt.SpectralDescent(model, nn.CrossEntropyLoss(), groups)
     assert [group["cautious_decay"] > 0.0 for group in made.param_groups] == [False, True]
     assert "cautious_decay" not in kfacopt.KFAC(model, nn.CrossEntropyLoss(), kl_clip=0.1).param_groups[0]
+
+
+def test_a_state_without_decay_goes_on_without() -> None:
+    model, loss, x, y = BY_NAME["mlp-ce"].make()
+    made = kfacopt.SpectralDescent(model, loss)
+    train_step(made, model, loss, x, y)
+    state = made.state_dict()
+    del state["param_groups"][0]["cautious_decay"]
+    made.load_state_dict(state)
+    assert not made.direction.direction._decays(SimpleNamespace(number=7, groups=made.param_groups), model.parameters())  # type: ignore[attr-defined]
+    train_step(made, model, loss, x, y)
