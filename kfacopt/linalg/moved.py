@@ -71,8 +71,8 @@ def inverse_error(matrix: Tensor, damping: Tensor | float, inverse: Tensor, expo
     Returns:
         The largest of the k; None for another exponent, of which products do not tell.
 
-    >>> inverse_error(torch.eye(3), 1.0, 0.45 * torch.eye(3)).round(decimals=4).item()
-    0.1000
+    >>> round(float(inverse_error(torch.eye(3), 1.0, 0.45 * torch.eye(3))), 4)
+    0.1
     """
     times = round(1.0 / exponent)
     if abs(times * exponent - 1.0) > 1e-6:

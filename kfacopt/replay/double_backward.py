@@ -101,7 +101,13 @@ class DoubleBackward:
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=torch.float64)
         v, w = ([draw(t.shape).to(t) for t in tensors] for tensors in (self._inputs, outputs))
-        pairs = [zip(v, gradients(outputs, self._inputs, w, guard), strict=True), zip(w, self.jacobian(v), strict=True)]
+        along = gradients(outputs, self._inputs, w, guard)
+        try:
+            pairs = [zip(v, along, strict=True), zip(w, self.jacobian(v), strict=True)]
+        except RuntimeError as error:  # torch's does not say whose code it is
+            raise RuntimeError(
+                f"{guard.functions}: cannot be differentiated through, which products with the Jacobian need: {error}"
+            ) from error
         products = [torch.cat([(a * b).double().flatten() for a, b in some]) for some in pairs]
         tolerance = 10 * max(torch.finfo(t.dtype).eps for t in (*v, *w)) ** 0.5
         if abs(products[0].sum() - products[1].sum()) > tolerance * max(p.abs().sum() for p in products):
