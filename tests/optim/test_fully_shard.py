@@ -251,6 +251,15 @@ def words_equal_one_process() -> None:
             equals(two, one, 1e-10)
 
 
+def decay_is_of_each_one_s_shards() -> None:
+    """A cautious weight decay comes with the eighth step; the shards are weights of few rows and their steps."""
+    make, batches = optimizer(kfacopt.SpectralDescent, direction=lambda: kfacopt.Spectral(decay=2.0)), make_batches(8)
+    one, _ = train(make, batches, plain(CE()), alone())
+    for shard in (per_block, root_only):
+        two, _ = train_sharded(make, [share(batch) for batch in batches], plain(CE()), shard)
+        equals(two, one, 1e-10)
+
+
 def heads_equal_one_process() -> None:
     make, of = optimizer(loss=HEADS), partial(seeded, Heads)  # type: ignore[arg-type]
     one, _ = train(make, make_batches(), both_heads, alone(), net_of=of)
@@ -552,6 +561,7 @@ MODELS: Mapping[str, Callable[[], None]] = {
         words_equal_one_process,
         what_needs_whole_parameters_trains_by_adamw,
         heads_equal_one_process,
+        decay_is_of_each_one_s_shards,
     )
 }
 OTHERS: Mapping[str, Callable[[], None]] = {
