@@ -182,10 +182,7 @@ class Background:
         as_interval("every", self.every)
         as_interval("delay", self.delay)
         if isinstance(self.every, (MaxOverhead, Background, WhenMoved)) or isinstance(self.delay, MaxOverhead):
-            raise TypeError(
-                f"Background takes an interval that is the same in every run, not {self.every!r} with the delay "
-                f"{self.delay!r}: pass a number, kfacopt.schedules.Growing or a callable of the step"
-            )
+            raise _unlike_in_every_run("Background", f"{self.every!r} with the delay {self.delay!r}")
         _require_positive("threads", self.threads)
 
     def __call__(self, step: int) -> int:
@@ -237,15 +234,19 @@ class WhenMoved:
     def __post_init__(self) -> None:
         as_interval("every", self.every)
         if isinstance(self.every, (MaxOverhead, Background, WhenMoved)):
-            raise TypeError(
-                f"WhenMoved takes an interval that is the same in every run, not {self.every!r}: pass a number, "
-                f"kfacopt.schedules.Growing or a callable of the step"
-            )
+            raise _unlike_in_every_run("WhenMoved", repr(self.every))
         if not self.tolerance > 0.0:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}: it is a share of a factor's norm")
 
     def __call__(self, step: int) -> int:
         return as_interval("every", self.every)(step)
+
+
+def _unlike_in_every_run(schedule: str, given: str) -> TypeError:
+    return TypeError(
+        f"{schedule} takes an interval that is the same in every run, not {given}: pass a number, "
+        f"kfacopt.schedules.Growing or a callable of the step"
+    )
 
 
 def as_interval(name: str, interval: Interval) -> Callable[[int], int]:

@@ -137,13 +137,17 @@ class Processes:
             found.append(work())
         except Exception as error:  # the others wait for this one
             failure = error
-        said = self.gathered(None if failure is None else repr(failure))
+        self.raise_together(failure)
+        return found[0]
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Raise what hinders a process: its own in it, and in those without one that of the first."""
+        said = self.gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
         for rank, text in enumerate(said):
             if text is not None:
                 raise RuntimeError(f"process {rank} cannot take this step, so that none does: {text}")
-        return found[0]
 
     def sent(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """What every rank sends to all: `tensors[rank]`, contiguous, of which the others need only have the shapes.

@@ -67,7 +67,7 @@ def _path(node: Node | None) -> tuple[list[Node], Tensor | None]:
 def _rearranged(matrix: Tensor, path: list[Node], last: tuple[int, ...]) -> Tensor | None:
     """A matrix as a factor of the product has it: a view, whose strides say where each number lies."""
     for place, node in enumerate(path):
-        kind, saved = node.name(), node
+        kind = node.name()
         if kind in _VIEWS:
             if place < len(path) - 1:
                 return None  # its shape is known of the last alone
@@ -76,7 +76,7 @@ def _rearranged(matrix: Tensor, path: list[Node], last: tuple[int, ...]) -> Tens
             except RuntimeError:  # not a view of the matrix
                 return None
         else:
-            matrix = _turned(matrix, kind, saved)
+            matrix = _turned(matrix, kind, node)
     return matrix
 
 

@@ -63,9 +63,10 @@ class Layer:
         """Whether `module` holds the very parameters at present (`functional_call` puts others in their place)."""
         for role, p in self.parameters.items():
             held = module._parameters.get(role) if self.part is None else self.part.parameter(module, role)
+            if held is p:
+                continue
             # Of a sharded parameter the engine puts a whole copy there in a forward, and lets nothing else stay.
-            copied = held is not None and is_sharded(p) and not is_sharded(held) and held.shape == p.shape
-            if held is not p and not copied:
+            if held is None or not is_sharded(p) or is_sharded(held) or held.shape != p.shape:
                 return False
         return True
 

@@ -193,7 +193,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         needs = {name: part.wants_replays(0) for name, part in replaying.items()}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults)
-        warn_of_none(self.coverage(), self._layers, self._plain, self._parameters(curvature=True))
+        if not self._layers and not self._plain:
+            warn_of_none(self.coverage(), self._parameters(curvature=True))
 
     # -- what is covered -------------------------------------------------------------------------------------------
 

@@ -79,10 +79,8 @@ class Sightings:
             )
 
 
-def warn_of_none(
-    coverage: Coverage, layers: Sequence[Layer], plain: Collection[nn.Parameter], wanted: Sequence[nn.Parameter]
-) -> None:
-    """Warn that no parameter at all has curvature, or a step of its own, though some were to have it.
+def warn_of_none(coverage: Coverage, wanted: Sequence[nn.Parameter]) -> None:
+    """Warn that no parameter at all has curvature, or a step of its own, if some that train were to have it.
 
     >>> import kfacopt
     >>> with warnings.catch_warnings(record=True) as caught:
@@ -91,7 +89,7 @@ def warn_of_none(
     >>> print(caught[0].message)
     no parameter gets curvature, all train by AdamW (no handler for PReLU): print(optimizer.coverage())
     """
-    if layers or plain or not any(p.requires_grad for p in wanted):
+    if not any(p.requires_grad for p in wanted):
         return
     whys = dict.fromkeys(row.why for row in coverage.rows if row.treatment == "AdamW")
     named = "; ".join(list(whys)[:3]) + ("; ..." if len(whys) > 3 else "")

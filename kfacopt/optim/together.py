@@ -94,7 +94,7 @@ def agreed(
     refused, counts, sizes, parts, *told = zip(*rows, strict=True)
     passes, terms, replays, replayable, derived, verified, others = told
     if any(refused):
-        _refuse_together(processes, refusal)
+        processes.raise_together(refusal)
     finite = all(map(math.isfinite, (*sizes, *parts)))
     others_differ = all(map(math.isfinite, sizes)) and max(sizes) - min(sizes) > _SAME * max(sizes)
     if max(counts) > min(counts) or others_differ:
@@ -130,14 +130,6 @@ def _settled(processes: Processes, capture: Capture, check: Callable[[], None]) 
             raise
         return error
     return None
-
-
-def _refuse_together(processes: Processes, refusal: Exception | None) -> None:
-    said = processes.gathered(None if refusal is None else f"{type(refusal).__name__}: {refusal}")
-    if refusal is not None:
-        raise refusal
-    rank, first = next((rank, text) for rank, text in enumerate(said) if text is not None)
-    raise RuntimeError(f"process {rank} cannot take this step, so that none does: {first}")
 
 
 _OTHER_GRADIENTS = (

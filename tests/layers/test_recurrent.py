@@ -17,7 +17,7 @@ from kfacopt.layers import Rows, handler_for
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import tensors_of
-from tests.cases import exact_ekfac, natural_direction
+from tests.cases import exact_ekfac, natural_direction, train_step
 from tests.explicit import explicit_model
 
 MSE = nn.MSELoss()
@@ -255,13 +255,8 @@ def test_single_precision_kernels_train(kind: str, optimizer: Any) -> None:
     model = Packed(nn.LSTM) if kind == "packed" else KINDS[kind]()
     x = torch.randint(5, (32, 6))
     y = torch.stack([(x == 1).float().mean(1), (x[:, -1] > 2).float()], 1)
-    made, losses = optimizer(model, MSE, factor_every=1, refresh_every=5), []
-    for _ in range(40):
-        made.zero_grad()
-        loss = MSE(model(x), y)
-        loss.backward()
-        made.step()
-        losses.append(loss.item())
+    made = optimizer(model, MSE, factor_every=1, refresh_every=5)
+    losses = [train_step(made, model, MSE, x, y).item() for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
     assert made.health()["unseen_layers"] == 0.0
     treated = {row.treatment for row in made.coverage().rows if row.module.startswith("recurrent")}
@@ -325,16 +320,11 @@ def test_dropout_between_layers_is_that_of_modules_with_dropout_between(optimize
     model, twin = Head(whole).double().train(training), Head(Apart(whole)).double().train(training)
     twin.head.load_state_dict(model.head.state_dict())
     x, y = reals(6, 5, 3), reals(5, 6, 2)
-    values = []
+    values: list[float] = []
     for one in (model, twin):
         torch.manual_seed(1)
         made = optimizer(one, MSE, curvature="ggn", factor_every=1, refresh_every=1)
-        for _ in range(3):
-            made.zero_grad()
-            value = MSE(one(x), y)
-            value.backward()
-            made.step()
-            values.append(value.item())
+        values += [train_step(made, one, MSE, x, y).item() for _ in range(3)]
         assert made.health()["unseen_layers"] == 0.0
     assert values[:3] == pytest.approx(values[3:], rel=1e-9)
 

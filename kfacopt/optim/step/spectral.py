@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -167,8 +167,8 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates, norms, decayed = Unstacked(averaged), [], set[nn.Parameter]()
-        for stack in stacks(step, averaged):
+        updates, norms, stacked = Unstacked(averaged), [], stacks(step, averaged)
+        for stack in stacked:
             device = stack.matrices.device.type
             long = min(stack.matrices.shape[-2:]) >= _LONG
             dtype = self._products(device, step.processes) if long else torch.float32
@@ -178,12 +178,11 @@ class Spectral(Direction):
             factors, norm = self._factors(step, stack, found)
             updates.add(stack, found * factors)
             norms.append(norm)
-            if not stack.differentiated:
-                decayed.update(stack.weights)
+        weights = (p for stack in stacked if not stack.differentiated for p in stack.weights)
         check = torch.cat(norms).sum() if norms else None
-        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, decayed))
+        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights))
 
-    def _decays(self, step: Step, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, float]:
+    def _decays(self, step: Step, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
         if (step.number + 1) % _DECAY_EVERY:
             return {}
         times = _DECAY_EVERY * shrunk(step.number, self._full_steps)
