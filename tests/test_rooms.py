@@ -20,6 +20,7 @@ ROOMS = [
     "linalg",
     "fsdp",
     "sharding",
+    "replicas",
     "likelihoods",
     "layers",
     "damping",
