@@ -25,7 +25,7 @@ from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
 from kfacopt.optim.together import Agreement, agreed
-from kfacopt.sharding import unwrapped
+from kfacopt.replicas import Sharding, joined
 
 Params = Iterable[Any]
 
@@ -45,6 +45,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         estimator: Of the loss.
         params: torch's params or param groups; None: all of the model's.
         defaults: torch's, the hyper-parameters of the param groups.
+        sharding: Which processes train together, and what they divide.
 
     Raises:
         TypeError, ValueError: A model or parameter that cannot be handled, by name; nothing was changed then.
@@ -56,9 +57,14 @@ class CapturingOptimizer(torch.optim.Optimizer):
     """A key that tells this class's `curvature` section from another's; "": a state without a section is taken too."""
 
     def __init__(
-        self, model: nn.Module, estimator: FisherEstimator, params: Params | None, defaults: dict[str, Any]
+        self,
+        model: nn.Module,
+        estimator: FisherEstimator,
+        params: Params | None,
+        defaults: dict[str, Any],
+        sharding: Sharding | None = None,
     ) -> None:
-        model, self._processes = unwrapped(model)
+        model, self._processes = joined(model, sharding)
         checks.check_model(model)
         self._sharded = ShardedModel(model)
         self._sharded.reshard()  # else the parameters below would be copies
@@ -114,7 +120,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._sharded = ShardedModel(self.model)
         self._sharded.reshard()
         self._named = dict(self.model.named_parameters())
-        deliver, discard, all_places, needs_inputs = _ignore, _ignore, False, True
+        deliver: Callable[..., None] = self._discard  # without a backend there are no layers to deliver of
+        all_places, needs_inputs = False, True
         if (backend := self._fed) is not None:
             wanted = self._parameters(curvature=True)
             excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
@@ -124,14 +131,13 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._chosen.are(self._layers)
             backend.join(self._processes, self._estimator.likelihood.reduction != "sum")
             backend.attach(self._layers)
-            deliver, discard = self._deliver, self._discard
+            deliver = self._deliver
             all_places, needs_inputs = backend.all_places, backend.needs_inputs
         self._processes.device = next(self.model.parameters()).device
-        is_paused = False
+        is_paused = self._capture is not None and self._capture.is_paused
         if self._capture is not None:
-            is_paused = self._capture.is_paused
             self._capture.close()
-        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard, self._sharded)
+        self._capture = Capture(self.model, self._layers, self._estimator, deliver, self._discard, self._sharded)
         self._capture.passes.all_places, self._capture.passes.needs_inputs = all_places, needs_inputs
         self._capture.is_paused = is_paused
         self._arm()
@@ -207,8 +213,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         >>> with optimizer.paused():
         ...     model(torch.ones(3, 2)).square().mean().backward()
         """
-        before = self._open_capture().is_paused
-        self._open_capture().is_paused = True
+        before, self._open_capture().is_paused = self._open_capture().is_paused, True
         try:
             yield
         finally:
@@ -268,8 +273,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         elif not gradients:
             self._forget()
         else:
-            device = next(iter(gradients)).device
-            with self.paused(), without_autocast(device):
+            with self.paused(), without_autocast(next(iter(gradients)).device):
                 self._take_step(gradients)
             self._step += 1
         self._reached.clear()
@@ -393,7 +397,3 @@ class CapturingOptimizer(torch.optim.Optimizer):
             pending = self.__dict__.pop("_pending")
             self._attach()
             self._open_capture().tally.load_state_dict(pending)
-
-
-def _ignore(*_: Any) -> None:
-    """No layer is captured, so nothing is delivered."""
