@@ -64,17 +64,17 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
         return left_basis @ (coordinates.mul_(at.both) @ right_basis.mT)
     if whole.on_left is not None:
         inner = (left_basis.mT @ (matrix @ right_basis)).mul_(at.both - at.left.unsqueeze(-1))
-        return torch.addmm(whole.on_left @ matrix, left_basis @ inner, right_basis.mT)
+        return (whole.on_left @ matrix).addmm_(left_basis @ inner, right_basis.mT)
     if whole.on_right is not None:
         inner = ((left_basis.mT @ matrix) @ right_basis).mul_(at.both - at.right)
-        return torch.addmm(matrix @ whole.on_right, left_basis, inner @ right_basis.mT)
+        return (matrix @ whole.on_right).addmm_(left_basis, inner @ right_basis.mT)
     rows = left_basis.mT @ matrix
     columns = matrix @ right_basis
     inner = rows @ right_basis
     inner.mul_(at.both - at.left.unsqueeze(-1) - at.right + at.neither)
-    rows = torch.addmm(rows.mul_((at.left - at.neither).unsqueeze(-1)), inner, right_basis.mT)
-    result = torch.addmm(matrix * at.neither, left_basis, rows)
-    return torch.addmm(result, columns.mul_(at.right - at.neither), right_basis.mT)
+    rows.mul_((at.left - at.neither).unsqueeze(-1)).addmm_(inner, right_basis.mT)
+    result = (matrix * at.neither).addmm_(left_basis, rows)
+    return result.addmm_(columns.mul_(at.right - at.neither), right_basis.mT)
 
 
 def _whole(basis: Tensor) -> bool:
