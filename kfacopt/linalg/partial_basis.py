@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -53,6 +52,7 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
         at: The coefficients.
         whole: Of `whole_sides` with the same bases and coefficients.
 
+    >>> import torch
     >>> eye = torch.eye(3)
     >>> at = Coefficients(torch.full((1, 1), 2.0), torch.ones(1), torch.ones(1), torch.tensor(1.0))
     >>> apply(torch.ones(3, 3), eye[:, :1], eye[:, :1], at, WholeSide(None, None)).tolist()
