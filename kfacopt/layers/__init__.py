@@ -30,6 +30,7 @@ from kfacopt.layers.normalization import (
     LayerNormHandler,
     RMSNormHandler,
 )
+from kfacopt.layers.own_forward import OwnForwardHandler, forward_is_searched
 from kfacopt.layers.products import ProductsHandler as ProductsHandler
 from kfacopt.layers.recurrent import RecurrentHandler
 from kfacopt.layers.registry import HandlerRegistry, RegistrationHandle
@@ -78,7 +79,10 @@ def handler_for(module: nn.Module) -> LayerHandler | None:
     None if nobody knows such layers. A handler may still refuse this very module: ask its `refusal`.
     """
     handler = _REGISTRY.lookup(module)
-    return None if handler is None else handler_of_computed(module, handler)
+    if handler is None:
+        return None
+    found = handler_of_computed(module, handler)
+    return OwnForwardHandler(_REGISTRY.lookup) if forward_is_searched(module, found) else found
 
 
 def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> RegistrationHandle:
@@ -90,10 +94,10 @@ def register_handler(module_type: type[nn.Module], handler: LayerHandler) -> Reg
     Raises:
         TypeError: If `module_type` is not a module class or `handler` not a `LayerHandler` instance.
 
-    >>> class Doubled(nn.Linear):
+    >>> class Doubled(nn.Embedding):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
     >>> handler_for(Doubled(3, 2)).refusal(Doubled(3, 2))
-    'subclass of Linear with a forward of its own: register a handler'
+    'subclass of Embedding with a forward of its own: register a handler'
     """
     return _REGISTRY.register(module_type, handler)

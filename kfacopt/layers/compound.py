@@ -35,6 +35,7 @@ class Part:
         needs_weight: Whether a bias is seen only with a weight that trains.
         held: What its rows take for constant although the parameters move it, so that they do not sum to the gradient;
             "": nothing.
+        sought: Whether only a forward shows if it is a layer; where none does, that is no mistake of the user's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     rows: Mapping[str, slice] = field(default_factory=dict)
     needs_weight: bool = True
     held: str = ""
+    sought: bool = False
 
     def parameter(self, module: nn.Module, role: str) -> Tensor | None:
         """What `module` holds for `role` at present; None if that is no parameter (computed from others, removed)."""

@@ -53,6 +53,10 @@ class RefusedHandler(LayerHandler):
         return RuntimeError(f"{type(module).__name__} has no rows: {self.reason}. Ask refusal(module) first")
 
 
+class OwnForwardRefused(RefusedHandler):
+    """Stands for a handler that does not apply because a module's forward is not the one that it knows."""
+
+
 class RegistrationHandle:
     """Undoes a registration: call `remove` (twice is harmless) or use it in a `with` block."""
 
@@ -125,10 +129,10 @@ class HandlerRegistry:
             if handler is None:
                 continue
             if "forward" in vars(module):
-                return RefusedHandler("its forward was replaced on the instance", handler.parameter_names)
+                return OwnForwardRefused("its forward was replaced on the instance", handler.parameter_names)
             own, known = (getattr(t, "forward", None) for t in (type(module), ancestor))
             if own is not known:
-                return RefusedHandler(
+                return OwnForwardRefused(
                     f"subclass of {ancestor.__name__} with a forward of its own: register a handler",
                     handler.parameter_names,
                 )

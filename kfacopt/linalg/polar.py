@@ -73,7 +73,7 @@ class NewtonSchulz:
         largest = torch.linalg.vector_norm(wide, math.inf, (-2, -1), keepdim=True)
         wide = wide / largest.clamp_min_(torch.finfo(largest.dtype).tiny)
         if wide.shape[-2] == 1:
-            row = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(0.5)
+            row: Tensor = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(0.5)
             return row.mT if tall else row
         wide = wide.float() if wide.dtype == torch.float16 else wide
         polynomials = minimax_quintics(self.smallest, self.iterations)

@@ -65,9 +65,10 @@ class Sightings:
                 self.missed[layer.name] = self.missed.get(layer.name, 0) + 1
             limit = _PATIENCE if backend.ready(layer) else 0
             (self.unseen.add if self.missed.get(layer.name, 0) > limit else self.unseen.discard)(layer.name)
-        new = sorted(self.unseen - self._said)
+        sought = {layer.name for layer in layers if layer.part is not None and layer.part.sought}
+        new = sorted(self.unseen - self._said - sought)
         if new:
-            self._said |= self.unseen
+            self._said |= set(new)
             nothing = "" if reached else " (no curvature has been captured at all)"
             warnings.warn(
                 f"no backward shows the curvature of {', '.join(map(repr, new))}{nothing}: they get gradients, but no "

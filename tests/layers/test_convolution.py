@@ -189,15 +189,8 @@ def test_half_inputs_keep_their_dtype(approx: KFACType) -> None:
 
 
 def test_refusals() -> None:
-    class Standardised(nn.Conv2d):
-        def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return super()._conv_forward(input, weight - weight.mean(), bias)
-
-    for layer, words in (
-        (nn.LazyConv2d(3, 3), "lazy"),
-        (Standardised(2, 3, 3), "_conv_forward of its own"),
-    ):
-        handler = handler_for(layer)
-        assert handler is not None
-        assert words in str(handler.refusal(layer))
-        assert handler.roles(layer) == ("weight", "bias")
+    layer = nn.LazyConv2d(3, 3)
+    handler = handler_for(layer)
+    assert handler is not None
+    assert "lazy" in str(handler.refusal(layer))
+    assert handler.roles(layer) == ("weight", "bias")

@@ -20,7 +20,7 @@ from kfacopt.operators.empirical_risk import Batches, Chained
 from kfacopt.operators.kronecker import state
 from kfacopt.operators.kronecker.block_diagonal import BlockDiagonalLinearOperator
 from kfacopt.operators.kronecker.sweep import Chunk, Sweep
-from kfacopt.operators.kronecker.uncovered import DiagonalOfUncovered, refusal
+from kfacopt.operators.kronecker.uncovered import DiagonalOfUncovered, refusal, refusal_of_sought, require_found
 from kfacopt.operators.matrix_free.products import parameter_names
 
 Uncovered = Literal["error", "diagonal"]
@@ -124,7 +124,8 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         frozen = [names[id(p)] for p in self._params if not p.requires_grad]
         if frozen:
             raise ValueError(f"params {', '.join(frozen)} are frozen: leave them out, or set requires_grad")
-        layers, rest = find_layers(self._model_func, self._params, {}, self._separate, refusal)
+        against = refusal if self._uncovered == "error" else refusal_of_sought
+        layers, rest = find_layers(self._model_func, self._params, {}, self._separate, against)
         held = {id(p) for layer in layers for p in layer.parameters.values()}
         loose = [p for p in self._params if id(p) not in held]
         if loose and self._uncovered == "error":
@@ -233,6 +234,7 @@ class KroneckerLinearOperator(BlockDiagonalLinearOperator):
         for layer in self._layers:
             block = self.blocks[layer.name]
             block.accumulate()
+            require_found(layer, block)
             if isinstance(block, FactoredBlock) and not block.estimated:
                 self._fill_with_zeros(layer, block)
             elif isinstance(block, DiagonalBlock):

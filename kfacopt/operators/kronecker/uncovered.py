@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfacopt.blocks.base import chunks_of_data
+from kfacopt.blocks.base import Block, chunks_of_data
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.capture.buffers import copied_buffers
 from kfacopt.layers.layer import Layer
@@ -111,3 +111,24 @@ def refusal(layer: Layer) -> str | None:
     """Why an operator has no factors of a layer that an optimizer has, as a phrase; None: it has."""
     tied = layer.handler.structure == "tied"
     return "tied: an embedding's weight and a linear layer's, of which operators have no factors yet" if tied else None
+
+
+def refusal_of_sought(layer: Layer) -> str | None:
+    """As `refusal`; and of layers that only a forward shows (`Part.sought`): of those the diagonal is sure."""
+    if layer.part is not None and layer.part.sought:
+        return "only a forward shows whether it has factors"
+    return refusal(layer)
+
+
+def require_found(layer: Layer, block: Block) -> None:
+    """Zero is no curvature of a layer whose products were not found.
+
+    Raises:
+        NotImplementedError: If no forward showed them.
+    """
+    if layer.part is not None and layer.part.sought and not block.estimated:
+        raise NotImplementedError(
+            f"no Kronecker factors for {layer.name}: the forward of {type(layer.modules[0]).__name__} makes no product "
+            "that shows them. Leave it out of params, pass uncovered='diagonal', or register a handler with "
+            "kfacopt.register_handler"
+        )

@@ -81,7 +81,7 @@ def _root(state: State, holders: Sequence[nn.Parameter], side: str, gradients: T
 
 
 def _together(owns: Sequence[dict[str, Any]], name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of each parameter's state as one, of which they hold views; zeros shaped like a row where there is none."""
+    """A tensor of each parameter's state as one, of which they hold views, zeros shaped as a row of `like` at first."""
     held = [own.get(name) for own in owns]
     known = [tensor for tensor in held if tensor is not None]
     whole = tensor_of_rows(known) if len(known) == len(owns) else None

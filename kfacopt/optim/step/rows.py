@@ -1,4 +1,4 @@
-"""What evens the rows of a step's matrices and gives each its length: of all matrices at once, whatever their shapes."""
+"""What evens the rows of a step's matrices and gives each its length: of all at once, whatever their shapes."""
 
 from __future__ import annotations
 

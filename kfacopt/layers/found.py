@@ -1,0 +1,234 @@
+"""Products that were found in the graph of a call, as rows of the parameters that their factors are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.compound import PartCall
+from kfacopt.layers.convolution import ConvolutionHandler, group_rows
+from kfacopt.layers.pullback import Map, map_to, scales_to, shape_of
+from kfacopt.likelihoods import KFACType
+from kfacopt.linalg.tensors import as_statistic
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a parameter did in one product.
+
+    Args:
+        node: The product.
+        inputs: Makes its rows, `[*k n s i]`.
+        gradients: Makes of what arrives at the node, `[v ...]`, rows `[v *k n s o]`.
+        shape: Of those, without v.
+    """
+
+    node: Node
+    inputs: Callable[[], Tensor]
+    gradients: Callable[[Tensor], Tensor]
+    shape: torch.Size
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A product, or a sum with a bias, and the place in the graph of the factor that is computed from a parameter.
+
+    Args:
+        node: The operation: a product of matrices, a convolution, a sum.
+        factor: The weight, or the bias.
+        is_bias: Whether it is one.
+    """
+
+    node: Any
+    factor: GradientEdge
+    is_bias: bool
+
+    def found(self, parameter: Tensor, data: int) -> Found | None:
+        """Which rows the parameter has here; None: that cannot be told.
+
+        Args:
+            parameter: What the factor is computed from.
+            data: How many the call was of.
+        """
+        convolves = self.node.name() == "ConvolutionBackward0"
+        rows_to = self._map(parameter, turned=not convolves)
+        if rows_to is None:
+            return None
+        return self._of_convolution(rows_to) if convolves else self._of_product(rows_to, data)
+
+    def _map(self, parameter: Tensor, turned: bool) -> Map | None:
+        if not self.is_bias:
+            return map_to(self.factor, parameter, turned)
+        scales = scales_to(self.factor, parameter)
+        return None if scales is None else Map(gradients=scales)
+
+    def _of_product(self, rows_to: Map, data: int) -> Found | None:
+        output = shape_of(GradientEdge(self.node, 0))
+        rows = output[:-1].numel()
+        if rows % max(data, 1):
+            return None
+        apart = data, rows // max(data, 1)
+
+        def inputs() -> Tensor:
+            if self.is_bias:
+                described = self.node._input_metadata[0]
+                one = torch.ones((), dtype=described.dtype, device=described.device)
+                return as_statistic(one).expand(*apart, 1)
+            saved: Tensor = self.node._saved_mat1 if self.node.name() == "AddmmBackward0" else self.node._saved_self
+            rows: Tensor = rows_to.of_inputs(as_statistic(saved.detach())).unflatten(0, apart)
+            return rows
+
+        def gradients(gradient: Tensor) -> Tensor:
+            return rows_to.of_gradients(gradient.reshape(len(gradient), *apart, output[-1]))
+
+        return Found(self.node, inputs, gradients, torch.Size((*apart, rows_to.width(output[-1]))))
+
+    def _of_convolution(self, rows_to: Map) -> Found | None:
+        images, conv = self.node._saved_input.detach(), _as_module(self.node)
+        data, outputs, *spatial = shape_of(GradientEdge(self.node, 0))
+        groups = conv.groups
+        if groups > 1 and not rows_to.keeps_outputs:
+            return None
+
+        def inputs() -> Tensor:
+            roles = ("bias",) if self.is_bias else ("weight",)
+            rows = ConvolutionHandler().input_rows(conv, (as_statistic(images),), {}, roles, KFACType.EXPAND)
+            assert isinstance(rows, Tensor)
+            return rows if self.is_bias else rows_to.of_inputs(rows)
+
+        def gradients(gradient: Tensor) -> Tensor:
+            if groups == 1:
+                return rows_to.of_gradients(group_rows(gradient, len(spatial), 1, KFACType.EXPAND))
+            scaled = rows_to.of_gradients(gradient.movedim(2, -1)).movedim(-1, 2)
+            return group_rows(scaled, len(spatial), groups, KFACType.EXPAND)
+
+        own = (groups,) if groups > 1 else ()
+        places = torch.Size(spatial).numel()
+        return Found(self.node, inputs, gradients, torch.Size((*own, data, places, rows_to.width(outputs) // groups)))
+
+
+def _as_module(node: Any) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    """A convolution as a node of the graph has it: its sizes alone."""
+    weight = node._saved_weight
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(node._saved_stride) - 1]
+    return kind(
+        weight.shape[1] * node._saved_groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        tuple(node._saved_stride),
+        tuple(node._saved_padding),
+        tuple(node._saved_dilation),
+        node._saved_groups,
+        bias=False,
+        device="meta",
+    )
+
+
+def required_shape(found: Sequence[Found]) -> torch.Size | None:
+    """Of the rows that several products have together; None: they do not go together."""
+    first = found[0].shape
+    if any((one.shape[:-2], one.shape[-1]) != (first[:-2], first[-1]) for one in found):
+        return None
+    return torch.Size((*first[:-2], sum(one.shape[-2] for one in found), first[-1]))
+
+
+def part_call(found: Sequence[Found]) -> PartCall:
+    """What a parameter did in several products as one call, in which each is more places."""
+    shape = required_shape(found)
+    assert shape is not None
+    edges = tuple(GradientEdge(one.node, 0) for one in found)
+    return PartCall((tuple(found),), shape, edges, partial(_joined, found))
+
+
+def _joined(found: Sequence[Found], arrived: Sequence[Tensor | None]) -> Tensor:
+    """What arrived at each product (None: nothing), as rows `[v *k n s o]`."""
+    some = next(gradient for gradient in arrived if gradient is not None)
+    every = [
+        some.new_zeros(len(some), *one.shape) if gradient is None else one.gradients(gradient)
+        for one, gradient in zip(found, arrived, strict=True)
+    ]
+    return every[0] if len(every) == 1 else torch.cat(every, dim=-2)
+
+
+class _FoundHandler(LayerHandler):
+    """The inputs of a call are what was found; what arrives are rows."""
+
+    parameter_names = ("weight",)
+
+    @torch.no_grad()
+    def input_rows(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        roles: tuple[str, ...],
+        approx: KFACType,
+    ) -> Tensor:
+        (found,) = inputs
+        rows = torch.cat([one.inputs() for one in found], dim=-2)
+        return rows.mean(-2, keepdim=True) if approx == KFACType.REDUCE else rows
+
+    @torch.no_grad()
+    def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:
+        return gradient.sum(-2, keepdim=True) if approx == KFACType.REDUCE else gradient
+
+
+class FoundMatrixHandler(_FoundHandler):
+    """A parameter with any axes behind the first, or a bias.
+
+    Args:
+        path: Where the module holds it.
+        groups: Of the convolution.
+    """
+
+    def __init__(self, path: str, groups: int) -> None:
+        self._path, self._groups = path, groups
+
+    def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
+        weight, groups = parts["weight"], self._groups
+        matrix = weight.reshape(groups, len(weight) // groups, weight[0].numel())
+        return matrix if groups > 1 else matrix.squeeze(0)
+
+    def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        return {"weight": matrix.reshape(module.get_parameter(self._path).shape)}
+
+
+class FoundScaleHandler(_FoundHandler):
+    """A parameter each of whose numbers scales an output, or an input.
+
+    Args:
+        path: Where the module holds it.
+    """
+
+    structure = "elementwise"
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @torch.no_grad()
+    def input_rows(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        roles: tuple[str, ...],
+        approx: KFACType,
+    ) -> Tensor:
+        rows = super().input_rows(module, inputs, kwargs, roles, KFACType.EXPAND)
+        return rows.expand(*rows.shape[:-1], module.get_parameter(self._path).numel()).unsqueeze(-1)  # of ones: a bias
+
+    def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:
+        return gradient
+
+    def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"].reshape(-1, 1)
+
+    def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        return {"weight": matrix.reshape(module.get_parameter(self._path).shape)}

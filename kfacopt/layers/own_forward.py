@@ -1,0 +1,177 @@
+"""Linear layers and convolutions with a forward or a weight of one's own: their products are found in the graph.
+
+Adapters (LoRA), quantization-aware training, standardized or rescaled weights: the forward ends in `F.linear` or
+`F.conv2d` with a weight that is computed from what trains, or is a sum of such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn.parameter import is_lazy
+
+from kfacopt.layers.base import LayerHandler
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
+from kfacopt.layers.convolution import ConvolutionHandler
+from kfacopt.layers.found import FoundMatrixHandler, FoundScaleHandler, Use, part_call, required_shape
+from kfacopt.layers.linear import LinearHandler
+from kfacopt.layers.pullback import is_leaf, is_vector, leaves_below, nodes_of, shape_of
+from kfacopt.layers.registry import OwnForwardRefused
+from kfacopt.likelihoods.estimator import tensors_of
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def forward_is_searched(module: nn.Module, handler: LayerHandler) -> bool:
+    """Whether a module's products are to be looked for: its handler, if it is none of the user's, does not apply.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> forward_is_searched(layer, LinearHandler())
+    False
+    >>> _ = nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    >>> forward_is_searched(layer, LinearHandler())
+    True
+    """
+    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or isinstance(module, torch.jit.ScriptModule):
+        return False
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        return False
+    if isinstance(handler, OwnForwardRefused):
+        return True
+    return type(handler) in (LinearHandler, ConvolutionHandler) and handler.refusal(module) is not None
+
+
+class OwnForwardHandler(CompoundHandler):
+    """A linear layer or convolution whose output is a sum of products with matrices computed from its parameters.
+
+    Every parameter is a layer of its own, of which each product that it takes part in gives places. Rows of matrices
+    are those of `kfacopt.layers.pullback`: exact, but that what projects a gradient (a mask, a norm) is left out.
+    Vectors, but the bias, scale outputs or inputs: their curvature is the GGN's diagonal. What the
+    forward is made of is read off the graph of each call, so that weights may be computed by anything.
+
+    A parameter that is used in any other way, too, trains by AdamW, which `coverage()` says. Convolutions with groups
+    have matrices of the weight's own outputs alone.
+
+    Args:
+        known: The handler of a module, by which modules within are treated; None: they belong to this one.
+
+    >>> from kfacopt.layers import handler_for
+    >>> class Lora(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a, self.b = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.zeros(2, 1))
+    ...
+    ...     def forward(self, weight):
+    ...         return weight + self.b @ self.a
+    >>> layer = nn.utils.parametrize.register_parametrization(nn.Linear(3, 2), "weight", Lora())
+    >>> [part.name.rpartition(".")[-1] for part in handler_for(layer).parts(layer)]
+    ['bias', 'original', 'a', 'b']
+    """
+
+    def __init__(self, known: Callable[[nn.Module], LayerHandler | None]) -> None:
+        super().__init__("treated by the products that its forward makes")
+        self._known = known
+
+    def refusal(self, module: nn.Module) -> str | None:
+        return refusal_of_shards(module)
+
+    def parts(self, module: nn.Module) -> tuple[Part, ...]:
+        if self.refusal(module):
+            return ()
+        groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
+        found = []
+        for path, parameter in self._parameters(module):
+            held = ""
+            if path == "bias":
+                handler: LayerHandler = FoundMatrixHandler(path, groups)
+                what = "bias"
+            elif not is_vector(parameter) and (groups == 1 or len(parameter) == module.out_channels):
+                handler, what = FoundMatrixHandler(path, groups), "by the products that its forward makes with it"
+                held = "what is subtracted, divided by or masked"
+            elif parameter.ndim and groups == 1:
+                handler, what = FoundScaleHandler(path), "by the products that its forward makes scaled by it"
+            else:
+                continue
+            found.append(Part(path, what, self, handler, {"weight": path}, needs_weight=False, held=held, sought=True))
+        return tuple(found)
+
+    def _parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Those that train of the module itself, and of modules within that nobody else treats, by their path."""
+        return [
+            (".".join(filter(None, [place, name])), parameter)
+            for place, holder in module.named_modules()
+            if holder is module or self._known(holder) is None
+            for name, parameter in holder._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+
+    def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
+        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return {}
+        wanted = {id(module.get_parameter(part.name)): part for part in self.parts(module)}
+        data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
+        calls = {}
+        for key, uses in _uses(call, wanted.keys()).items():
+            parameter = module.get_parameter(wanted[key].name)
+            with torch.autocast(parameter.device.type, enabled=False):
+                found = [use.found(parameter, data) for use in uses]
+            known = [one for one in found if one is not None]
+            if len(known) == len(found) and required_shape(known) is not None:
+                calls[wanted[key].name] = part_call(known)
+        return calls
+
+
+def _uses(call: ModuleCall, wanted: Collection[int]) -> dict[int, list[Use]]:
+    """By the `id` of a parameter, all that it does in a call; without those that do anything else, too."""
+    found: dict[int, list[Use]] = {}
+    elsewhere: set[int] = set()
+    within: set[Node] = set()
+    queue = [x.grad_fn for x in tensors_of(call.output) if x.grad_fn is not None]
+    seen: set[Node] = {*queue, *call.above}
+    while queue:
+        node = queue.pop()
+        sides = _sides(node, call.above)
+        for place, (following, number) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            edge = GradientEdge(following, number)
+            if place in sides and (below := leaves_below(edge, call.above)) is not None:
+                within.update(nodes_of(edge))
+                for key in below.keys() & wanted:
+                    found.setdefault(key, []).append(Use(node, edge, sides[place]))
+            elif is_leaf(following):
+                elsewhere.add(id(following.variable))  # type: ignore[attr-defined]
+            elif following not in seen:
+                seen.add(following)
+                queue.append(following)
+    for node in seen & within:  # reached as a part of a weight, and otherwise
+        elsewhere.update(leaves_below(GradientEdge(node, 0), ()) or ())
+    return {key: uses for key, uses in found.items() if key not in elsewhere}
+
+
+def _sides(node: Any, above: Collection[Node]) -> dict[int, bool]:
+    """Where a node takes the factors that parameters are behind, by place: whether it is a bias."""
+    kind, following = node.name(), node.next_functions
+    if kind == "AddmmBackward0":
+        return {0: True, 2: False} if node._saved_alpha == node._saved_beta == 1 and _is_data(node, 1, above) else {}
+    if kind == "MmBackward0":
+        return {1: False} if _is_data(node, 0, above) else {}
+    if kind == "ConvolutionBackward0" and not node._saved_transposed:
+        return {1: False, 2: True} if _is_data(node, 0, above) else {}
+    if kind == "AddBackward0" and node._saved_alpha == 1:
+        output = shape_of(GradientEdge(node, 0))
+        edges = [None if n is None else GradientEdge(n, number) for n, number in following]
+        sizes = [None if edge is None else shape_of(edge) for edge in edges]
+        return {place: True for place, size in enumerate(sizes) if size == output[-1:] != output}
+    return {}
+
+
+def _is_data(node: Node, place: int, above: Collection[Node]) -> bool:
+    """Whether a node's other factor may be data: it is no parameter."""
+    following, number = node.next_functions[place]
+    return following is None or not is_leaf(following) or leaves_below(GradientEdge(following, number), above) is None
