@@ -54,6 +54,7 @@ from kfacopt.optim import TrustRegionStrategy as TrustRegionStrategy
 from kfacopt.optim import UnitGradients as UnitGradients
 from kfacopt.optim import Updates as Updates
 from kfacopt.optim import deprecated
+from kfacopt.replicas import Sharding as Sharding
 from kfacopt.run_report import report as report
 from kfacopt.solvers import CG as CG
 from kfacopt.solvers import Gram as Gram

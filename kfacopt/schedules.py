@@ -8,7 +8,7 @@ An interval is a number of steps, a callable `step -> number of steps`, or an ob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,6 +316,12 @@ class Timetable:
         for own in _by_worker(fresh, workers or {}):
             if self._stagger and len(own) > 1:
                 self._waits |= {part: (index + 1, len(own)) for index, part in enumerate(own)}
+
+    def forget(self, parts: Collection[str]) -> None:
+        """Take parts for never done: they are due at once."""
+        for part in parts:
+            self._last.pop(part, None)
+            self._waits.pop(part, None)
 
     def done_at(self, step: int) -> list[str]:
         """The parts that were last done at `step`."""

@@ -21,7 +21,7 @@ from kfacopt.linalg.tensors import flat, split_like
 
 T = TypeVar("T")
 
-_BUCKET = 2**23
+BUCKET = 2**23
 """Elements that travel at once: 32 MiB in float32. Long enough to run at the network's speed, little memory."""
 
 _UNDER_WAY = 4
@@ -39,6 +39,7 @@ class Processes:
 
     Attributes:
         device: Where what is sent must lie; the owner sets it.
+        replicas: How many of them hold each layer's cache, if there are as many (`kfacopt.Sharding`); None: all.
 
     >>> Processes().size, Processes().rank, Processes().mean([3.0])
     (1, 0, [3.0])
@@ -48,6 +49,12 @@ class Processes:
         self._group = group
         self._wrapper = None if wrapper is None else weakref.ref(wrapper)
         self.device = torch.device("cpu")
+        self.replicas: int | None = None
+
+    @property
+    def group(self) -> Any:
+        """torch's process group; None: the default one."""
+        return self._group
 
     @property
     def size(self) -> int:
@@ -110,7 +117,7 @@ class Processes:
         if self.size == 1:
             return list(tensors)
         result: dict[int, Tensor] = {}
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             members = [tensors[place] for place in bucket]
             whole = flat(members)
             distributed.all_reduce(whole, group=self._group)
@@ -158,13 +165,25 @@ class Processes:
         arrived = [list(of_rank) for of_rank in tensors]
         under_way: deque[_Message] = deque()
         for source, of_rank in enumerate(tensors):
-            for bucket in _buckets(of_rank):
+            for bucket in buckets(of_rank):
                 under_way.append(self._launched(source, bucket, [of_rank[place] for place in bucket]))
                 if len(under_way) == _UNDER_WAY:
                     under_way.popleft().arrive(arrived)
         for message in under_way:
             message.arrive(arrived)
         return arrived
+
+    def exchanged(self, outgoing: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """What each rank sends to this one.
+
+        Args:
+            outgoing: Vectors, one to each rank, all of one dtype.
+            counts: How many elements come from each rank.
+        """
+        arrived = outgoing[0].new_empty(sum(counts))
+        lengths = [vector.numel() for vector in outgoing]
+        distributed.all_to_all_single(arrived, torch.cat(list(outgoing)), list(counts), lengths, group=self._group)
+        return list(arrived.split(list(counts)))
 
     def _launched(self, source: int, bucket: list[int], members: list[Tensor]) -> _Message:
         if source == self.rank:
@@ -178,10 +197,11 @@ class Processes:
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled: where this is read again there is another.
-        return {"device": self.device}
+        return {"device": self.device, "replicas": self.replicas}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._group, self._wrapper, self.device = None, None, state["device"]
+        self._group, self._wrapper = None, None
+        self.device, self.replicas = state["device"], state["replicas"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self
@@ -233,9 +253,9 @@ def shard_of(tensor: Tensor) -> Tensor:
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is laid out as a parameter; nobody is asked."""
-    if not is_sharded(parameter) or is_sharded(whole):
+    if is_sharded(whole):
         return shard_of(whole)
-    return shard_of(laid_out_as(whole, parameter))
+    return shard_of(laid_out_as(whole, parameter)) if is_sharded(parameter) else whole
 
 
 def laid_out_as(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -275,7 +295,7 @@ def whole_of_each(shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> lis
                 result[place] = whole_of(shards[place], parameters[place])
             continue
         mesh, axis = dividing
-        for bucket in _buckets([parameters[place] for place in places]):  # whole sizes: all make the same buckets
+        for bucket in buckets([parameters[place] for place in places]):  # whole sizes: all make the same buckets
             members = [places[index] for index in bucket]
             found = _gathered_rows([shards[p] for p in members], [parameters[p].shape for p in members], mesh, axis)
             for place, whole in zip(members, found, strict=True):
@@ -348,33 +368,17 @@ def wholes(tensors: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tens
 
 def shards(tensors: Mapping[nn.Parameter, Tensor], parameter: nn.Parameter) -> Tensor:
     """What this process holds of a parameter's tensor; nobody is asked."""
-    held = tensors.shards if isinstance(tensors, Whole) else tensors
+    held = tensors.shards if type(tensors) is Whole else tensors  # `isinstance` asks a Mapping's own question of a dict
     return shard_like(held[parameter], parameter)
 
 
-def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """Which of `size` processes does which work: the longest first, each to whoever has least (LPT; Graham 1969).
-
-    The busiest has at most 4/3 of what the best assignment gives it.
-
-    >>> owners({"a": 1.0, "b": 5.0, "c": 2.0, "d": 3.0}, 2)
-    {'b': 0, 'd': 1, 'c': 1, 'a': 0}
-    """
-    loads, result = [0.0] * size, {}
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        rank = loads.index(min(loads))
-        result[name] = rank
-        loads[rank] += costs[name]
-    return result
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of tensors that travel together: of one dtype, and no more than `_BUCKET` elements unless one has more."""
+def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> Iterator[list[int]]:
+    """Places of tensors that travel together: of one dtype, and no more than `most` elements unless one has more."""
     open_: dict[torch.dtype, list[int]] = {}
     filled: dict[torch.dtype, int] = {}
     for place, tensor in enumerate(tensors):
         bucket = open_.setdefault(tensor.dtype, [])
-        if bucket and filled[tensor.dtype] + tensor.numel() > _BUCKET:
+        if bucket and filled[tensor.dtype] + tensor.numel() > most:
             yield bucket
             bucket = open_[tensor.dtype] = []
             filled[tensor.dtype] = 0

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from kfacopt.sharding import Processes, owners, unwrapped
+from kfacopt.replicas import owners
+from kfacopt.sharding import Processes, unwrapped
 
 
 def test_one_process_asks_nobody() -> None:

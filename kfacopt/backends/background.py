@@ -128,7 +128,7 @@ class UnderWay:
         """Launch what was under way when a state was saved.
 
         Args:
-            state: What `state_dict` returned; of layers that are not here nothing is launched.
+            state: What `state_dict` returned, of layers that are here and have a cache to go on with.
             blocks: By layer name, their own state loaded before.
             owners: Which process decomposes which.
             rank: Of this one.
@@ -136,8 +136,7 @@ class UnderWay:
         Raises:
             ValueError: If what was launched does not fit a block's statistics; nothing is changed then.
         """
-        chosen = {name: kept for name, kept in state.items() if name in blocks and blocks[name].ready}
-        launched = {name: _read(name, kept, blocks[name], owners.get(name, 0)) for name, kept in chosen.items()}
+        launched = {name: _read(name, kept, blocks[name], owners.get(name, 0)) for name, kept in state.items()}
         self.forget(list(self._launched))
         self._launched = launched
         self.follow(blocks, rank)

@@ -172,5 +172,12 @@ class CurvatureBackend(ABC):
         """Tensors and plain Python from which `load_state_dict` restores the backend bit for bit."""
         return {}
 
+    def consolidate(self, to: int | None) -> None:  # noqa: B027
+        """Fetch what other processes hold, so that the next `state_dict` has it; all processes call it.
+
+        Args:
+            to: Which process is to have it; None: all.
+        """
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Take over a state."""

@@ -13,23 +13,21 @@ from torch import Tensor
 
 from kfacopt.backends.background import UnderWay, check_devices
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
-from kfacopt.backends.ownership import Work, decomposition_cost, done_by_owners, owners_of
+from kfacopt.backends.checks import check_apart
+from kfacopt.backends.fitting import described, fitting, key_of, mismatch, narrowed, without_roles
+from kfacopt.backends.holders import Holders
+from kfacopt.backends.ownership import Work, decomposition_cost
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.factored import FactoredBlock
-from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.storage import Storage
 from kfacopt.blocks.tied import TransposedFactors
-from kfacopt.blocks.trial import misfit
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer, packed_together, unpacked_together
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Background, Interval, MaxOverhead, OwnShare, Timetable, WhenMoved, as_interval
 from kfacopt.sharding import Processes
-
-_WHOLE = "whole"
-"""The factors of a block of which none was too wide."""
 
 
 class LayerwiseBackend(CurvatureBackend):
@@ -61,7 +59,7 @@ class LayerwiseBackend(CurvatureBackend):
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
         self._processes, self._averaged = Processes(), True
-        self._owners: dict[str, int] = {}
+        self._holders, self._fetched = Holders(self._processes), dict[str, dict[str, Tensor | None]]()
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
         background = self._refresh_interval
@@ -85,35 +83,35 @@ class LayerwiseBackend(CurvatureBackend):
         return block.kept_as(self._storage)
 
     def treatment(self, layer: Layer) -> str:
-        narrowed = self._narrowed(layer)
-        return self.blocks[layer.name].title + (f", {narrowed.named()}" if any(narrowed) else "")
+        diagonal = narrowed(self.blocks[layer.name], layer)
+        return self.blocks[layer.name].title + (f", {diagonal.named()}" if any(diagonal) else "")
 
     def attach(self, layers: Sequence[Layer]) -> None:
         """Blocks of layers that stay keep their statistics; those of layers that go (frozen ones) wait for them."""
         if self._background is not None:
             check_devices(layers)
         for name in self.blocks:
-            self._dormant[self._key(self._layers[name])] = self._described(name) | self.blocks[name].state_dict()
+            self._dormant[key_of(self._layers[name])] = self._stored(name)
         self._means = None
         known, self._layers, old = self._layers, {layer.name: layer for layer in layers}, self.blocks
         self.blocks = {}
         for name, layer in self._layers.items():
-            waiting = self._dormant.pop(self._key(layer), None)
+            waiting = self._dormant.pop(key_of(layer), None)
             if name in old and known[name].roles == layer.roles:
                 self.blocks[name] = old[name]
                 continue
             self.blocks[name] = self._new_block(layer)
-            if waiting is not None and self._mismatch(name, waiting) is None:
+            if waiting is not None and mismatch(self.blocks[name], layer, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
         stayed = {name: block for name, block in self.blocks.items() if old.get(name) is block}
         self._under_way.follow(stayed, self._processes.rank)
+        self._holders.forget(stayed)
+        if self._holders.teams.apart:
+            check_apart(type(self).__name__, self.blocks)
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None
-
-    @staticmethod
-    def _key(layer: Layer) -> str:
-        return f"{layer.name} {'+'.join(layer.roles)}"
+        self._holders.processes = processes
 
     def wants_rows(self, step: int) -> bool:
         return bool(self._updates.due(step, ["all"]))
@@ -165,13 +163,18 @@ class LayerwiseBackend(CurvatureBackend):
         return self._means
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
+        self._fetched = {}
+        lacking = self._holders.settle(self.blocks)
+        self._refreshes.forget(lacking)
+        self._under_way.forget([name for name in lacking if name in self._under_way])
         took = self._taken_over(step) | self._renewed(step, settings)
         self._refresh_seconds |= took
         self._last_refresh_seconds = self._longest(took)
 
     def _taken_over(self, step: int) -> dict[str, float]:
         """What was decomposed beside the training and is due, taken over; what that took, by name."""
-        arrived = self._under_way.due(step)
+        if not (arrived := self._under_way.due(step)):
+            return {}
         took = self._by_owners(arrived, self._under_way.renew, self._under_way.owners(arrived))
         self._under_way.forget(arrived)
         return took
@@ -184,17 +187,17 @@ class LayerwiseBackend(CurvatureBackend):
         able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
         due = self._refreshes.due(step, self._idle(able))
         if due:
-            self._owners = owners_of({name: self.blocks[name] for name in able}, self._processes)
+            self._holders.assign({name: self.blocks[name] for name in able})
         beside = [] if self._background is None else [name for name in due if self._can_wait(name)]
         now = [name for name in due if name not in beside]
-        took = self._by_owners(now, lambda name, block: self._refresh(block, by_name[name].damping), self._owners)
+        took = self._by_owners(now, lambda name, block: self._refresh(block, by_name[name].damping), self._owner_of)
         for name in beside:
             assert self._background is not None
-            hand_over, owner = self._background.hand_over(step), self._owners.get(name, 0)
+            hand_over, owner = self._background.hand_over(step), self._owner_of.get(name, 0)
             damping, rank = by_name[name].damping, self._processes.rank
             self._under_way.launch(name, self.blocks[name], damping, hand_over, owner, rank)
         # Without a cache a layer trains by AdamW: it stays due until it has one.
-        self._refreshes.done(step, [name for name in due if self.blocks[name].ready], self._owners)
+        self._refreshes.done(step, [name for name in due if self._has_cache(name)], self._owner_of)
         return took
 
     def _refresh(self, block: Block, damping: float) -> None:
@@ -205,35 +208,48 @@ class LayerwiseBackend(CurvatureBackend):
 
     def _idle(self, names: Iterable[str]) -> list[str]:
         """Those of which nothing is under way."""
-        return [name for name in names if name not in self._under_way]
+        return [name for name in names if name not in self._under_way] if self._under_way else list(names)
 
     def _can_wait(self, name: str) -> bool:
         """Whether a layer has a cache to go on with, and something that takes time to decompose."""
         block = self.blocks[name]
-        return block.ready and decomposition_cost(block) > 0.0 and bool(block.snapshot())
+        return self._has_cache(name) and decomposition_cost(block) > 0.0 and bool(block.snapshot())
 
     def _by_owners(self, names: Sequence[str], work: Work, owners: Mapping[str, int]) -> dict[str, float]:
         """Work on some blocks, each in one process; what it took, by name."""
-        return done_by_owners({name: self.blocks[name] for name in names}, owners, self._processes, work)
+        return self._holders.done({name: self.blocks[name] for name in names}, owners, work)
+
+    @property
+    def _owner_of(self) -> Mapping[str, int]:
+        return self._holders.owner_of
+
+    def _has_cache(self, name: str) -> bool:
+        """Whether there is a cache of a layer, be it in other processes."""
+        return self._holders.ready(name, self.blocks[name].ready)
 
     def _longest(self, seconds: Mapping[str, float]) -> float:
         """What the owner that worked longest took."""
         by_owner: defaultdict[int, float] = defaultdict(float)
         for name, took in seconds.items():
-            by_owner[self._owners.get(name, 0)] += took
+            by_owner[self._owner_of.get(name, 0)] += took
         return max(by_owner.values(), default=0.0)
 
     def ready(self, layer: Layer) -> bool:
-        return self.blocks[layer.name].ready
+        return self._has_cache(layer.name)
+
+    def _apart(self, tensors: LayerTensors) -> tuple[LayerTensors, LayerTensors]:
+        """Those of the layers that have a cache, and of them those whose cache is here."""
+        ready = {layer: parts for layer, parts in tensors.items() if self.ready(layer)}
+        return ready, {layer: parts for layer, parts in ready.items() if layer.name not in self._holders.elsewhere}
 
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
-        ready = {layer: parts for layer, parts in gradients.items() if self.blocks[layer.name].ready}
+        ready, here = self._apart(gradients)
         found: dict[Layer, dict[str, Tensor]] = {}
-        for layers, matrices in packed_together(ready, lambda layer: type(self.blocks[layer.name])):
+        for layers, matrices in packed_together(here, lambda layer: type(self.blocks[layer.name])):
             blocks, dampings = zip(*((self.blocks[la.name], settings[la].damping) for la in layers), strict=True)
             solved = type(blocks[0]).solve_together(blocks, as_statistic(matrices), dampings)
             found |= unpacked_together(layers, solved)
-        return {layer: found[layer] for layer in ready}
+        return self._holders.brought(found, ready)
 
     def whiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         return self._applied(lambda block, matrix, damping: block.whiten(matrix, damping), tensors, settings)
@@ -247,6 +263,17 @@ class LayerwiseBackend(CurvatureBackend):
         own = type(self)
         if own.whiten is not LayerwiseBackend.whiten or own.unwhiten is not LayerwiseBackend.unwhiten:
             return super().steepest(layers, matrices, settings, polar)
+        if not self._holders.teams.apart:
+            return self._steepest(layers, matrices, settings, polar)
+        here = [place for place, layer in enumerate(layers) if layer.name not in self._holders.elsewhere]
+        held = [layers[place] for place in here]
+        found = self._steepest(held, matrices[here], settings, polar) if held else matrices[:0]
+        return self._holders.brought_rows(layers, dict(zip(held, found.unbind(), strict=True)), matrices)
+
+    def _steepest(
+        self, layers: Sequence[Layer], matrices: Tensor, settings: Mapping[Layer, Settings], polar: PolarFactor
+    ) -> Tensor:
+        """`steepest` of layers whose cache is here."""
         blocks = [self.blocks[layer.name] for layer in layers]
         kinds = {type(block) for block in blocks}
         kind = kinds.pop() if len(kinds) == 1 else Block
@@ -263,20 +290,21 @@ class LayerwiseBackend(CurvatureBackend):
         settings: Mapping[Layer, Settings],
     ) -> dict[Layer, dict[str, Tensor]]:
         """A function of each block and matrix, for the layers that have a cache: the one place that decides."""
-        return {
+        ready, here = self._apart(tensors)
+        found = {
             layer: layer.unpack(
                 function(self.blocks[layer.name], as_statistic(layer.pack(parts)), settings[layer].damping)
             )
-            for layer, parts in tensors.items()
-            if self.blocks[layer.name].ready
+            for layer, parts in here.items()
         }
+        return self._holders.brought(found, ready)
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:
-        whole = self._longest(self._refresh_seconds)
-        if any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
-            # All have to do the same in the same step, and the slowest is waited for.
-            times = [factor_seconds, step_seconds, whole, self._last_refresh_seconds]
-            factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
+        if not any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
+            return
+        # All have to do the same in the same step, and the slowest is waited for.
+        times = [factor_seconds, step_seconds, self._longest(self._refresh_seconds), self._last_refresh_seconds]
+        factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
         if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
             self._factor_interval.observe("factors", factor_seconds, step_seconds)
         if isinstance(self._refresh_interval, MaxOverhead) and self._last_refresh_seconds > 0.0:
@@ -295,13 +323,13 @@ class LayerwiseBackend(CurvatureBackend):
             "dropped_updates": float(self.dropped.total()),
             "spared_refreshes": float(self._spared),
             "under_way": float(len(self._under_way)),
-            "diagonal_factors": float(sum(sum(self._narrowed(layer)) for layer in self._layers.values())),
+            "diagonal_factors": float(sum(sum(narrowed(self.blocks[n], la)) for n, la in self._layers.items())),
             **{f"dropped_updates/{name}": float(count) for name, count in self.dropped.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "blocks": {name: self._described(name) | block.state_dict() for name, block in self.blocks.items()},
+            "blocks": {name: self._stored(name) for name in self.blocks},
             "dormant": dict(self._dormant),
             "updates": self._updates.state_dict(),
             "refreshes": self._refreshes.state_dict(),
@@ -312,6 +340,13 @@ class LayerwiseBackend(CurvatureBackend):
             "step": self._step,
         }
 
+    def _stored(self, name: str) -> dict[str, Any]:
+        own = described(self.blocks[name], self._layers[name]) | self.blocks[name].state_dict()
+        return own | ({"cache": self._fetched[name]} if name in self._fetched else {})
+
+    def consolidate(self, to: int | None) -> None:
+        self._fetched = self._holders.fetched(self.blocks, to)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; blocks of layers that are frozen here wait for them, layers without a block start anew.
 
@@ -320,61 +355,33 @@ class LayerwiseBackend(CurvatureBackend):
         """
         self._means = None
         stored, dormant = state["blocks"], dict(state.get("dormant", {}))
-        if stored and self.blocks and not set(stored) & set(self.blocks):
-            raise ValueError(
-                f"the curvature state is of another model: it has the blocks {sorted(stored)}, but the layers here are "
-                f"{sorted(self.blocks)}"
-            )
-        waiting = dormant | {f"{name} {'+'.join(kept.get('roles', ()))}": kept for name, kept in stored.items()}
-        chosen: dict[str, Any] = {}
-        for name, layer in self._layers.items():
-            kept = waiting.pop(self._key(layer), None) or (stored[name] if _without_roles(stored.get(name)) else None)
-            if kept is None:
-                continue
-            if (mismatch := self._mismatch(name, kept)) is not None:
-                raise ValueError(f"the curvature state of {name!r} is of {mismatch}")
-            if (why := misfit(self.blocks[name], kept, layer)) is not None:
-                raise ValueError(f"the curvature state of {name!r} does not fit its layer {list(layer.shape)}: {why}")
-            chosen[name] = kept
+        chosen, waiting = fitting(self._layers, self.blocks, stored, dormant)
         for name, layer in self._layers.items():
             if name in chosen:
                 self.blocks[name].load_state_dict(chosen[name], _device(layer))
             else:
                 self.blocks[name] = self._new_block(layer)
-        owners = owners_of({n: b for n, b in self.blocks.items() if b.estimated}, self._processes)
-        self._under_way.load_state_dict(state.get("under_way", {}), self.blocks, owners, self._processes.rank)
-        self._dormant = {key: kept for key, kept in waiting.items() if not _without_roles(kept)}
+        self._take_launched(state.get("under_way", {}))
+        self._dormant = {key: kept for key, kept in waiting.items() if not without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
+        if not self._holders.teams.apart:  # else it takes all to know what there is
+            self._refreshes.forget([name for name, block in self.blocks.items() if not block.ready])
         for schedule, timed in zip(self._schedules(), state["schedules"], strict=True):
             if isinstance(schedule, MaxOverhead) and timed is not None:
                 schedule.load_state_dict(timed)
         self.dropped, self._step = Counter(state.get("dropped", {})), int(state["step"])
         self._spared = int(state.get("spared", 0))
 
-    def _described(self, name: str) -> dict[str, Any]:
-        """What a stored block must have in common with the one that takes it over."""
-        layer = self._layers[name]
-        return {
-            "factors": self._narrowed(layer).named() or _WHOLE,
-            "kind": type(self.blocks[name]).__name__,
-            "shape": list(layer.shape),
-            "roles": list(layer.roles),
-        }
-
-    def _narrowed(self, layer: Layer) -> Diagonals:
-        """Which factors are diagonal as the layer is too wide; of one-hot inputs A is so by itself."""
-        gradient, input_ = self.blocks[layer.name].diagonals
-        return Diagonals(gradient, input_ and layer.handler.structure != "one-hot")
-
-    def _mismatch(self, name: str, kept: Mapping[str, Any]) -> str | None:
-        """How a stored block differs from the one here that would take it over; None if it does not."""
-        for what, here in self._described(name).items():
-            # Version 0.1 kept every factor whole, and did not say so.
-            if (there := kept.get(what, _WHOLE if what == "factors" else here)) != here:
-                remedy = " (make the backend with the widest= of then)" if what == "factors" else ""
-                return f"{what} {there}, but the layer here has {here}{remedy}"
-        return None
+    def _take_launched(self, launched: Mapping[str, Any]) -> None:
+        """Launch what was under way, where blocks were loaded."""
+        apart, self._fetched = self._holders.teams.apart, {}
+        estimated = {name: block for name, block in self.blocks.items() if block.estimated}
+        able = set(estimated) if apart else {name for name, block in estimated.items() if block.ready}
+        self._holders.forget(())
+        self._holders.assign(estimated)
+        chosen = {name: kept for name, kept in launched.items() if name in able}
+        self._under_way.load_state_dict(chosen, self.blocks, self._owner_of, self._processes.rank)
 
     def _schedules(self) -> tuple[Any, Any]:
         return self._factor_interval, self._refresh_interval
@@ -387,8 +394,3 @@ class LayerwiseBackend(CurvatureBackend):
 
 def _device(layer: Layer) -> torch.device:
     return next(iter(layer.parameters.values())).device
-
-
-def _without_roles(kept: Mapping[str, Any] | None) -> bool:
-    """Whether a stored block is of a version that did not note its parameters: its name must do then."""
-    return kept is not None and "roles" not in kept

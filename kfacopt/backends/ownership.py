@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,28 +11,36 @@ from torch import Tensor
 
 from kfacopt.blocks.base import Block
 from kfacopt.linalg.triangles import pack_triangle, packed_shape, unpack_triangle
-from kfacopt.sharding import Processes, owners
+from kfacopt.replicas import Teams, delivered, owners
+from kfacopt.sharding import Processes
 
 Work = Callable[[str, Block], None]
 """Renews a block's cache; what else it changes is in `Block.renewed`."""
 
 
-def owners_of(blocks: Mapping[str, Block], processes: Processes) -> dict[str, int]:
+def owners_of(
+    blocks: Mapping[str, Block], processes: Processes, known: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Which process decomposes which block, the most expensive first; those with nothing to decompose are left out.
 
     An eigendecomposition or inverse of a `[d d]` factor takes `d³`; all processes have the same statistics, and so come
-    to the same answer.
+    to the same answer. Owners that are known stay.
     """
     costs = {name: decomposition_cost(block) for name, block in blocks.items()}
-    return owners({name: cost for name, cost in costs.items() if cost > 0.0}, processes.size)
+    return owners({name: cost for name, cost in costs.items() if cost > 0.0}, processes.size, known)
 
 
-def done_by_owners(
-    blocks: Mapping[str, Block], owner_of: Mapping[str, int], processes: Processes, work: Work
-) -> dict[str, float]:
-    """Let each block's owner work on it, and bring the results to all; where there is no owner, all work.
+class Done(NamedTuple):
+    """What the work on each block took, in seconds, and the blocks whose cache is in other processes now."""
 
-    All processes hold the very same numbers in the same layout afterwards, the owner too: products would round
+    seconds: dict[str, float]
+    elsewhere: set[str]
+
+
+def done_by_owners(blocks: Mapping[str, Block], owner_of: Mapping[str, int], processes: Processes, work: Work) -> Done:
+    """Let each block's owner work on it, and bring the results to its team; where there is no owner, all work.
+
+    All who hold a cache hold the very same numbers in the same layout afterwards, the owner too: products would round
     otherwise with others.
 
     Args:
@@ -40,9 +48,6 @@ def done_by_owners(
         owner_of: The rank of each block's owner.
         processes: Those that train together.
         work: Of one block.
-
-    Returns:
-        What the work on each block took, in seconds, where it was done.
 
     Raises:
         RuntimeError: If the work failed in another process.
@@ -63,16 +68,17 @@ def done_by_owners(
             failure = failure or error
         seconds[name] = time.perf_counter() - start
         if owner is not None:
-            told[name] = _kinds(block), block.retries, seconds[name]
+            told[name] = kinds_of(block), block.retries, seconds[name]
     if processes.size == 1 or not any(name in owner_of for name in blocks):
         if failure is not None:
             raise failure
-        return seconds
+        return Done(seconds, set())
     everybody = processes.gathered((None if failure is None else repr(failure), told))
     for rank, (failed, _) in enumerate(everybody):
         if failed is not None:
             raise failure or RuntimeError(f"process {rank} could not renew the curvature's cache: {failed}")
-    return seconds | _receive(blocks, [of_rank for _, of_rank in everybody], processes)
+    found = _receive(blocks, [of_rank for _, of_rank in everybody], processes)
+    return Done(seconds | found.seconds, found.elsewhere)
 
 
 _Kind = tuple[tuple[int, ...], torch.dtype] | None
@@ -101,10 +107,11 @@ class _Sent(NamedTuple):
 
 def message_bytes(block: Block) -> int:
     """Bytes that a block's owner sends to each other process when it has renewed the block."""
-    return sum(part.empty(torch.device("meta")).nbytes for part in _parts({"": block}, {"": _kinds(block)}))
+    return sum(part.empty(torch.device("meta")).nbytes for part in _parts({"": block}, {"": kinds_of(block)}))
 
 
-def _kinds(block: Block) -> dict[str, _Kind]:
+def kinds_of(block: Block) -> dict[str, _Kind]:
+    """Shape and dtype of each tensor that a block's refresh writes; None where there is none."""
     return {key: None if t is None else (tuple(t.shape), t.dtype) for key, t in block.renewed().items()}
 
 
@@ -117,22 +124,52 @@ def _parts(blocks: Mapping[str, Block], kinds: Mapping[str, Mapping[str, _Kind]]
     ]
 
 
-def _receive(blocks: Mapping[str, Block], told: Sequence[Mapping[str, Any]], processes: Processes) -> dict[str, float]:
-    """Take over what each process has told of and sends now."""
-    parts = [_parts(blocks, {name: kinds for name, (kinds, _, _) in of_rank.items()}) for of_rank in told]
-    held = {name: blocks[name].renewed() for name in told[processes.rank]}
-    tensors = [[part.empty(processes.device) for part in of_rank] for of_rank in parts]
-    tensors[processes.rank] = [part.packed(_there(held[part.name][part.key])) for part in parts[processes.rank]]
-    seconds: dict[str, float] = {}
-    for of_rank, sent, arrived in zip(told, parts, processes.sent(tensors), strict=True):
-        values: dict[str, dict[str, Tensor | None]] = {n: dict.fromkeys(kinds) for n, (kinds, _, _) in of_rank.items()}
-        for part, tensor in zip(sent, arrived, strict=True):
-            values[part.name][part.key] = part.unpacked(tensor)
+def _receive(blocks: Mapping[str, Block], told: Sequence[Mapping[str, Any]], processes: Processes) -> Done:
+    """Take over what each process has told of and sends now, where this one is of its team."""
+    teams = Teams.of(processes)
+    kinds = [{name: kind for name, (kind, _, _) in of_rank.items()} for of_rank in told]
+    arrived = sent_caches(blocks, kinds, processes, lambda source: [r for r in teams.holders(source) if r != source])
+    done = Done({}, set())
+    for source, of_rank in enumerate(told):
         for name, (_, retries, took) in of_rank.items():
-            blocks[name].take_renewed(values[name])
             blocks[name].retries = retries
-            seconds[name] = took
-    return seconds
+            done.seconds[name] = took
+            if teams.holds(source):
+                blocks[name].take_renewed(arrived[source][name])
+            elif any(kind is not None for kind in kinds[source][name].values()):
+                done.elsewhere.add(name)
+    return done
+
+
+def sent_caches(
+    blocks: Mapping[str, Block],
+    kinds: Sequence[Mapping[str, Mapping[str, _Kind]]],
+    processes: Processes,
+    readers: Callable[[int], Collection[int]],
+) -> list[dict[str, dict[str, Tensor | None]]]:
+    """What `Block.renewed` returns in the processes that have it, by rank and layer name.
+
+    Args:
+        blocks: By layer name.
+        kinds: By rank, what it sends of which layer: shapes and dtypes.
+        processes: Those that train together.
+        readers: By rank, to which others it sends; only there, and in itself, what is returned of it has its numbers.
+    """
+    parts, here = [_parts(blocks, of_rank) for of_rank in kinds], processes.rank
+    read = [rank == here or here in readers(rank) for rank in range(processes.size)]
+    held = {name: blocks[name].renewed() for name in kinds[here]}
+    nowhere = torch.device("meta")
+    tensors = [[p.empty(processes.device if r else nowhere) for p in own] for own, r in zip(parts, read, strict=True)]
+    tensors[here] = [part.packed(_there(held[part.name][part.key])) for part in parts[here]]
+    to_all = Teams.of(processes).apart is False
+    arrived = processes.sent(tensors) if to_all else delivered(processes, tensors, readers)
+    result = []
+    for of_rank, sent, got, reads in zip(kinds, parts, arrived, read, strict=True):
+        values: dict[str, dict[str, Tensor | None]] = {n: dict.fromkeys(kind) for n, kind in of_rank.items()}
+        for part, tensor in zip(sent, got, strict=True) if reads else ():
+            values[part.name][part.key] = part.unpacked(tensor)
+        result.append(values)
+    return result
 
 
 def _there(tensor: Tensor | None) -> Tensor:

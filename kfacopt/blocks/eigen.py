@@ -180,6 +180,7 @@ class CorrectedEigenBlock(EigenBlock):
     """
 
     title = "EKFAC"
+    rows_need_cache = True
 
     def __init__(self, exponent: float = 1.0, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008
         super().__init__(diagonals)

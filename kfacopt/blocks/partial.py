@@ -41,6 +41,7 @@ class PartialEigenBlock(FactoredBlock):
     """
 
     title = "EKFAC, dominant part"
+    rows_need_cache = True
 
     def __init__(self, tail: float, exponent: float = 1.0) -> None:
         super().__init__()

@@ -20,11 +20,12 @@ from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.optim import carried, checks, memory, stored
+from kfacopt.optim.chosen_layers import ChosenLayers
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
 from kfacopt.optim.together import Agreement, agreed
-from kfacopt.sharding import unwrapped
+from kfacopt.replicas import Sharding, joined
 
 Params = Iterable[Any]
 
@@ -44,6 +45,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         estimator: Of the loss.
         params: torch's params or param groups; None: all of the model's.
         defaults: torch's, the hyper-parameters of the param groups.
+        sharding: Which processes train together, and what they divide.
 
     Raises:
         TypeError, ValueError: A model or parameter that cannot be handled, by name; nothing was changed then.
@@ -55,9 +57,14 @@ class CapturingOptimizer(torch.optim.Optimizer):
     """A key that tells this class's `curvature` section from another's; "": a state without a section is taken too."""
 
     def __init__(
-        self, model: nn.Module, estimator: FisherEstimator, params: Params | None, defaults: dict[str, Any]
+        self,
+        model: nn.Module,
+        estimator: FisherEstimator,
+        params: Params | None,
+        defaults: dict[str, Any],
+        sharding: Sharding | None = None,
     ) -> None:
-        model, self._processes = unwrapped(model)
+        model, self._processes = joined(model, sharding)
         checks.check_model(model)
         self._sharded = ShardedModel(model)
         self._sharded.reshard()  # else the parameters below would be copies
@@ -108,41 +115,45 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
-        self._pattern = self._covered_pattern()
+        self._chosen = ChosenLayers(self.param_groups, self._unseen_uses)
+        self._delivered = True  # for all that is known: what waits may come from a state
         self._sharded = ShardedModel(self.model)
         self._sharded.reshard()
         self._named = dict(self.model.named_parameters())
-        deliver, discard, all_places, needs_inputs = _ignore, _ignore, False, True
+        deliver: Callable[..., None] = self._discard  # without a backend there are no layers to deliver of
+        all_places, needs_inputs = False, True
         if (backend := self._fed) is not None:
             wanted = self._parameters(curvature=True)
             excluded = dict.fromkeys(self._parameters(curvature=False), "its param group has 'curvature': False")
             excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
+            self._chosen.are(self._layers)
             backend.join(self._processes, self._estimator.likelihood.reduction != "sum")
             backend.attach(self._layers)
-            deliver, discard = self._deliver, self._discard
+            deliver = self._deliver
             all_places, needs_inputs = backend.all_places, backend.needs_inputs
         self._processes.device = next(self.model.parameters()).device
-        is_paused = False
+        is_paused = self._capture is not None and self._capture.is_paused
         if self._capture is not None:
-            is_paused = self._capture.is_paused
             self._capture.close()
-        self._capture = Capture(self.model, self._layers, self._estimator, deliver, discard, self._sharded)
+        self._capture = Capture(self.model, self._layers, self._estimator, deliver, self._discard, self._sharded)
         self._capture.passes.all_places, self._capture.passes.needs_inputs = all_places, needs_inputs
         self._capture.is_paused = is_paused
         self._arm()
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
         assert self._fed is not None
+        self._delivered = True
         self._fed.update(layer, rows)
         self._reached[layer.name] += rows.first
 
     def _discard(self) -> None:
         """Forget the rows that were delivered since the last step."""
-        if self._fed is not None:
+        if self._fed is not None and self._delivered:
             self._fed.discard()
         self._reached.clear()
+        self._delivered = False
 
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
@@ -160,18 +171,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _parameters(self, curvature: bool) -> list[nn.Parameter]:
         return [p for g in self.param_groups if g.get("curvature", True) is curvature for p in g["params"]]
 
-    def _covered_pattern(self) -> tuple[tuple[bool, bool], ...]:
-        """What the choice of layers depends on: which parameters train, and which are used out of the hooks' sight."""
-        return tuple((p.requires_grad, p in self._unseen_uses) for group in self.param_groups for p in group["params"])
-
     def _follow_changes(self) -> None:
         """Attach anew where parameters were frozen, unfrozen, found to be used elsewhere or held otherwise since.
 
-        A mask or a parametrization that comes or goes (`torch.nn.utils.prune`) leaves the parameter and changes what it
-        is to its module. What was captured for this step stays.
+        What was captured for this step stays.
         """
-        moved = any(not layer.held_by(module) for layer in self._layers for module in layer.modules)
-        if moved or self._covered_pattern() != self._pattern:
+        if not self._chosen.hold(self.param_groups, self._unseen_uses):
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
@@ -208,8 +213,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         >>> with optimizer.paused():
         ...     model(torch.ones(3, 2)).square().mean().backward()
         """
-        before = self._open_capture().is_paused
-        self._open_capture().is_paused = True
+        before, self._open_capture().is_paused = self._open_capture().is_paused, True
         try:
             yield
         finally:
@@ -269,8 +273,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         elif not gradients:
             self._forget()
         else:
-            device = next(iter(gradients)).device
-            with self.paused(), without_autocast(device):
+            with self.paused(), without_autocast(next(iter(gradients)).device):
                 self._take_step(gradients)
             self._step += 1
         self._reached.clear()
@@ -344,7 +347,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         self._open_capture().reset()
         self._open_capture().tally.load_state_dict(own)
-        self._reached = Counter(own.get("pending_reached", {}))
+        self._reached, self._delivered = Counter(own.get("pending_reached", {})), True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.
@@ -394,7 +397,3 @@ class CapturingOptimizer(torch.optim.Optimizer):
             pending = self.__dict__.pop("_pending")
             self._attach()
             self._open_capture().tally.load_state_dict(pending)
-
-
-def _ignore(*_: Any) -> None:
-    """No layer is captured, so nothing is delivered."""

@@ -19,7 +19,7 @@ from kfacopt.layers.plain import PlainMatrix, plain_matrices_in
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import LossFunction, TermsEstimator
 from kfacopt.likelihoods.fisher import Fisher
-from kfacopt.optim import deprecated, groups, memory, stored
+from kfacopt.optim import carried, deprecated, groups, memory, stored
 from kfacopt.optim.capturing import CapturingOptimizer, Params
 from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
@@ -27,6 +27,7 @@ from kfacopt.optim.sightings import Sightings, warn_of_none
 from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
 from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
+from kfacopt.replicas import Sharding
 from kfacopt.schedules import Interval
 from kfacopt.sharding import wholes
 
@@ -117,6 +118,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             or `step_length` says it, or the step length's own. Of KFAC and EKFAC, where neither those three nor
             `backend`, `damping_rule` or `lr="auto"` say otherwise, `ClippedGradients(Spectral(momentum))`.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
+        sharding: Which processes train together, and how many hold each layer's inverse; default: the engine's, all.
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
@@ -155,6 +157,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         backend: CurvatureBackend | None = None,
         direction: Direction | None = None,
         step_length: StepLength | None = None,
+        sharding: Sharding | None = None,
         **old: Any,
     ) -> None:
         params, backend = deprecated.backend_by_position(type(self), params, backend)
@@ -167,20 +170,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
         self.damping_rule, self.direction, self.step_length = damping_rule, step.direction, step.step_length
         self._terms, self._ended_at = 0.0, math.nan
         self._sightings = Sightings()
-        defaults = groups.with_plain_damping({"damping": step.usual.damping if damping is None else damping}) | {
-            "lr": step.rate,
-            "momentum": step.momentum,
-            "weight_decay": 0.0,
-            "ema_decay": ema_decay,
-            **TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip).defaults(),
-            "adamw_lr": step.usual.adamw_lr if adamw_lr is None else adamw_lr,
-            "adamw_betas": (0.9, 0.999),
-            "adamw_eps": 1e-8,
-            "curvature": True,
-            **self.direction.defaults(),
-            **self.step_length.defaults(),
-        }
-        defaults |= {} if weight_decay is None else groups.with_own_decay({"weight_decay": weight_decay}, defaults)
+        bounds = TrustRegion(None if isinstance(kl_clip, str) else kl_clip, relative_clip)
+        defaults = step.defaults(damping, ema_decay, adamw_lr, weight_decay, bounds)
         estimator = TermsEstimator(
             loss_func,
             fisher=fisher,
@@ -189,10 +180,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
             prediction=prediction,
             extra_terms=extra_terms,
         )
-        replaying = {"direction": self.direction, "step_length (lr)": self.step_length}
-        needs = {name: part.wants_replays(0) for name, part in replaying.items()}
+        needs = {"direction": self.direction.wants_replays(0), "step_length (lr)": self.step_length.wants_replays(0)}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
-        super().__init__(model, estimator, params, defaults)
+        super().__init__(model, estimator, params, defaults, sharding)
         if not self._layers and not self._plain:
             warn_of_none(self.coverage(), self._parameters(curvature=True))
 
@@ -203,8 +193,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.backend
 
     def _wants_replays(self) -> bool:
-        judged = self.damping_rule is not None and self.damping_rule.due(self._step)
-        return judged or self._solves_on_replays()
+        return (self.damping_rule is not None and self.damping_rule.due(self._step)) or self._solves_on_replays()
 
     def _solves_on_replays(self) -> bool:
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
@@ -231,6 +220,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _find_plain(self) -> None:
         """Matrices without curvature that the direction steps all the same."""
         self._plain: dict[nn.Parameter, PlainMatrix] = {}
+        self._stepped: list[nn.Parameter] = []  # steps share it: the first fills it
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
@@ -311,6 +301,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             loss_factor=self._scaling.factor,
             plain=self._plain,
             processes=self._processes,
+            _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
         self._report |= self.direction.health() | self.step_length.health()
@@ -359,7 +350,16 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Fetch what `Sharding(replicas=...)` left to other processes for `state_dict()` of process `to`, None: of all.
+
+        All must call it, Lightning does. Inverses that are not in a state are computed anew as it resumes.
+        """
+        self.backend.consolidate(to)
+
     def _own_state(self) -> dict[str, Any]:
+        if carried.asked_by_checkpoint():  # in all processes
+            self.backend.consolidate(None)
         return super()._own_state() | {
             "backend": self.backend.state_dict(),
             "direction": self.direction.state_dict(),

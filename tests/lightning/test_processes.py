@@ -88,19 +88,24 @@ def the_whole_lightning_module_is_the_model() -> None:
             torch.testing.assert_close(weights(task), want, rtol=1e-4, atol=1e-5)
 
 
-def a_resumed_fit_is_the_uninterrupted_one() -> None:
+MADE: dict[str, Any] = {
+    "ekfac": partial(kfacopt.EKFAC, lr=0.1, factor_every=1, refresh_every=3),
+    "kfac-owner": partial(kfacopt.KFAC, lr=0.1, factor_every=1, refresh_every=3, sharding=kfacopt.Sharding(replicas=1)),
+}
+
+
+def a_resumed_fit_is_the_uninterrupted_one(name: str) -> None:
     with tempfile.TemporaryDirectory() as own:
         place: list[Any] = [own]
         distributed.broadcast_object_list(place, src=0)
         folder = Path(place[0])
-        made = partial(kfacopt.EKFAC, lr=0.1, factor_every=1, refresh_every=3)
-        whole = regression(made)
+        whole = regression(MADE[name])
         ddp(folder, max_epochs=4).fit(whole, datamodule=Toy())
-        half = regression(made)
+        half = regression(MADE[name])
         saved = ModelCheckpoint(folder, "half")
         ddp(folder, saved, max_epochs=2).fit(half, datamodule=Toy())
         assert not torch.equal(weights(whole), weights(half))
-        again = regression(made)
+        again = regression(MADE[name])
         path = folder / "half.ckpt"
         ddp(folder, max_epochs=4).fit(again, datamodule=Toy(), ckpt_path=path, weights_only=True)
         assert torch.equal(weights(again), weights(whole))
@@ -122,13 +127,15 @@ def the_callback_swaps_and_logs_once() -> None:
 pytestmark = pytest.mark.slow
 
 CHECKS: Mapping[str, Callable[[], None]] = {
-    check.__name__: check
-    for check in (
-        a_fit_is_that_of_one_process,
-        the_whole_lightning_module_is_the_model,
-        a_resumed_fit_is_the_uninterrupted_one,
-        the_callback_swaps_and_logs_once,
-    )
+    **{
+        check.__name__: check
+        for check in (
+            a_fit_is_that_of_one_process,
+            the_whole_lightning_module_is_the_model,
+            the_callback_swaps_and_logs_once,
+        )
+    },
+    **{f"resumed: {name}": partial(a_resumed_fit_is_the_uninterrupted_one, name) for name in MADE},
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from kfacopt.damping import RELATIVE_DAMPING, RelativeDamping
+from kfacopt.optim.groups import with_own_decay, with_plain_damping
 from kfacopt.optim.step.base import Direction, StepLength
 from kfacopt.optim.step.grafted import Grafted
 from kfacopt.optim.step.preconditioned import Preconditioned
@@ -51,6 +52,38 @@ class Chosen(NamedTuple):
     direction: Direction
     step_length: StepLength
     usual: Numbers
+
+    def defaults(
+        self,
+        damping: float | RelativeDamping | None,
+        ema_decay: float,
+        adamw_lr: float | None,
+        weight_decay: float | None,
+        bounds: TrustRegion,
+    ) -> dict[str, Any]:
+        """The hyper-parameters of the step, as torch's param groups have them.
+
+        Args:
+            damping: None: what goes with the step; so with `adamw_lr` and `weight_decay`.
+            ema_decay: Of the statistics.
+            adamw_lr: AdamW's learning rate where there is no curvature.
+            weight_decay: Of all parameters.
+            bounds: On the step's length.
+        """
+        defaults = with_plain_damping({"damping": self.usual.damping if damping is None else damping}) | {
+            "lr": self.rate,
+            "momentum": self.momentum,
+            "weight_decay": 0.0,
+            "ema_decay": ema_decay,
+            **bounds.defaults(),
+            "adamw_lr": self.usual.adamw_lr if adamw_lr is None else adamw_lr,
+            "adamw_betas": (0.9, 0.999),
+            "adamw_eps": 1e-8,
+            "curvature": True,
+            **self.direction.defaults(),
+            **self.step_length.defaults(),
+        }
+        return defaults | ({} if weight_decay is None else with_own_decay({"weight_decay": weight_decay}, defaults))
 
 
 def chosen(

@@ -1,0 +1,165 @@
+"""Where the caches of several processes are, and what is solved with them brought to where they are not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfacopt.backends.base import LayerTensors
+from kfacopt.backends.ownership import Work, done_by_owners, kinds_of, owners_of, sent_caches
+from kfacopt.blocks.base import Block
+from kfacopt.layers.layer import Layer
+from kfacopt.replicas import Teams, delivered
+from kfacopt.sharding import Processes
+
+
+class Holders:
+    """Which process decomposes which block, and which hold what comes of it.
+
+    Args:
+        processes: Those that train together.
+
+    Attributes:
+        owner_of: By layer name, the rank that decomposes; layers with nothing to decompose have none, and are held by
+            all. Where teams are several it stays: a cache is not sent after its owner.
+        elsewhere: Names of the layers whose cache is there, in another team.
+
+    >>> Holders(Processes()).ready("head", False)
+    False
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.owner_of: dict[str, int] = {}
+        self.elsewhere: set[str] = set()
+        self._settled = False
+
+    @property
+    def teams(self) -> Teams:
+        """The ranks that hold the same."""
+        return Teams.of(self.processes)
+
+    def ready(self, name: str, here: bool) -> bool:
+        """Whether there is a cache of a layer, here or elsewhere."""
+        return here or name in self.elsewhere
+
+    def assign(self, blocks: Mapping[str, Block]) -> None:
+        """Give each of these blocks an owner."""
+        known = self.owner_of if self.teams.apart else {}
+        self.owner_of = owners_of(blocks, self.processes, known)
+
+    def forget(self, kept: Collection[str]) -> None:
+        """Forget all layers but these; what is held where is asked anew (`settle`)."""
+        self.owner_of = {name: rank for name, rank in self.owner_of.items() if name in kept}
+        self.elsewhere &= set(kept)
+        self._settled = False
+
+    def settle(self, blocks: Mapping[str, Block]) -> list[str]:
+        """Agree on which caches there are, once after layers came, went, or were loaded; a process asks the others.
+
+        A cache that not all of its team have is dropped, and so is one that this process has beside its team's.
+
+        Args:
+            blocks: By layer name.
+
+        Returns:
+            The layers that have none, and may have had one.
+        """
+        if self._settled or not self.teams.apart:
+            return []
+        self._settled = True
+        self.assign({name: block for name, block in blocks.items() if block.estimated})
+        told = self.processes.gathered({name for name in self.owner_of if blocks[name].ready})
+        lacking = []
+        for name, owner in self.owner_of.items():
+            whole = all(name in told[rank] for rank in self.teams.holders(owner))
+            if not whole:
+                lacking.append(name)
+            (self.elsewhere.add if whole and not self.teams.holds(owner) else self.elsewhere.discard)(name)
+            if not whole or name in self.elsewhere:
+                blocks[name].load_cache(dict.fromkeys(blocks[name].cache()))
+        return lacking
+
+    def done(self, blocks: Mapping[str, Block], owner_of: Mapping[str, int], work: Work) -> dict[str, float]:
+        """`done_by_owners`; the seconds that it took by name."""
+        found = done_by_owners(blocks, owner_of, self.processes, work)
+        self.elsewhere |= found.elsewhere
+        return found.seconds
+
+    def brought(
+        self, found: Mapping[Layer, Mapping[str, Tensor]], given: LayerTensors
+    ) -> dict[Layer, dict[str, Tensor]]:
+        """What each team found of its layers, in all processes.
+
+        Args:
+            found: By layer and role, of those whose cache is here.
+            given: Of those and of all whose cache is elsewhere, tensors that are shaped alike.
+        """
+        if not self.teams.apart:
+            return {layer: dict(found[layer]) for layer in given}
+        held = [layer for layer in given if layer.name in self.owner_of]
+        kinds = {(la, role): (t.shape, _dtype(given[la].values())) for la in held for role, t in given[la].items()}
+        own = {(layer, role): found[layer][role] for layer, role in kinds if layer in found}
+        everywhere = self._from_teams(own, kinds, {key: key[0].name for key in kinds})
+        brought = {layer: {role: everywhere[layer, role] for role in given[layer]} for layer in held}
+        return {layer: brought[layer] if layer in brought else dict(found[layer]) for layer in given}
+
+    def brought_rows(self, layers: Iterable[Layer], found: Mapping[Layer, Tensor], like: Tensor) -> Tensor:
+        """`brought`, of matrices that are the rows of one tensor `[b *k o i]`.
+
+        Args:
+            layers: One for each row.
+            found: Matrices of those whose cache is here.
+            like: Has the shape, and the dtype in which they are sent.
+        """
+        held = [layer for layer in layers if layer.name in self.owner_of]
+        own = {layer: found[layer].to(like.dtype) for layer in held if layer in found}
+        everywhere = self._from_teams(
+            own, dict.fromkeys(held, (like.shape[1:], like.dtype)), {la: la.name for la in held}
+        )
+        return torch.stack([everywhere[layer] if layer in everywhere else found[layer] for layer in layers])
+
+    def _from_teams(self, own: Mapping[Any, Tensor], kinds: Mapping[Any, Any], names: Mapping[Any, str]) -> Any:
+        """Tensors of layers that have an owner, by any key: those of the own team are given, all are returned."""
+        teams = self.teams
+        of_rank = [[k for k in kinds if self.owner_of[names[k]] in teams.holders(r)] for r in range(teams.size)]
+        tensors = [
+            [own[k].contiguous() if teams.holds(rank) else _empty(*kinds[k]) for k in keys]
+            for rank, keys in enumerate(of_rank)
+        ]
+        arrived = delivered(self.processes, tensors, teams.readers)
+        read = [rank for rank in range(teams.size) if rank == teams.rank or teams.rank in teams.readers(rank)]
+        return {k: t for rank in read for k, t in zip(of_rank[rank], arrived[rank], strict=True)}
+
+    def fetched(self, blocks: Mapping[str, Block], to: int | None) -> dict[str, dict[str, Tensor | None]]:
+        """The caches of layers that are held elsewhere, on the processor; all processes must ask.
+
+        Args:
+            blocks: By layer name.
+            to: Which rank gets them, the others nothing; None: all.
+        """
+        if not self.teams.apart:
+            return {}
+        mine = {n: r for n, r in self.owner_of.items() if r == self.processes.rank and blocks[n].ready}
+        kinds = self.processes.gathered({name: kinds_of(blocks[name]) for name in mine})
+        readers = [to] if to is not None else list(range(self.teams.size))
+        arrived = sent_caches(blocks, kinds, self.processes, lambda source: [r for r in readers if r != source])
+        return {
+            name: {key: None if t is None else t.cpu() for key, t in cache.items()}
+            for of_rank in arrived
+            for name, cache in of_rank.items()
+            if self.processes.rank in readers and name in self.elsewhere
+        }
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """That of what comes of a solve: at least float32."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)

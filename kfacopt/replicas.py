@@ -1,0 +1,211 @@
+"""Which of several processes hold what of each layer, and how it comes to the others.
+
+Ranks are cut into teams of `replicas`. A layer belongs to a team: its owner there decomposes, each member holds what
+comes of it and solves, and sends what it solved to the ranks that have its place in the other teams. One team of all
+ranks is nothing to be sent at a step; teams of one are least memory (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from kfacopt.fsdp import ShardedModel
+from kfacopt.linalg.tensors import flat, split_like
+from kfacopt.sharding import BUCKET, Processes, buckets, unwrapped
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which processes train together, and how many of them hold what was decomposed of each layer.
+
+    Memory against communication: with `replicas=None` every process holds the inverses of all layers, takes the whole
+    step by itself, and sends nothing for it. With fewer each process holds the inverses of its share of the layers,
+    takes the steps of these, and receives those of the others: as many numbers as the layers with curvature have
+    parameters, at each step. Statistics are in every process either way.
+
+    Args:
+        group: torch's process group, of those whose gradients are averaged; None: that of the engine around the model,
+            else the default one.
+        replicas: How many processes hold each layer's inverses; a divisor of their number (1: its owner alone), or more
+            than there are: all. None: all.
+
+    Raises:
+        TypeError: If `replicas` is no number.
+        ValueError: If it is none of processes.
+
+    >>> Sharding(replicas=1)
+    Sharding(group=None, replicas=1)
+    """
+
+    group: Any = None
+    replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas is None:
+            return
+        if isinstance(self.replicas, bool) or not isinstance(self.replicas, int):
+            raise TypeError(f"replicas must be a number of processes, or None for all, got {self.replicas!r}")
+        if self.replicas < 1:
+            raise ValueError(f"replicas must be at least 1, the owner of a layer, got {self.replicas}")
+
+
+def joined(model: Any, sharding: Sharding | None) -> tuple[Any, Processes]:
+    """`unwrapped`, and the processes that train the model as its user wants them.
+
+    Raises:
+        TypeError: If `sharding` is none.
+        ValueError: If its group is not the engine's.
+    """
+    inner, processes = unwrapped(model)
+    if sharding is None:
+        return inner, processes
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding must be a kfacopt.Sharding, got {sharding!r}")
+    if sharding.group is not None and processes.is_open:
+        if processes.group is None and not ShardedModel(inner):
+            processes = Processes(sharding.group)
+        elif (wanted := _ranks(sharding.group)) != (averaged := _ranks(processes.group)):
+            raise ValueError(
+                f"Sharding(group=...) has the processes {wanted}, but the engine around the model averages gradients "
+                f"over {averaged}: weights would drift apart. Leave group out, or give the engine the same"
+            )
+    processes.replicas = sharding.replicas
+    Teams.of(processes)
+    return inner, processes
+
+
+def _ranks(group: Any) -> list[int]:
+    return distributed.get_process_group_ranks(distributed.group.WORLD if group is None else group)
+
+
+@dataclass(frozen=True)
+class Teams:
+    """Ranks in teams of equal size, those of a team next to each other.
+
+    Attributes:
+        size: How many ranks there are.
+        members: How many a team has.
+        rank: Of this process.
+
+    >>> teams = Teams(size=4, members=2, rank=1)
+    >>> teams.holders(owner=3), teams.holds(owner=3), teams.readers(3)
+    (range(2, 4), False, [1])
+    """
+
+    size: int
+    members: int
+    rank: int
+
+    @classmethod
+    def of(cls, processes: Processes) -> Teams:
+        """As `Processes.replicas` says.
+
+        Raises:
+            ValueError: If teams of so many leave some over.
+        """
+        size = processes.size
+        members = min(processes.replicas or size, size)
+        if size % members:
+            fitting = [number for number in range(1, size + 1) if size % number == 0]
+            raise ValueError(
+                f"replicas={members} does not divide the {size} processes that train together: some would hold more "
+                f"layers than others. Pass one of {fitting}"
+            )
+        return cls(size, members, processes.rank)
+
+    @property
+    def apart(self) -> bool:
+        """Whether there are several teams, so that some ranks do not hold what others do."""
+        return self.members < self.size
+
+    def holders(self, owner: int) -> range:
+        """The team of a rank."""
+        first = owner - owner % self.members
+        return range(first, first + self.members)
+
+    def holds(self, owner: int) -> bool:
+        """Whether this process is in the team of a rank."""
+        return self.rank in self.holders(owner)
+
+    def readers(self, source: int) -> list[int]:
+        """Whom a rank sends what its team solved: those with its place in the other teams."""
+        return [rank for rank in range(source % self.members, self.size, self.members) if rank != source]
+
+
+Readers = Callable[[int], Collection[int]]
+"""By rank, the ranks that it sends to."""
+
+
+def delivered(processes: Processes, tensors: Sequence[Sequence[Tensor]], readers: Readers) -> list[list[Tensor]]:
+    """What every rank sends to some others: `tensors[rank]`, of which those need only have shapes and dtypes.
+
+    All ranks must know the shapes of everybody's tensors; of others' they may be on the meta device. What comes back
+    are views with the same strides for all, the sender too; what is not for this rank comes back as it was given.
+
+    Args:
+        processes: Those that train together.
+        tensors: By rank.
+        readers: By rank, the others that it sends to.
+    """
+    rank, ranks = processes.rank, range(processes.size)
+    arrived = [list(of_rank) for of_rank in tensors]
+    for dtype in sorted({t.dtype for of_rank in tensors for t in of_rank}, key=str):
+        for places in zip_longest(*(_places(of_rank, dtype, processes.size) for of_rank in tensors), fillvalue=()):
+            members = [[tensors[source][place] for place in places[source]] for source in ranks]
+            own = flat(members[rank]) if members[rank] else torch.empty(0, dtype=dtype, device=processes.device)
+            found = {rank: own}
+            if any(members[source] and readers(source) for source in ranks):
+                counts = [
+                    sum(t.numel() for t in members[source]) if source != rank and rank in readers(source) else 0
+                    for source in ranks
+                ]
+                outgoing = [own if other != rank and other in readers(rank) else own[:0] for other in ranks]
+                parts = processes.exchanged(outgoing, counts)
+                found |= {source: part for source, part in enumerate(parts) if counts[source]}
+            for source, whole in found.items():
+                for place, tensor in zip(places[source], split_like(whole, members[source]), strict=True):
+                    arrived[source][place] = tensor
+    return arrived
+
+
+def _places(tensors: Sequence[Tensor], dtype: torch.dtype, size: int) -> list[tuple[int, ...]]:
+    """Places of the tensors of a dtype that go at once: what all ranks send together fills a bucket."""
+    places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+    return [
+        tuple(places[index] for index in bucket)
+        for bucket in buckets([tensors[place] for place in places], BUCKET // size)
+    ]
+
+
+def owners(costs: Mapping[str, float], size: int, known: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Which of `size` processes does which work: the longest first, each to whoever has least (LPT; Graham 1969).
+
+    The busiest has at most 4/3 of what the best assignment gives it, if nothing is known before.
+
+    Args:
+        costs: By name.
+        size: How many processes there are.
+        known: Whose some of the work is already, and stays.
+
+    >>> owners({"a": 1.0, "b": 5.0, "c": 2.0, "d": 3.0}, 2)
+    {'b': 0, 'd': 1, 'c': 1, 'a': 0}
+    >>> owners({"a": 1.0, "b": 5.0}, 2, known={"a": 0})
+    {'b': 1, 'a': 0}
+    """
+    loads, result, known = [0.0] * size, dict[str, int](), known or {}
+    for name, rank in known.items():
+        loads[rank] += costs.get(name, 0.0)
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        if name in known:
+            result[name] = known[name]
+            continue
+        rank = loads.index(min(loads))
+        result[name] = rank
+        loads[rank] += costs[name]
+    return result

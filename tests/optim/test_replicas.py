@@ -1,0 +1,395 @@
+"""Where some of the processes hold a layer's inverse, all take the step of one process, and memory is divided."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import kfacopt
+from kfacopt.backends.ownership import decomposition_cost
+from kfacopt.replicas import Teams, delivered
+from kfacopt.schedules import Background, WhenMoved
+from kfacopt.sharding import Processes
+from tests.optim.test_fully_shard import equals, per_block, train_sharded
+from tests.optim.test_hybrid_shard import hybrid
+from tests.optim.test_processes import (
+    CE,
+    Make,
+    Net,
+    Words,
+    alone,
+    make_batches,
+    make_net,
+    optimizer,
+    plain,
+    same_everywhere,
+    seeded,
+    share,
+    train,
+    weights_of,
+    words,
+)
+from tests.processes import Found, run_together
+
+OWNER, PAIR = kfacopt.Sharding(replicas=1), kfacopt.Sharding(replicas=2)
+Options = dict[str, Any]
+# Of `MADE`, in four processes.
+SOME = (("kfac", PAIR), ("kfac-half", PAIR), ("kfac-exact", OWNER), ("spectral", PAIR), ("spectral-both-sides", OWNER))
+
+
+def kfac(**options: Any) -> Options:
+    return {"backend": lambda: kfacopt.KFACBackend(1, 2, stagger=False)} | options
+
+
+# What is made, but for who holds what.
+MADE: dict[str, tuple[Any, Options]] = {
+    "kfac": (kfacopt.KFAC, kfac()),
+    "kfac-every-third": (kfacopt.KFAC, {"backend": lambda: kfacopt.KFACBackend(1, 3, stagger=False)}),
+    "kfac-bounded": (kfacopt.KFAC, kfac(kl_clip=0.01, damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1))),
+    "kfac-half": (
+        kfacopt.KFAC,
+        {"backend": lambda: kfacopt.KFACBackend(1, 2, 0.5, stagger=False), "kl_clip": 0.01},
+    ),
+    "kfac-wide": (kfacopt.KFAC, {"backend": lambda: kfacopt.KFACBackend(1, 2, widest=3, stagger=False)}),
+    "kfac-auto": (kfacopt.KFAC, kfac(lr="auto")),
+    "kfac-background": (
+        kfacopt.KFAC,
+        {"backend": lambda: kfacopt.KFACBackend(1, Background(2, delay=1), stagger=False)},
+    ),
+    "kfac-when-moved": (kfacopt.KFAC, {"backend": lambda: kfacopt.KFACBackend(1, WhenMoved(1, 0.5), stagger=False)}),
+    "kfac-exact": (
+        kfacopt.KFAC,
+        {"backend": lambda: kfacopt.EigenKFACBackend(1, 2, stagger=False), "direction": kfacopt.Spectral},
+    ),
+    "spectral": (kfacopt.SpectralDescent, {}),
+    "spectral-both-sides": (
+        kfacopt.SpectralDescent,
+        {"backend": lambda: kfacopt.KFACBackend(1, 2, 0.5, stagger=False)},
+    ),
+}
+
+
+def made_by(name: str, sharding: kfacopt.Sharding | None) -> Make:
+    kind, options = MADE[name]
+    return optimizer(kind, sharding=sharding, **options)
+
+
+def equals_one_process(name: str, sharding: kfacopt.Sharding) -> None:
+    batches = make_batches()
+    one, reference = train(made_by(name, None), batches, plain(CE()), alone())
+    several, made = train(made_by(name, sharding), [share(batch) for batch in batches], plain(CE()))
+    torch.testing.assert_close(weights_of(several), weights_of(one), rtol=1e-12, atol=1e-12)
+    assert float((weights_of(several) - weights_of(make_net())).norm()) > 1e-3
+    assert str(made.coverage()) == str(reference.coverage())
+    for key in ("damping", "rho", "kl", "kl_scale"):
+        if key in reference.health():
+            assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-9), key
+    teams = Teams(distributed.get_world_size(), sharding.replicas or 1, distributed.get_rank())
+    holds_its_share(made, teams)
+
+
+def holds_its_share(made: Any, teams: Teams) -> None:
+    """Each layer with an inverse is in one team, and in all of it."""
+    here = {name for name, block in made.backend.blocks.items() if block.ready}
+    everywhere: list[Any] = [None] * teams.size
+    distributed.all_gather_object(everywhere, here)
+    shared = {name for name, block in made.backend.blocks.items() if decomposition_cost(block) > 0.0}
+    for name in made.backend.blocks:
+        holders = [rank for rank, names in enumerate(everywhere) if name in names]
+        if name in shared:
+            assert holders == list(teams.holders(holders[0]))
+        else:
+            assert holders == list(range(teams.size))
+        assert made.backend.ready(made.backend._layers[name])
+
+
+def words_equal_one_process() -> None:
+    """Shares of packed parameters and tied weights."""
+    for make, sharded in ((made_by("kfac", None), made_by("kfac", OWNER)),):
+        one, _ = train(make, words(), plain(CE()), alone(), net_of=partial(seeded, Words))
+        two, made = train(sharded, [share(b) for b in words()], plain(CE()), net_of=partial(seeded, Words))
+        assert made.backend._holders.elsewhere
+        torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-10, atol=1e-10)
+
+
+def sharded_parameters_equal_one_process(shard: Callable[[Any], nn.Module], sharding: kfacopt.Sharding) -> None:
+    for name in ("kfac", "kfac-bounded", "spectral"):
+        one, _ = train(made_by(name, None), make_batches(3), plain(CE()), alone())
+        batches = [share(batch) for batch in make_batches(3)]
+        several, made = train_sharded(made_by(name, sharding), batches, plain(CE()), shard)
+        equals(several, one)
+        holds_its_share(made, Teams.of(made._processes))
+
+
+def inverses_are_divided() -> None:
+    """Of equal layers each process has so many bytes less as there are teams, and no stagger changes that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(8)))
+    world = distributed.get_world_size()
+    batches = [(torch.randn(4, 8), torch.randint(8, (4,))) for _ in range(6)]
+    for replicas in (number for number in (1, 2, world) if number <= world):
+        own = copy.deepcopy(net)
+        sharding = kfacopt.Sharding(replicas=replicas)
+        made = kfacopt.KFAC(DistributedDataParallel(own), CE(), factor_every=1, refresh_every=4, sharding=sharding)
+        for x, y in batches:
+            made.zero_grad()
+            nn.functional.cross_entropy(own(x), y).backward()
+            made.step()
+        assert isinstance(made.backend, kfacopt.LayerwiseBackend)
+        held = [t for block in made.backend.blocks.values() for t in block.cache().values() if t is not None]
+        assert sum(t.nbytes for t in held) == 8 * 2 * 8 * 8 * 4 * replicas // world
+
+
+def _saved(state: Any) -> Any:
+    """As the first process writes it, read in all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    written: list[Any] = [buffer.getvalue()]
+    distributed.broadcast_object_list(written, src=0)
+    return torch.load(io.BytesIO(written[0]), weights_only=True)
+
+
+def _half_way(name: str, sharding: kfacopt.Sharding | None) -> tuple[Net, Any]:
+    net, made = train(made_by(name, sharding), [share(batch) for batch in make_batches(7)[:4]], plain(CE()))
+    return net, made
+
+
+def _went_on(name: str, sharding: kfacopt.Sharding | None, net_state: Any, state: Any) -> Tensor:
+    net = make_net()
+    net.load_state_dict(net_state)
+    model = DistributedDataParallel(net)
+    made = made_by(name, sharding)(model)
+    made.load_state_dict(copy.deepcopy(state))  # torch's momentum would go on in it
+    for batch in make_batches(7)[4:]:
+        made.zero_grad()
+        plain(CE())(model, share(batch))
+        made.step()
+        assert same_everywhere(weights_of(net))
+    return weights_of(net)
+
+
+def a_consolidated_state_goes_to_any_number_of_holders() -> None:
+    """Refreshed in steps 0, 3, 6: an inverse that was computed anew would be another."""
+    name = "kfac-every-third"
+    whole = weights_of(train(made_by(name, OWNER), [share(batch) for batch in make_batches(7)], plain(CE()))[0])
+    for before, after in ((OWNER, OWNER), (OWNER, None), (None, OWNER)):
+        net, made = _half_way(name, before)
+        made.consolidate_state_dict()
+        stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
+        found = _went_on(name, after, stored["net"], stored["made"])
+        tolerance = 0.0 if before == after else 1e-12
+        torch.testing.assert_close(found, whole, rtol=tolerance, atol=tolerance)
+    net, made = _half_way(name, OWNER)
+    own = copy.deepcopy(made.state_dict())  # of each process its own
+    assert torch.equal(_went_on(name, OWNER, net.state_dict(), own), whole)
+    stored = _saved({"net": net.state_dict(), "made": made.state_dict()})  # what others hold is missing
+    lacking = [n for n, kept in stored["made"]["curvature"]["backend"]["blocks"].items() if _without_cache(kept)]
+    assert 0 < len(lacking) < len(made.backend.blocks)
+    anew, by_all = (_went_on(name, after, stored["net"], stored["made"]) for after in (OWNER, None))
+    torch.testing.assert_close(anew, by_all, rtol=1e-12, atol=1e-12)
+    assert float((anew - whole).norm()) > 1e-6
+
+
+def _without_cache(kept: Any) -> bool:
+    return all(value is None for value in kept["cache"].values())
+
+
+def a_refused_state_changes_nothing() -> None:
+    batches = [share(batch) for batch in make_batches(6)]
+    found = []
+    for asks in (False, True):
+        net = make_net()
+        model = DistributedDataParallel(net)
+        made = made_by("kfac", OWNER)(model)
+        for number, batch in enumerate(batches):
+            if asks and number == 3:
+                state = made.state_dict()
+                state["curvature"]["backend"]["blocks"]["head"]["shape"] = [1, 1]
+                with pytest.raises(ValueError, match="'head' is of shape"):
+                    made.load_state_dict(state)
+            made.zero_grad()
+            plain(CE())(model, batch)
+            made.step()
+        found.append(weights_of(net))
+    assert torch.equal(*found)
+
+
+def frozen_layers_come_back() -> None:
+    net = make_net()
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    made = optimizer(kfacopt.KFAC, sharding=OWNER)(model)
+    for number, batch in enumerate(make_batches(6)):
+        net.inner.weight.requires_grad_(number not in (2, 3))
+        made.zero_grad()
+        plain(CE())(model, share(batch))
+        made.step()
+        assert same_everywhere(weights_of(net))
+    holds_its_share(made, Teams.of(made._processes))  # type: ignore[attr-defined]
+
+
+def a_copy_goes_on() -> None:
+    _, made = _half_way("kfac", OWNER)
+    copied = copy.deepcopy(made)
+    model = DistributedDataParallel(copied.model)
+    for batch in make_batches(3):
+        copied.zero_grad()
+        plain(CE())(model, share(batch))
+        copied.step()
+        assert same_everywhere(weights_of(copied.model))
+    holds_its_share(copied, Teams.of(copied._processes))
+
+
+def _broken(damping: float) -> None:
+    raise RuntimeError("out of luck")
+
+
+def a_failing_owner_ends_all() -> None:
+    model = DistributedDataParallel(make_net())
+    made = made_by("kfac", OWNER)(model)
+    plain(CE())(model, share(make_batches(1)[0]))
+    assert isinstance(made, kfacopt.SecondOrderOptimizer)
+    if distributed.get_rank() == 1:
+        for block in made.backend.blocks.values():  # type: ignore[attr-defined]
+            block.refresh = _broken
+    with pytest.raises(RuntimeError, match="out of luck"):
+        made.step()
+
+
+def what_cannot_be_is_refused() -> None:
+    model = DistributedDataParallel(make_net())
+    with pytest.raises(NotImplementedError, match=r"'inner' has EKFAC.*EKFACBackend.*eigenbasis"):
+        kfacopt.EKFAC(model, CE(), sharding=OWNER)
+    kfacopt.EKFAC(model, CE(), sharding=kfacopt.Sharding(replicas=distributed.get_world_size())).close()
+    with pytest.raises(TypeError, match=r"sharding must be a kfacopt.Sharding, got 1"):
+        kfacopt.KFAC(model, CE(), sharding=1)  # type: ignore[arg-type]
+    if distributed.get_world_size() == 4:
+        with pytest.raises(ValueError, match=r"replicas=3 does not divide the 4 processes.*\[1, 2, 4\]"):
+            kfacopt.KFAC(model, CE(), sharding=kfacopt.Sharding(replicas=3))
+    with pytest.raises(ValueError, match=r"Sharding\(group=...\) has the processes \[\d\], but the engine"):
+        kfacopt.KFAC(model, CE(), sharding=kfacopt.Sharding(group=alone()))
+    for module in model.modules():
+        assert not module._forward_hooks
+
+
+def a_group_may_be_some_of_the_processes() -> None:
+    """Two pairs train apart; who averages gradients by himself names the group."""
+    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    rank = distributed.get_rank()
+    pair = pairs[rank // 2]
+    for replicas in (None, 1):
+        net = make_net()
+        made = optimizer(sharding=kfacopt.Sharding(pair, replicas))(net)
+        one_net = make_net()
+        one = optimizer()(DistributedDataParallel(one_net, process_group=alone()))
+        for x, y in make_batches(3, seed=1 + rank // 2):
+            made.zero_grad()
+            one.zero_grad()
+            plain(CE())(net, (x.chunk(2)[rank % 2], y.chunk(2)[rank % 2]))
+            plain(CE())(one_net, (x, y))
+            for p in net.parameters():
+                if p.grad is not None:
+                    distributed.all_reduce(p.grad, group=pair)
+                    p.grad /= 2
+            made.step()
+            one.step()
+        torch.testing.assert_close(weights_of(net), weights_of(one_net), rtol=1e-12, atol=1e-12)
+    assert not same_everywhere(weights_of(net))
+
+
+def tensors_are_delivered() -> None:
+    """In several rounds, of several dtypes, to some: each gets what its sources sent, all else is as it was given."""
+    processes = Processes()
+    size, rank = processes.size, processes.rank
+    dtypes = (torch.float64, torch.float32, torch.float64)
+    tensors = [[torch.full((r + 1, 2), 10.0 * r + n, dtype=d) for n, d in enumerate(dtypes)] for r in range(size)]
+    given = [own if r == rank else [t.to("meta") for t in own] for r, own in enumerate(tensors)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kfacopt.replicas.BUCKET", 4 * size)
+        arrived = delivered(processes, given, lambda source: [(source + 1) % size])
+    for source in range(size):
+        for was, got in zip(tensors[source], arrived[source], strict=True):
+            if rank in (source, (source + 1) % size):
+                assert torch.equal(was, got)
+            else:
+                assert got.is_meta
+
+
+TOGETHER = (
+    a_failing_owner_ends_all,
+    what_cannot_be_is_refused,
+    inverses_are_divided,
+    tensors_are_delivered,
+)
+TWO: Mapping[str, Callable[[], None]] = {
+    **{f"equal: {name}": partial(equals_one_process, name, OWNER) for name in MADE},
+    **{
+        check.__name__: check
+        for check in (
+            words_equal_one_process,
+            a_consolidated_state_goes_to_any_number_of_holders,
+            a_refused_state_changes_nothing,
+            frozen_layers_come_back,
+            a_copy_goes_on,
+            *TOGETHER,
+        )
+    },
+    "fully_shard": partial(sharded_parameters_equal_one_process, per_block, OWNER),
+}
+FOUR: Mapping[str, Callable[[], None]] = {
+    **{f"equal: {name}": partial(equals_one_process, name, sharding) for name, sharding in SOME},
+    **{check.__name__: check for check in (*TOGETHER, a_group_may_be_some_of_the_processes)},
+    "hybrid": partial(sharded_parameters_equal_one_process, hybrid, PAIR),
+}
+RUNS = {2: TWO, 4: FOUR}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, Found]:
+    return {world: run_together(checks, world) for world, checks in RUNS.items()}
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, checks in RUNS.items() for name in checks])
+def test_several_processes(found: dict[int, Found], world: int, name: str) -> None:
+    for rank, said in enumerate(found[world][name]):
+        assert said == "", f"process {rank}: {said}"
+
+
+def test_one_process_may_have_any_number_of_holders() -> None:
+    """So that the same program runs in one."""
+    found = []
+    for sharding in (None, OWNER, kfacopt.Sharding(replicas=3)):
+        net = make_net()
+        made = made_by("kfac", sharding)(net)
+        for batch in make_batches(3):
+            made.zero_grad()
+            plain(CE())(net, batch)
+            made.step()
+        made.consolidate_state_dict()  # type: ignore[attr-defined]
+        found.append(weights_of(net))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("replicas", "error"), [(0, ValueError), (True, TypeError), (1.0, TypeError)])
+def test_a_number_of_holders_is_one(replicas: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="replicas must be"):
+        kfacopt.Sharding(replicas=replicas)
+
+
+def test_teams_partition_the_ranks() -> None:
+    for size, members in ((1, 1), (4, 1), (4, 2), (6, 3), (6, 6)):
+        teams = [Teams(size, members, rank) for rank in range(size)]
+        for owner in range(size):
+            team = set(teams[0].holders(owner))
+            assert {rank for rank in range(size) if teams[rank].holds(owner)} == team
+            readers = [rank for source in team for rank in teams[0].readers(source)]
+            assert sorted(readers) == sorted(set(range(size)) - team)  # each of the others is sent it once
+        assert teams[0].apart == (members < size)
