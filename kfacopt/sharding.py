@@ -253,9 +253,9 @@ def shard_of(tensor: Tensor) -> Tensor:
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is laid out as a parameter; nobody is asked."""
-    if not is_sharded(parameter) or is_sharded(whole):
+    if is_sharded(whole):
         return shard_of(whole)
-    return shard_of(laid_out_as(whole, parameter))
+    return shard_of(laid_out_as(whole, parameter)) if is_sharded(parameter) else whole
 
 
 def laid_out_as(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -368,7 +368,7 @@ def wholes(tensors: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tens
 
 def shards(tensors: Mapping[nn.Parameter, Tensor], parameter: nn.Parameter) -> Tensor:
     """What this process holds of a parameter's tensor; nobody is asked."""
-    held = tensors.shards if isinstance(tensors, Whole) else tensors
+    held = tensors.shards if type(tensors) is Whole else tensors  # `isinstance` asks a Mapping's own question of a dict
     return shard_like(held[parameter], parameter)
 
 

@@ -170,7 +170,8 @@ class LayerwiseBackend(CurvatureBackend):
 
     def _taken_over(self, step: int) -> dict[str, float]:
         """What was decomposed beside the training and is due, taken over; what that took, by name."""
-        arrived = self._under_way.due(step)
+        if not (arrived := self._under_way.due(step)):
+            return {}
         took = self._by_owners(arrived, self._under_way.renew, self._under_way.owners(arrived))
         self._under_way.forget(arrived)
         return took
@@ -204,7 +205,7 @@ class LayerwiseBackend(CurvatureBackend):
 
     def _idle(self, names: Iterable[str]) -> list[str]:
         """Those of which nothing is under way."""
-        return [name for name in names if name not in self._under_way]
+        return [name for name in names if name not in self._under_way] if self._under_way else list(names)
 
     def _can_wait(self, name: str) -> bool:
         """Whether a layer has a cache to go on with, and something that takes time to decompose."""
@@ -296,11 +297,11 @@ class LayerwiseBackend(CurvatureBackend):
         return self._holders.brought(found, ready)
 
     def observe(self, factor_seconds: float, step_seconds: float) -> None:
-        whole = self._longest(self._refresh_seconds)
-        if any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
-            # All have to do the same in the same step, and the slowest is waited for.
-            times = [factor_seconds, step_seconds, whole, self._last_refresh_seconds]
-            factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
+        if not any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
+            return
+        # All have to do the same in the same step, and the slowest is waited for.
+        times = [factor_seconds, step_seconds, self._longest(self._refresh_seconds), self._last_refresh_seconds]
+        factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
         if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
             self._factor_interval.observe("factors", factor_seconds, step_seconds)
         if isinstance(self._refresh_interval, MaxOverhead) and self._last_refresh_seconds > 0.0:

@@ -106,10 +106,14 @@ class Returned:
 
     def __init__(self, gradients: Gradients) -> None:
         self._gradients = gradients
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
-        """Forget everything."""
+    def forget(self) -> None:
+        """Forget everything; of most steps there is nothing."""
+        if self._pending or self.tally.passes:
+            self._reset()
+
+    def _reset(self) -> None:
         self.tally = Tally()
         self.marks: weakref.WeakSet[Mark] = weakref.WeakSet()
         self._rows: list[tuple[Layer, Rows]] = []
@@ -155,10 +159,10 @@ class Returned:
         self.look()
         if self._taken or (tally.passes == 0 and not self._gradients.thrown_away):
             if (refusal := self._refusal) is not None:
-                self.reset()
+                self._reset()
                 raise refusal
             tally.merge(self.tally)
             adapted = tally.scale.merge(self.tally.scale)
             for layer, rows in self._rows:
                 deliver(layer, adapted(rows))
-        self.reset()
+        self._reset()

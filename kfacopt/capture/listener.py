@@ -138,7 +138,7 @@ class Capture:
     def reset(self) -> None:
         """Forget what arrived since the last step, and forwards whose backward has not come."""
         self.reset_tally()
-        self._returned.reset()
+        self._returned.forget()
         for forward in self._alive.values():
             forward.consume()
             forward.call = None

@@ -80,6 +80,8 @@ class Layer:
         Raises:
             KeyError: If a parameter is missing.
         """
+        if self.part is None:
+            return {role: tensors[p] for role, p in self.parameters.items()}
         return {role: self.own_rows(role, tensors[p]) for role, p in self.parameters.items()}
 
     def values(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from kfacopt.layers.coverage import CoverageRow, find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.optim import carried, checks, memory, stored
+from kfacopt.optim.chosen_layers import ChosenLayers
 from kfacopt.optim.groups import dense_gradients
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
@@ -114,7 +115,8 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
-        self._pattern = self._covered_pattern()
+        self._chosen = ChosenLayers(self.param_groups, self._unseen_uses)
+        self._delivered = True  # for all that is known: what waits may come from a state
         self._sharded = ShardedModel(self.model)
         self._sharded.reshard()
         self._named = dict(self.model.named_parameters())
@@ -126,6 +128,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             excluded |= self._unseen_uses
             separate = self._estimator.separate_weight_and_bias
             self._layers, self._rest = find_layers(self.model, wanted, excluded, separate, self._refusal)
+            self._chosen.are(self._layers)
             backend.join(self._processes, self._estimator.likelihood.reduction != "sum")
             backend.attach(self._layers)
             deliver = self._deliver
@@ -141,14 +144,16 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
         assert self._fed is not None
+        self._delivered = True
         self._fed.update(layer, rows)
         self._reached[layer.name] += rows.first
 
     def _discard(self) -> None:
         """Forget the rows that were delivered since the last step."""
-        if self._fed is not None:
+        if self._fed is not None and self._delivered:
             self._fed.discard()
         self._reached.clear()
+        self._delivered = False
 
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
@@ -166,18 +171,12 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _parameters(self, curvature: bool) -> list[nn.Parameter]:
         return [p for g in self.param_groups if g.get("curvature", True) is curvature for p in g["params"]]
 
-    def _covered_pattern(self) -> tuple[tuple[bool, bool], ...]:
-        """What the choice of layers depends on: which parameters train, and which are used out of the hooks' sight."""
-        return tuple((p.requires_grad, p in self._unseen_uses) for group in self.param_groups for p in group["params"])
-
     def _follow_changes(self) -> None:
         """Attach anew where parameters were frozen, unfrozen, found to be used elsewhere or held otherwise since.
 
-        A mask or a parametrization that comes or goes (`torch.nn.utils.prune`) leaves the parameter and changes what it
-        is to its module. What was captured for this step stays.
+        What was captured for this step stays.
         """
-        moved = any(not layer.held_by(module) for layer in self._layers for module in layer.modules)
-        if moved or self._covered_pattern() != self._pattern:
+        if not self._chosen.hold(self.param_groups, self._unseen_uses):
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
             self._open_capture().tally = tally
@@ -348,7 +347,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         self._open_capture().reset()
         self._open_capture().tally.load_state_dict(own)
-        self._reached = Counter(own.get("pending_reached", {}))
+        self._reached, self._delivered = Counter(own.get("pending_reached", {})), True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.

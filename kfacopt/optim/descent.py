@@ -23,14 +23,19 @@ def descend(
         gradients: Of the step; parameters without one stay.
         updates: Of the parameters that do not take AdamW's step, whole.
     """
-    moved = {p: (shard_of(p), shard_like(updates.tensors[p], p)) for p in group["params"] if p in updates.tensors}
-    rest = [p for p in group["params"] if p in gradients and p not in updates.tensors]
-    if decayed := [p for p in moved if p in updates.decays]:
-        tensors, steps = zip(*(moved[p] for p in decayed), strict=True)
-        rule.decay_cautiously(tensors, steps, [float(group["lr"]) * updates.decays[p] for p in decayed])
+    tensors, steps, rest, decayed = list[Tensor](), list[Tensor](), list[nn.Parameter](), dict[int, float]()
+    for p in group["params"]:
+        if (update := updates.tensors.get(p)) is None:
+            rest += [p] if p in gradients else []
+            continue
+        if updates.decays and (decay := updates.decays.get(p)) is not None:
+            decayed[len(tensors)] = float(group["lr"]) * decay
+        tensors.append(shard_of(p))
+        steps.append(shard_like(update, p))
+    rule.decay_cautiously([tensors[n] for n in decayed], [steps[n] for n in decayed], list(decayed.values()))
     rule.descend(
-        [tensor for tensor, _ in moved.values()],
-        [step for _, step in moved.values()],
+        tensors,
+        steps,
         lr=group["lr"],
         weight_decay=group["weight_decay"],
         scale=updates.scale,

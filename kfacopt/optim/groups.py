@@ -13,6 +13,9 @@ from kfacopt.layers.layer import Layer
 
 Groups = Sequence[dict[str, Any]]
 
+_Own = tuple[float, bool, float]
+"""A group's damping, whether that is relative, and its `ema_decay`."""
+
 YOUNGER = frozenset({"cautious_decay"})
 """What a param group of an older state may lack: it goes on without."""
 
@@ -48,24 +51,29 @@ def settings_of(layers: Sequence[Layer], groups: Groups, backend: CurvatureBacke
     Raises:
         ValueError: If parameters of one layer lie in groups that differ.
     """
-    home: dict[int, tuple[float, bool, float]] = {}
-    for group in groups:
-        own = float(group["damping"]), bool(group["relative_damping"]), float(group["ema_decay"])
-        home |= dict.fromkeys(map(id, group["params"]), own)
-    means = backend.mean_eigenvalues() if any(group["relative_damping"] for group in groups) else {}
+    owns = [(float(g["damping"]), bool(g["relative_damping"]), float(g["ema_decay"])) for g in groups]
+    means = backend.mean_eigenvalues() if any(relative for _, relative, _ in owns) else {}
+    # Mostly all groups say the same, and where a parameter lies need not be asked.
+    same = owns[0] if owns.count(owns[0]) == len(owns) else None
+    home = {} if same else {id(p): own for group, own in zip(groups, owns, strict=True) for p in group["params"]}
     result = {}
     for layer in layers:
-        found = {home[id(p)] for p in layer.parameters.values()}
-        if len(found) > 1:
-            raise ValueError(
-                f"the parameters of {layer.name!r} lie in param groups with different damping or ema_decay, but "
-                f"share one block: give the groups the same, or pass separate_weight_and_bias=True"
-            )
-        damping, relative, ema_decay = found.pop()
+        damping, relative, ema_decay = same or _only(layer, home)
         # A layer without curvature (a dead one) has no unit: any damping will do, and zero would divide by zero.
         unit = (means.get(layer, 1.0) or 1.0) if relative else 1.0
         result[layer] = Settings(damping * unit, ema_decay)
     return result
+
+
+def _only(layer: Layer, home: Mapping[int, _Own]) -> _Own:
+    """What all parameters of a layer say, by where each lies."""
+    found = {home[id(p)] for p in layer.parameters.values()}
+    if len(found) > 1:
+        raise ValueError(
+            f"the parameters of {layer.name!r} lie in param groups with different damping or ema_decay, but "
+            f"share one block: give the groups the same, or pass separate_weight_and_bias=True"
+        )
+    return found.pop()
 
 
 def dense_gradients(groups: Groups) -> dict[nn.Parameter, Tensor]:

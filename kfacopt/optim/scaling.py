@@ -69,7 +69,7 @@ class LossScaling:
             RuntimeError: If the step is to be exact, and the loss is evidently not the plain one by a factor or weights
                 that its gradient does not tell.
         """
-        here = partial(self._settle_here, tally, estimator, list(parameters), exact)
+        here = partial(self._settle_here, tally, estimator, parameters, exact)
         if exact:
             processes.together(here)  # what one refuses all do
         else:
@@ -77,7 +77,7 @@ class LossScaling:
         self._agree(tally, estimator, processes, passes)
 
     def _settle_here(
-        self, tally: Tally, estimator: FisherEstimator, parameters: list[nn.Parameter], exact: bool
+        self, tally: Tally, estimator: FisherEstimator, parameters: Iterable[nn.Parameter], exact: bool
     ) -> None:
         self.undone, scale = 1.0, tally.scale
         if not tally.passes:

@@ -180,8 +180,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             prediction=prediction,
             extra_terms=extra_terms,
         )
-        replaying = {"direction": self.direction, "step_length (lr)": self.step_length}
-        needs = {name: part.wants_replays(0) for name, part in replaying.items()}
+        needs = {"direction": self.direction.wants_replays(0), "step_length (lr)": self.step_length.wants_replays(0)}
         check_known(estimator.likelihoods.values(), needs | {"damping_rule": damping_rule is not None})
         super().__init__(model, estimator, params, defaults, sharding)
         if not self._layers and not self._plain:
@@ -194,8 +193,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         return self.backend
 
     def _wants_replays(self) -> bool:
-        judged = self.damping_rule is not None and self.damping_rule.due(self._step)
-        return judged or self._solves_on_replays()
+        return (self.damping_rule is not None and self.damping_rule.due(self._step)) or self._solves_on_replays()
 
     def _solves_on_replays(self) -> bool:
         return self.direction.wants_replays(self._step) or self.step_length.wants_replays(self._step)
@@ -222,6 +220,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _find_plain(self) -> None:
         """Matrices without curvature that the direction steps all the same."""
         self._plain: dict[nn.Parameter, PlainMatrix] = {}
+        self._stepped: list[nn.Parameter] = []  # steps share it: the first fills it
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
@@ -302,6 +301,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             loss_factor=self._scaling.factor,
             plain=self._plain,
             processes=self._processes,
+            _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
         self._report |= self.direction.health() | self.step_length.health()

@@ -72,9 +72,9 @@ def agreed(
     refusal = _settled(processes, capture, check)
     tally = capture.tally
     # What an engine shards it has averaged too: only of other gradients all processes have the same.
-    is_shared = any(map(is_sharded, gradients.values()))
-    sharded = checksum([shard_of(g) for g in gradients.values() if is_sharded(g)])
-    size = checksum([g for g in gradients.values() if not is_sharded(g)])
+    parted = [g for g in gradients.values() if is_sharded(g)]
+    sharded = checksum([shard_of(g) for g in parted])
+    size = checksum([g for g in gradients.values() if not is_sharded(g)] if parted else list(gradients.values()))
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     rows = processes.table(
         [
@@ -111,7 +111,7 @@ def agreed(
         passes=int(sum(passes)),
         terms=sum(terms) / len(terms),
         # A sharded model's forward needs all processes.
-        replays=any(replays) and all(replayable) and (not is_shared or max(replays) == min(replays)),
+        replays=any(replays) and all(replayable) and (not parted or max(replays) == min(replays)),
         replayed_by_all=min(replays) > 0.0,
         in_the_loss=any(derived),
         verified=all(verified),

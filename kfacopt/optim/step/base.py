@@ -80,7 +80,7 @@ class Step:
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
-    _stepped: list[nn.Parameter] = field(default_factory=list, repr=False)
+    _stepped: list[nn.Parameter] = field(default_factory=list, repr=False)  # until layers are chosen anew: the same
 
     def averaged(self, freshness: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
