@@ -27,7 +27,8 @@ class Sharding:
     Memory against communication: with `replicas=None` every process holds the inverses of all layers, takes the whole
     step by itself, and sends nothing for it. With fewer each process holds the inverses of its share of the layers,
     takes the steps of these, and receives those of the others: as many numbers as the layers with curvature have
-    parameters, at each step. Statistics are in every process either way.
+    parameters, at each step. Statistics are in every process either way, and so are EKFAC's eigenbases, in which each
+    process needs the rows of its own data: there the work is divided.
 
     Args:
         group: torch's process group, of those whose gradients are averaged; None: that of the engine around the model,
@@ -151,7 +152,7 @@ def delivered(processes: Processes, tensors: Sequence[Sequence[Tensor]], readers
     Args:
         processes: Those that train together.
         tensors: By rank.
-        readers: By rank, the others that it sends to.
+        readers: By rank, those that it sends to; whether itself is among them does not matter.
     """
     rank, ranks = processes.rank, range(processes.size)
     arrived = [list(of_rank) for of_rank in tensors]
@@ -160,7 +161,7 @@ def delivered(processes: Processes, tensors: Sequence[Sequence[Tensor]], readers
             members = [[tensors[source][place] for place in places[source]] for source in ranks]
             own = flat(members[rank]) if members[rank] else torch.empty(0, dtype=dtype, device=processes.device)
             found = {rank: own}
-            if any(members[source] and readers(source) for source in ranks):
+            if any(members[source] and set(readers(source)) - {source} for source in ranks):
                 counts = [
                     sum(t.numel() for t in members[source]) if source != rank and rank in readers(source) else 0
                     for source in ranks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.backends.base import LayerTensors
-from kfacopt.backends.ownership import Work, done_by_owners, kinds_of, owners_of, sent_caches
+from kfacopt.backends.ownership import Work, done_by_owners, in_teams, kinds_of, owners_of, sent_caches
 from kfacopt.blocks.base import Block
 from kfacopt.layers.layer import Layer
 from kfacopt.replicas import Teams, delivered
@@ -24,8 +24,8 @@ class Holders:
         processes: Those that train together.
 
     Attributes:
-        owner_of: By layer name, the rank that decomposes; layers with nothing to decompose have none, and are held by
-            all. Where teams are several it stays: a cache is not sent after its owner.
+        owner_of: By layer name, the rank that decomposes, and whose team solves; layers with nothing to decompose have
+            none, all solve them. Where teams are several it stays: a cache is not sent after its owner.
         elsewhere: Names of the layers whose cache is there, in another team.
 
     >>> Holders(Processes()).ready("head", False)
@@ -47,6 +47,10 @@ class Holders:
         """Whether there is a cache of a layer, here or elsewhere."""
         return here or name in self.elsewhere
 
+    def solves(self, name: str) -> bool:
+        """Whether this process solves for a layer."""
+        return name not in self.owner_of or self.teams.holds(self.owner_of[name])
+
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give each of these blocks an owner."""
         known = self.owner_of if self.teams.apart else {}
@@ -61,7 +65,7 @@ class Holders:
     def settle(self, blocks: Mapping[str, Block]) -> list[str]:
         """Agree on which caches there are, once after layers came, went, or were loaded; a process asks the others.
 
-        A cache that not all of its team have is dropped, and so is one that this process has beside its team's.
+        A cache that not all who are to have it have is dropped, and so is one that this process is not to have.
 
         Args:
             blocks: By layer name.
@@ -76,10 +80,13 @@ class Holders:
         told = self.processes.gathered({name for name in self.owner_of if blocks[name].ready})
         lacking = []
         for name, owner in self.owner_of.items():
-            whole = all(name in told[rank] for rank in self.teams.holders(owner))
+            apart = in_teams(blocks[name], self.teams)
+            holders = self.teams.holders(owner) if apart else range(self.teams.size)
+            whole = all(name in told[rank] for rank in holders)
             if not whole:
                 lacking.append(name)
-            (self.elsewhere.add if whole and not self.teams.holds(owner) else self.elsewhere.discard)(name)
+            is_elsewhere = whole and self.teams.rank not in holders
+            (self.elsewhere.add if is_elsewhere else self.elsewhere.discard)(name)
             if not whole or name in self.elsewhere:
                 blocks[name].load_cache(dict.fromkeys(blocks[name].cache()))
         return lacking
@@ -96,8 +103,8 @@ class Holders:
         """What each team found of its layers, in all processes.
 
         Args:
-            found: By layer and role, of those whose cache is here.
-            given: Of those and of all whose cache is elsewhere, tensors that are shaped alike.
+            found: By layer and role, of those that this process solves for.
+            given: Of all, tensors that are shaped alike.
         """
         if not self.teams.apart:
             return {layer: dict(found[layer]) for layer in given}
@@ -113,7 +120,7 @@ class Holders:
 
         Args:
             layers: One for each row.
-            found: Matrices of those whose cache is here.
+            found: Matrices of those that this process solves for.
             like: Has the shape, and the dtype in which they are sent.
         """
         held = [layer for layer in layers if layer.name in self.owner_of]
@@ -144,15 +151,14 @@ class Holders:
         """
         if not self.teams.apart:
             return {}
-        mine = {n: r for n, r in self.owner_of.items() if r == self.processes.rank and blocks[n].ready}
-        kinds = self.processes.gathered({name: kinds_of(blocks[name]) for name in mine})
-        readers = [to] if to is not None else list(range(self.teams.size))
-        arrived = sent_caches(blocks, kinds, self.processes, lambda source: [r for r in readers if r != source])
+        mine = [n for n, r in self.owner_of.items() if r == self.processes.rank and in_teams(blocks[n], self.teams)]
+        kinds = self.processes.gathered({name: kinds_of(blocks[name]) for name in mine if blocks[name].ready})
+        readers = range(self.teams.size) if to is None else [to]
+        arrived = sent_caches(blocks, kinds, self.processes, lambda source: readers)
         return {
             name: {key: None if t is None else t.cpu() for key, t in cache.items()}
-            for of_rank in arrived
-            for name, cache in of_rank.items()
-            if self.processes.rank in readers and name in self.elsewhere
+            for name, cache in arrived.items()
+            if name in self.elsewhere
         }
 
 

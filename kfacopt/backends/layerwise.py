@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kfacopt.backends.background import UnderWay, check_devices
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
-from kfacopt.backends.checks import check_apart
 from kfacopt.backends.fitting import described, fitting, key_of, mismatch, narrowed, without_roles
 from kfacopt.backends.holders import Holders
 from kfacopt.backends.ownership import Work, decomposition_cost
@@ -106,8 +105,6 @@ class LayerwiseBackend(CurvatureBackend):
         stayed = {name: block for name, block in self.blocks.items() if old.get(name) is block}
         self._under_way.follow(stayed, self._processes.rank)
         self._holders.forget(stayed)
-        if self._holders.teams.apart:
-            check_apart(type(self).__name__, self.blocks)
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None
@@ -238,9 +235,9 @@ class LayerwiseBackend(CurvatureBackend):
         return self._has_cache(layer.name)
 
     def _apart(self, tensors: LayerTensors) -> tuple[LayerTensors, LayerTensors]:
-        """Those of the layers that have a cache, and of them those whose cache is here."""
+        """Those of the layers that have a cache, and of them those that this process solves for."""
         ready = {layer: parts for layer, parts in tensors.items() if self.ready(layer)}
-        return ready, {layer: parts for layer, parts in ready.items() if layer.name not in self._holders.elsewhere}
+        return ready, {layer: parts for layer, parts in ready.items() if self._holders.solves(layer.name)}
 
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         ready, here = self._apart(gradients)
@@ -265,7 +262,7 @@ class LayerwiseBackend(CurvatureBackend):
             return super().steepest(layers, matrices, settings, polar)
         if not self._holders.teams.apart:
             return self._steepest(layers, matrices, settings, polar)
-        here = [place for place, layer in enumerate(layers) if layer.name not in self._holders.elsewhere]
+        here = [place for place, layer in enumerate(layers) if self._holders.solves(layer.name)]
         held = [layers[place] for place in here]
         found = self._steepest(held, matrices[here], settings, polar) if held else matrices[:0]
         return self._holders.brought_rows(layers, dict(zip(held, found.unbind(), strict=True)), matrices)
@@ -273,7 +270,7 @@ class LayerwiseBackend(CurvatureBackend):
     def _steepest(
         self, layers: Sequence[Layer], matrices: Tensor, settings: Mapping[Layer, Settings], polar: PolarFactor
     ) -> Tensor:
-        """`steepest` of layers whose cache is here."""
+        """`steepest` of layers that this process solves for."""
         blocks = [self.blocks[layer.name] for layer in layers]
         kinds = {type(block) for block in blocks}
         kind = kinds.pop() if len(kinds) == 1 else Block

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kfacopt.blocks.base import Block
 from kfacopt.linalg.triangles import pack_triangle, packed_shape, unpack_triangle
-from kfacopt.replicas import Teams, delivered, owners
+from kfacopt.replicas import Readers, Teams, delivered, owners
 from kfacopt.sharding import Processes
 
 Work = Callable[[str, Block], None]
@@ -125,51 +125,60 @@ def _parts(blocks: Mapping[str, Block], kinds: Mapping[str, Mapping[str, _Kind]]
 
 
 def _receive(blocks: Mapping[str, Block], told: Sequence[Mapping[str, Any]], processes: Processes) -> Done:
-    """Take over what each process has told of and sends now, where this one is of its team."""
+    """Take over what each process has told of and sends now, where this one needs it."""
     teams = Teams.of(processes)
-    kinds = [{name: kind for name, (kind, _, _) in of_rank.items()} for of_rank in told]
-    arrived = sent_caches(blocks, kinds, processes, lambda source: [r for r in teams.holders(source) if r != source])
+    arrived: dict[str, dict[str, Tensor | None]] = {}
+    for of_teams in (False, True) if teams.apart else (False,):
+        kinds = [
+            {name: kind for name, (kind, _, _) in of_rank.items() if in_teams(blocks[name], teams) is of_teams}
+            for of_rank in told
+        ]
+        arrived |= sent_caches(blocks, kinds, processes, teams.holders if of_teams else None)
     done = Done({}, set())
-    for source, of_rank in enumerate(told):
-        for name, (_, retries, took) in of_rank.items():
+    for of_rank in told:
+        for name, (kinds_of_block, retries, took) in of_rank.items():
             blocks[name].retries = retries
             done.seconds[name] = took
-            if teams.holds(source):
-                blocks[name].take_renewed(arrived[source][name])
-            elif any(kind is not None for kind in kinds[source][name].values()):
+            if name in arrived:
+                blocks[name].take_renewed(arrived[name])
+            elif any(kind is not None for kind in kinds_of_block.values()):
                 done.elsewhere.add(name)
     return done
+
+
+def in_teams(block: Block, teams: Teams) -> bool:
+    """Whether a block's cache is in its owner's team alone."""
+    return teams.apart and not block.rows_need_cache
 
 
 def sent_caches(
     blocks: Mapping[str, Block],
     kinds: Sequence[Mapping[str, Mapping[str, _Kind]]],
     processes: Processes,
-    readers: Callable[[int], Collection[int]],
-) -> list[dict[str, dict[str, Tensor | None]]]:
-    """What `Block.renewed` returns in the processes that have it, by rank and layer name.
+    readers: Readers | None,
+) -> dict[str, dict[str, Tensor | None]]:
+    """What `Block.renewed` returns in the processes that have it, by layer name: of this process, and what it is sent.
 
     Args:
         blocks: By layer name.
         kinds: By rank, what it sends of which layer: shapes and dtypes.
         processes: Those that train together.
-        readers: By rank, to which others it sends; only there, and in itself, what is returned of it has its numbers.
+        readers: By rank, to whom it sends; None: to all.
     """
     parts, here = [_parts(blocks, of_rank) for of_rank in kinds], processes.rank
-    read = [rank == here or here in readers(rank) for rank in range(processes.size)]
+    read = [readers is None or rank == here or here in readers(rank) for rank in range(processes.size)]
     held = {name: blocks[name].renewed() for name in kinds[here]}
     nowhere = torch.device("meta")
     tensors = [[p.empty(processes.device if r else nowhere) for p in own] for own, r in zip(parts, read, strict=True)]
     tensors[here] = [part.packed(_there(held[part.name][part.key])) for part in parts[here]]
-    to_all = Teams.of(processes).apart is False
-    arrived = processes.sent(tensors) if to_all else delivered(processes, tensors, readers)
-    result = []
+    arrived = processes.sent(tensors) if readers is None else delivered(processes, tensors, readers)
+    values: dict[str, dict[str, Tensor | None]] = {}
     for of_rank, sent, got, reads in zip(kinds, parts, arrived, read, strict=True):
-        values: dict[str, dict[str, Tensor | None]] = {n: dict.fromkeys(kind) for n, kind in of_rank.items()}
-        for part, tensor in zip(sent, got, strict=True) if reads else ():
-            values[part.name][part.key] = part.unpacked(tensor)
-        result.append(values)
-    return result
+        if reads:
+            values |= {name: dict.fromkeys(kind) for name, kind in of_rank.items()}
+            for part, tensor in zip(sent, got, strict=True):
+                values[part.name][part.key] = part.unpacked(tensor)
+    return values
 
 
 def _there(tensor: Tensor | None) -> Tensor:

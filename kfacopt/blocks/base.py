@@ -55,7 +55,7 @@ class Block(ABC):
     symmetric_cache: frozenset[str] = frozenset()
     """Which tensors of `renewed` are symmetric, likewise: what is received is then their upper triangle, mirrored."""
     rows_need_cache: ClassVar[bool] = False
-    """Whether `update` reads the cache, so that every process needs it for its own rows."""
+    """Whether `update` reads the cache: every process needs it then, for its own rows."""
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
 

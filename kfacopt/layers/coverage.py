@@ -221,7 +221,7 @@ def _reason_against(
     if isinstance(module, torch.jit.ScriptModule):
         return "AdamW", "made by torch.jit, where hooks see nothing: train the module that it was made of"
     if handler is None:
-        raw = parameter.ndim == 2 and not type(module).__module__.startswith("torch.")
+        raw = parameter.ndim in (2, 3) and not type(module).__module__.startswith("torch.")
         hint = "; if it multiplies by this, register kfacopt.layers.ProductsHandler" if raw else ""
         return "AdamW", f"no handler for {type(module).__name__}{hint}"
     refusal = next((r for r in (_refusal(m, n) for _, m, n in held) if r), None)

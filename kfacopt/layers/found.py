@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import PartCall
+from kfacopt.layers.compound import ModuleCall, PartCall
 from kfacopt.layers.convolution import ConvolutionHandler, group_rows
-from kfacopt.layers.pullback import Map, map_to, scales_to, shape_of
+from kfacopt.layers.pullback import Map, is_leaf, leaves_below, map_to, nodes_of, scales_to, shape_of
 from kfacopt.likelihoods import KFACType
+from kfacopt.likelihoods.estimator import tensors_of
 from kfacopt.linalg.tensors import as_statistic
 
 
@@ -50,6 +51,18 @@ class Use:
     factor: GradientEdge
     is_bias: bool
 
+    @property
+    def inputs(self) -> Tensor:
+        """The other factor of a product of matrices, `[... i]`."""
+        names = {"AddmmBackward0": "_saved_mat1", "BaddbmmBackward0": "_saved_batch1"}
+        saved: Tensor = getattr(self.node, names.get(self.node.name(), "_saved_self"))
+        return saved.detach()
+
+    @property
+    def output(self) -> torch.Size:
+        """The shape of what the operation returned."""
+        return shape_of(GradientEdge(self.node, 0))
+
     def found(self, parameter: Tensor, data: int) -> Found | None:
         """Which rows the parameter has here; None: that cannot be told.
 
@@ -57,6 +70,8 @@ class Use:
             parameter: What the factor is computed from.
             data: How many the call was of.
         """
+        if self.node.name() in ("BmmBackward0", "BaddbmmBackward0"):
+            return None
         convolves = self.node.name() == "ConvolutionBackward0"
         rows_to = self._map(parameter, turned=not convolves)
         if rows_to is None:
@@ -70,7 +85,7 @@ class Use:
         return None if scales is None else Map(gradients=scales)
 
     def _of_product(self, rows_to: Map, data: int) -> Found | None:
-        output = shape_of(GradientEdge(self.node, 0))
+        output = self.output
         rows = output[:-1].numel()
         if rows % max(data, 1):
             return None
@@ -81,8 +96,7 @@ class Use:
                 described = self.node._input_metadata[0]
                 one = torch.ones((), dtype=described.dtype, device=described.device)
                 return as_statistic(one).expand(*apart, 1)
-            saved: Tensor = self.node._saved_mat1 if self.node.name() == "AddmmBackward0" else self.node._saved_self
-            rows: Tensor = rows_to.of_inputs(as_statistic(saved.detach())).unflatten(0, apart)
+            rows: Tensor = rows_to.of_inputs(as_statistic(self.inputs)).unflatten(0, apart)
             return rows
 
         def gradients(gradient: Tensor) -> Tensor:
@@ -92,7 +106,7 @@ class Use:
 
     def _of_convolution(self, rows_to: Map) -> Found | None:
         images, conv = self.node._saved_input.detach(), _as_module(self.node)
-        data, outputs, *spatial = shape_of(GradientEdge(self.node, 0))
+        data, outputs, *spatial = self.output
         groups = conv.groups
         if groups > 1 and not rows_to.keeps_outputs:
             return None
@@ -129,6 +143,64 @@ def _as_module(node: Any) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         bias=False,
         device="meta",
     )
+
+
+def uses_of(call: ModuleCall, wanted: Collection[int]) -> dict[int, list[Use]]:
+    """By the `id` of a parameter, all that it does in a call; without those that do anything else, too.
+
+    Args:
+        call: Of the module that holds them.
+        wanted: The `id`s of the parameters to look for.
+    """
+    found: dict[int, list[Use]] = {}
+    elsewhere: set[int] = set()
+    within: set[Node] = set()
+    queue = [x.grad_fn for x in tensors_of(call.output) if x.grad_fn is not None]
+    seen: set[Node] = {*queue, *call.above}
+    while queue:
+        node = queue.pop()
+        sides = _sides(node, call.above)
+        for place, (following, number) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            edge = GradientEdge(following, number)
+            if place in sides and (below := leaves_below(edge, call.above)) is not None:
+                within.update(nodes_of(edge))
+                for key in below.keys() & wanted:
+                    found.setdefault(key, []).append(Use(node, edge, sides[place]))
+            elif is_leaf(following):
+                elsewhere.add(id(following.variable))  # type: ignore[attr-defined]
+            elif following not in seen:
+                seen.add(following)
+                queue.append(following)
+    for node in seen & within:  # reached as a part of a weight, and otherwise
+        elsewhere.update(leaves_below(GradientEdge(node, 0), ()) or ())
+    return {key: uses for key, uses in found.items() if key not in elsewhere}
+
+
+def _sides(node: Any, above: Collection[Node]) -> dict[int, bool]:
+    """Where a node takes the factors that parameters are behind, by place: whether it is a bias."""
+    kind, following = node.name(), node.next_functions
+    if kind == "AddmmBackward0":
+        return {0: True, 2: False} if node._saved_alpha == node._saved_beta == 1 and _is_data(node, 1, above) else {}
+    if kind == "BaddbmmBackward0":
+        return {2: False} if node._saved_alpha == 1 and _is_data(node, 1, above) else {}
+    if kind in ("MmBackward0", "BmmBackward0"):
+        return {1: False} if _is_data(node, 0, above) else {}
+    if kind == "ConvolutionBackward0" and not node._saved_transposed:
+        return {1: False, 2: True} if _is_data(node, 0, above) else {}
+    if kind == "AddBackward0" and node._saved_alpha == 1:
+        output = shape_of(GradientEdge(node, 0))
+        edges = [None if n is None else GradientEdge(n, number) for n, number in following]
+        sizes = [None if edge is None else shape_of(edge) for edge in edges]
+        return {place: True for place, size in enumerate(sizes) if size == output[-1:] != output}
+    return {}
+
+
+def _is_data(node: Node, place: int, above: Collection[Node]) -> bool:
+    """Whether a node's other factor may be data: it is no parameter."""
+    following, number = node.next_functions[place]
+    return following is None or not is_leaf(following) or leaves_below(GradientEdge(following, number), above) is None
 
 
 def required_shape(found: Sequence[Found]) -> torch.Size | None:

@@ -6,20 +6,18 @@ Adapters (LoRA), quantization-aware training, standardized or rescaled weights: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, Node
 from torch.nn.parameter import is_lazy
 
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
 from kfacopt.layers.convolution import ConvolutionHandler
-from kfacopt.layers.found import FoundMatrixHandler, FoundScaleHandler, Use, part_call, required_shape
+from kfacopt.layers.found import FoundMatrixHandler, FoundScaleHandler, part_call, required_shape, uses_of
 from kfacopt.layers.linear import LinearHandler
-from kfacopt.layers.pullback import is_leaf, is_vector, leaves_below, nodes_of, shape_of
+from kfacopt.layers.pullback import is_vector
 from kfacopt.layers.registry import OwnForwardRefused
 from kfacopt.likelihoods.estimator import tensors_of
 
@@ -116,7 +114,7 @@ class OwnForwardHandler(CompoundHandler):
         wanted = {id(module.get_parameter(part.name)): part for part in self.parts(module)}
         data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
         calls = {}
-        for key, uses in _uses(call, wanted.keys()).items():
+        for key, uses in uses_of(call, wanted.keys()).items():
             parameter = module.get_parameter(wanted[key].name)
             with torch.autocast(parameter.device.type, enabled=False):
                 found = [use.found(parameter, data) for use in uses]
@@ -124,54 +122,3 @@ class OwnForwardHandler(CompoundHandler):
             if len(known) == len(found) and required_shape(known) is not None:
                 calls[wanted[key].name] = part_call(known)
         return calls
-
-
-def _uses(call: ModuleCall, wanted: Collection[int]) -> dict[int, list[Use]]:
-    """By the `id` of a parameter, all that it does in a call; without those that do anything else, too."""
-    found: dict[int, list[Use]] = {}
-    elsewhere: set[int] = set()
-    within: set[Node] = set()
-    queue = [x.grad_fn for x in tensors_of(call.output) if x.grad_fn is not None]
-    seen: set[Node] = {*queue, *call.above}
-    while queue:
-        node = queue.pop()
-        sides = _sides(node, call.above)
-        for place, (following, number) in enumerate(node.next_functions):
-            if following is None:
-                continue
-            edge = GradientEdge(following, number)
-            if place in sides and (below := leaves_below(edge, call.above)) is not None:
-                within.update(nodes_of(edge))
-                for key in below.keys() & wanted:
-                    found.setdefault(key, []).append(Use(node, edge, sides[place]))
-            elif is_leaf(following):
-                elsewhere.add(id(following.variable))  # type: ignore[attr-defined]
-            elif following not in seen:
-                seen.add(following)
-                queue.append(following)
-    for node in seen & within:  # reached as a part of a weight, and otherwise
-        elsewhere.update(leaves_below(GradientEdge(node, 0), ()) or ())
-    return {key: uses for key, uses in found.items() if key not in elsewhere}
-
-
-def _sides(node: Any, above: Collection[Node]) -> dict[int, bool]:
-    """Where a node takes the factors that parameters are behind, by place: whether it is a bias."""
-    kind, following = node.name(), node.next_functions
-    if kind == "AddmmBackward0":
-        return {0: True, 2: False} if node._saved_alpha == node._saved_beta == 1 and _is_data(node, 1, above) else {}
-    if kind == "MmBackward0":
-        return {1: False} if _is_data(node, 0, above) else {}
-    if kind == "ConvolutionBackward0" and not node._saved_transposed:
-        return {1: False, 2: True} if _is_data(node, 0, above) else {}
-    if kind == "AddBackward0" and node._saved_alpha == 1:
-        output = shape_of(GradientEdge(node, 0))
-        edges = [None if n is None else GradientEdge(n, number) for n, number in following]
-        sizes = [None if edge is None else shape_of(edge) for edge in edges]
-        return {place: True for place, size in enumerate(sizes) if size == output[-1:] != output}
-    return {}
-
-
-def _is_data(node: Node, place: int, above: Collection[Node]) -> bool:
-    """Whether a node's other factor may be data: it is no parameter."""
-    following, number = node.next_functions[place]
-    return following is None or not is_leaf(following) or leaves_below(GradientEdge(following, number), above) is None

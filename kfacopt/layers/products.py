@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
 from kfacopt.layers.einsum import product_of_einsum
+from kfacopt.layers.experts import ExpertHandler, calls_of_stacks, parts_of_stack
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.transposed_linear import TransposedLinearHandler
 from kfacopt.likelihoods.estimator import tensors_of
@@ -29,10 +30,16 @@ class ProductsHandler(CompoundHandler):
     whose result has the data elsewhere) are noticed: the matrix trains by AdamW then, which a warning and `coverage()`
     say. All else that the module holds trains by AdamW, too.
 
+    A parameter with three axes is a stack of matrices, of which each is a layer of its own: the experts of a mixture,
+    in `bmm`, `baddbmm` and `einsum`, picked one by one (`x[mine] @ W[e]`) or for each token (`W[chosen]`). Their rows
+    are data of their own, whichever datum of the batch a token was of: KFAC-expand's factors are exact, second moments
+    of EKFAC are those of tokens.
+
     Args:
-        linear: Paths of the matrices `[o i]` that `F.linear(x, W)`, `x @ W.T` or `einsum("...i,oi->...o", x, W)` uses;
-            of a `ParameterList`, all in it.
-        matmul: Paths of the matrices `[i o]` that `x @ W` or `einsum("...i,io->...o", x, W)` uses.
+        linear: Paths of the matrices `[o i]` that `F.linear(x, W)`, `x @ W.T` or `einsum("...i,oi->...o", x, W)` uses,
+            or of stacks `[e o i]`; of a `ParameterList`, all in it.
+        matmul: Paths of the matrices `[i o]` that `x @ W` or `einsum("...i,io->...o", x, W)` uses, or of stacks
+            `[e i o]`.
 
     Raises:
         ValueError: If no path is given, or one twice.
@@ -65,22 +72,34 @@ class ProductsHandler(CompoundHandler):
         found = []
         for path, handler in self._ways.items():
             for name, parameter in module.named_parameters():
-                if (name == path or name.startswith(f"{path}.")) and parameter.ndim == 2:
+                if not (name == path or name.startswith(f"{path}.")):
+                    continue
+                if parameter.ndim == 2:
                     found.append(Part(name, "products found in the graph", self, handler, {"weight": name}))
+                elif parameter.ndim == 3 and not refusal_of_shards(module):
+                    of_stack = ExpertHandler(isinstance(handler, TransposedLinearHandler))
+                    found += parts_of_stack(self, name, len(parameter), of_stack)
         return tuple(found)
 
     def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
         # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return {}
-        parts = {copy_in(module, module.get_parameter(part.paths["weight"])): part for part in self.parts(module)}
+        parts: dict[Tensor, Part] = {}
+        stacks: dict[Tensor, list[Part]] = {}
+        for part in self.parts(module):
+            weight = copy_in(module, module.get_parameter(part.paths["weight"]))
+            if part.rows:
+                stacks.setdefault(weight, []).append(part)
+            else:
+                parts[weight] = part
         data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
         found: dict[Tensor, list[_Product]] = {}
         reads: Counter[Tensor] = Counter()
         for weight, product in _reads([x.grad_fn for x in tensors_of(call.output)], parts, call.above):
             reads[weight] += 1
             found.setdefault(weight, []).extend([] if product is None else [product])
-        calls = {}
+        calls = calls_of_stacks(call, stacks)
         for weight, products in found.items():
             part = parts[weight]
             as_declared = all(p.transposed == isinstance(part.handler, TransposedLinearHandler) for p in products)

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+_EXACT = 256
+"""Integers below are exact in every floating type."""
+
 _NEARLY = 0.02
 """How far from a projection may be what is left out of the rows as one."""
 
@@ -239,6 +242,48 @@ def _random(size: Sequence[int], like: Tensor) -> Tensor:
     """Normal numbers that leave the user's random numbers alone."""
     generator = torch.Generator(device=like.device).manual_seed(0)
     return torch.randn(*size, generator=generator, dtype=like.dtype, device=like.device)
+
+
+@torch.no_grad()
+def origins(edge: GradientEdge, leaf: Tensor) -> tuple[Tensor, ...] | None:
+    """Of each number at a place of the graph, where it is in a leaf: an index tensor for each of the leaf's axes.
+
+    None: the numbers are not the leaf's own, each at one place of it.
+
+    >>> leaf = torch.ones(2, 3, requires_grad=True)
+    >>> origins(torch.autograd.graph.get_gradient_edge(leaf[1].expand(2, 3)), leaf)[0]
+    tensor([[1, 1, 1],
+            [1, 1, 1]])
+    >>> origins(torch.autograd.graph.get_gradient_edge(2 * leaf), leaf) is None
+    True
+    """
+    axes = torch.meshgrid(*(torch.arange(size, device=leaf.device) for size in leaf.shape), indexing="ij")
+    if edge.node is None or is_leaf(edge.node):
+        return axes
+    with torch.enable_grad():  # what pulls a gradient back is linear: its own gradient is the way there
+        asked = torch.ones(shape_of(edge), device=leaf.device, requires_grad=True)
+        pulled = _pulled(edge, asked, leaf)
+
+    if not pulled.requires_grad:
+        return None
+
+    def there(numbers: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(pulled, asked, numbers.to(pulled), retain_graph=True)
+        return found.long()
+
+    result = []
+    for axis, size in zip(axes, leaf.shape, strict=True):
+        index = torch.zeros_like(asked, dtype=torch.long)
+        for unit in (_EXACT**place for place in range(4) if _EXACT**place < size):
+            index += there(axis // unit % _EXACT) * unit
+        if bool((index >= size).any()):
+            return None
+        result.append(index)
+    sample = _random(asked.shape, like=leaf.new_empty(0, dtype=torch.float32))
+    placed = torch.zeros_like(leaf, dtype=torch.float32).index_put_(tuple(result), sample, accumulate=True)
+    dtype = edge.node._input_metadata[edge.output_nr].dtype
+    is_its_own = _alike(_pulled(edge, sample, leaf).float(), placed, max(_tolerance(torch.float32), _tolerance(dtype)))
+    return tuple(result) if is_its_own else None
 
 
 def _tolerance(dtype: torch.dtype) -> float:

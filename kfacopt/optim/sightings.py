@@ -61,7 +61,9 @@ class Sightings:
                 self.missed[layer.name] = 0
             elif not reached and backend.ready(layer):
                 continue  # no backward at all: gradients set by hand use the last curvature again, as is promised
-            elif any(bool(gradients[p].any()) for p in layer.parameters.values() if p in gradients):
+            elif any(
+                bool(layer.own_rows(r, gradients[p]).any()) for r, p in layer.parameters.items() if p in gradients
+            ):
                 self.missed[layer.name] = self.missed.get(layer.name, 0) + 1
             limit = _PATIENCE if backend.ready(layer) else 0
             (self.unseen.add if self.missed.get(layer.name, 0) > limit else self.unseen.discard)(layer.name)
