@@ -93,6 +93,8 @@ class OutputBlock(Block):
     def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
         held = [block for block in blocks if isinstance(block, OutputBlock)]
         wide = held[0]._wide  # matrices of one shape: so are all
+        if matrices.shape[1:-1].numel() == 1 and not wide:  # the root is a positive number: polar does not see it
+            return _together(held, "_inverse").sqrt() * polar(matrices)
         inverse_root = None
         if isinstance(polar, NewtonSchulz) and not wide and polar.squares(matrices):
             inverse_root = polar.inverse_root

@@ -70,8 +70,11 @@ class NewtonSchulz:
         tall = matrix.shape[-2] > matrix.shape[-1]
         wide = matrix.mT if tall else matrix
         # Brought to size one first: the Gram matrix of a tiny or huge one would leave the range of its dtype.
-        largest = wide.abs().amax((-2, -1), keepdim=True)
-        wide = wide / largest.clamp_min(torch.finfo(largest.dtype).tiny)
+        largest = torch.linalg.vector_norm(wide, math.inf, (-2, -1), keepdim=True)
+        wide = wide / largest.clamp_min_(torch.finfo(largest.dtype).tiny)
+        if wide.shape[-2] == 1:
+            row: Tensor = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(0.5)
+            return row.mT if tall else row
         wide = wide.float() if wide.dtype == torch.float16 else wide
         polynomials = minimax_quintics(self.smallest, self.iterations)
         if wide.dtype == torch.bfloat16:
@@ -168,7 +171,7 @@ def _normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
     The matrix was brought to size one: its norm is below that only if it is zero, of which the inverse root is to be
     finite.
     """
-    norm = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min(0.5)
+    norm = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True).clamp_min_(0.5)
     return gram / norm, norm.sqrt()
 
 

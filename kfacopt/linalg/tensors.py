@@ -111,6 +111,26 @@ def tensor_of_rows(rows: Sequence[Tensor]) -> Tensor | None:
     return whole
 
 
+def tensor_of_parts(parts: Sequence[Tensor]) -> Tensor | None:
+    """The vector of which some tensors, of any shapes, are views after each other; None: there is none.
+
+    >>> whole = torch.ones(5)
+    >>> first, second = whole.split([2, 3])
+    >>> tensor_of_parts([first.view(2, 1), second]) is whole, tensor_of_parts([second, first])
+    (True, None)
+    """
+    whole: Tensor | None = parts[0]._base
+    if whole is None or whole.ndim != 1:
+        return None
+    place = whole.storage_offset()
+    end = place + len(whole)
+    for part in parts:
+        if part._base is not whole or part.storage_offset() != place:
+            return None
+        place += part.numel()
+    return whole if place == end else None
+
+
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All entries in one vector `[p]`.
 

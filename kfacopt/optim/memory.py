@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import tensor_of_rows
+from kfacopt.linalg.tensors import tensor_of_parts
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
 from kfacopt.sharding import shard_of, shards, whole_of_each
@@ -90,32 +90,42 @@ def _names_of(rows: slice | None) -> tuple[str, str]:
     return f"row_squares{place}", f"row_weight{place}"
 
 
-def row_squares(state: State, keys: Sequence[Key], squares: Tensor, decay: float) -> Tensor:
-    """Running averages of rows' mean squares `[b *k o]`, one for each parameter or its rows; bias-corrected.
+def row_squares(
+    state: State, keys: Sequence[Key], shapes: Sequence[torch.Size], squares: Tensor, decay: float
+) -> Tensor:
+    """Running averages of rows' mean squares, `[rows]`, of some parameters or their rows each; bias-corrected.
 
     The parameters, of one dtype, hold views of one tensor.
+
+    Args:
+        state: The optimizer's.
+        keys: Whose rows are after each other in `squares`.
+        shapes: Of each one's rows, `[*k o]`.
+        squares: `[rows]`, of this step.
+        decay: Of the running averages.
     """
     owns = [state[parameter] for parameter, _ in keys]
     names = [_names_of(rows) for _, rows in keys]
-    # In the parameter's dtype, which is what torch makes of it when a state is loaded.
-    dtype = keys[0][0].dtype
     held = [own[name] for own, (name, _) in zip(owns, names, strict=True) if name in own]
-    whole = tensor_of_rows(held) if len(held) == len(keys) else None
+    whole = tensor_of_parts(held) if len(held) == len(keys) else None
     if whole is None:
-        zeros = squares.new_zeros(squares.shape[1:], dtype=dtype)
-        whole = torch.stack([own.get(name, zeros) for own, (name, _) in zip(owns, names, strict=True)])
-        for own, (name, _), view in zip(owns, names, whole.unbind(), strict=True):
-            own[name] = view
+        # In the parameter's dtype, which is what torch makes of it when a state is loaded.
+        blanks = [own.get(n, squares.new_zeros(s)) for own, (n, _), s in zip(owns, names, shapes, strict=True)]
+        whole = torch.cat([blank.flatten() for blank in blanks]).to(keys[0][0].dtype)
+        parts = whole.split([shape.numel() for shape in shapes])
+        for own, (name, _), part, shape in zip(owns, names, parts, shapes, strict=True):
+            own[name] = part.view(shape)
     # A step that is not finite is skipped; what is remembered of it would make every later one so, too.
     squares = torch.where(squares.isfinite(), squares, whole.to(squares.dtype))
-    whole.lerp_(squares.to(dtype), 1.0 - decay)
+    whole.lerp_(squares.to(whole.dtype), 1.0 - decay)
     weights: list[float] = []
     for own, (_, name) in zip(owns, names, strict=True):
         own[name] = rule.next_weight(decay, own.get(name, 0.0))
         weights.append(own[name])
     if min(weights) == max(weights):
         return whole.to(squares.dtype) / weights[0]
-    return whole.to(squares.dtype) / squares.new_tensor(weights).view(-1, *[1] * (squares.ndim - 1))
+    counts = torch.tensor([shape.numel() for shape in shapes], device=squares.device)
+    return whole.to(squares.dtype) / squares.new_tensor(weights).repeat_interleave(counts)
 
 
 def adamw_state(state: State, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.symmetric import damped_inverse_power
+from kfacopt.linalg.tensors import tensor_of_rows
 from kfacopt.optim.memory import State
 from kfacopt.optim.rule import next_weight
 from kfacopt.optim.step.base import Step
@@ -57,20 +59,35 @@ def _root(state: State, holders: Sequence[nn.Parameter], side: str, gradients: T
     if size > _WIDEST:
         return None
     moments = gradients @ gradients.mT
-    roots: list[Tensor] = []
-    for parameter, moment in zip(holders, moments.unbind(), strict=True):
-        own = state[parameter]
+    owns = [state[parameter] for parameter in holders]
+    dtype = holders[0].dtype  # which is what torch makes of a state that is loaded; holders of one stack have one
+    average = _together(owns, f"{side}_moment", moments, dtype)
+    average.lerp_(moments.to(dtype), 1.0 - _DECAY)
+    due: list[int] = []
+    for place, own in enumerate(owns):
         seen: int = own.get(f"{side}_moments", 0)
-        average = own.get(f"{side}_moment")
-        weight: float = own.get(f"{side}_weight", 0.0)
-        held = torch.zeros_like(moment) if average is None else average.to(moment.dtype)
-        held = held.lerp(moment, 1.0 - _DECAY)
-        own[f"{side}_moment"] = held.to(parameter.dtype)
-        own[f"{side}_weight"], own[f"{side}_moments"] = next_weight(_DECAY, weight), seen + 1
+        own[f"{side}_weight"] = next_weight(_DECAY, own.get(f"{side}_weight", 0.0))
+        own[f"{side}_moments"] = seen + 1
         if seen < _ALL_UNTIL or seen % _REFRESH_EVERY == 0:
-            mean = held / own[f"{side}_weight"]
-            # The tiny number is for gradients of zero, whose root would not be finite.
-            damping = _DAMPING * mean.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(mean.dtype).tiny ** 0.5
-            own[f"{side}_root"] = damped_inverse_power(mean, damping, 0.5).value.to(parameter.dtype)
-        roots.append(own[f"{side}_root"].to(moment.dtype))
-    return torch.stack(roots)
+            due.append(place)
+    roots = _together(owns, f"{side}_root", moments, dtype)
+    if due:
+        weights = moments.new_tensor([owns[place][f"{side}_weight"] for place in due])
+        mean = average[due].to(moments.dtype) / weights.view(-1, *[1] * (moments.ndim - 1))
+        # The tiny number is for gradients of zero, whose root would not be finite.
+        damping = _DAMPING * mean.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(mean.dtype).tiny ** 0.5
+        roots[due] = damped_inverse_power(mean, damping, 0.5).value.to(dtype)
+    return roots.to(moments.dtype)
+
+
+def _together(owns: Sequence[dict[str, Any]], name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of each parameter's state as one, of which they hold views, zeros shaped as a row of `like` at first."""
+    held = [own.get(name) for own in owns]
+    known = [tensor for tensor in held if tensor is not None]
+    whole = tensor_of_rows(known) if len(known) == len(owns) else None
+    if whole is None:
+        blank = torch.zeros_like(like[0], dtype=dtype)
+        whole = torch.stack([blank if tensor is None else tensor for tensor in held])
+        for own, view in zip(owns, whole.unbind(), strict=True):
+            own[name] = view
+    return whole

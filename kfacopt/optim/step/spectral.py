@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,14 +18,12 @@ from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 from kfacopt.optim.step.gradient_metric import steepest_by_gradients
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
+from kfacopt.optim.step.rows import Evening
 from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
 from kfacopt.sharding import Processes
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
 _LONG = 128
-# A row's running mean square is taken for at least this part of the mean over all rows: an output that was idle for
-# long, and has a gradient again, is not to take the whole step of its layer.
-_LEAST_ROW = 1e-2
 # By how many times more a new gradient weighs in the first step: a momentum of 0.95 is one of 0.85 then. With 0.95
 # throughout a character model ended at 1.514, with 0.9 at 1.495, growing at 1.482; a deep chain at 0.484, 0.464, 0.426.
 _FRESH = 2.0
@@ -138,6 +137,7 @@ class Spectral(Direction):
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
         check_full_steps(full_steps)
         self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
+        self._evening = Evening(row_decay)
         self._momentum, self._decay, self._layers = momentum, decay, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
@@ -167,17 +167,14 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates, norms, stacked = Unstacked(averaged), [], stacks(step, averaged)
+        updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged)
         for stack in stacked:
-            device = stack.matrices.device.type
-            long = min(stack.matrices.shape[-2:]) >= _LONG
-            dtype = self._products(device, step.processes) if long else torch.float32
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                found = self._orthogonalized(step, stack)
-            found = found.to(stack.matrices.dtype)
-            factors, norm = self._factors(step, stack, found)
-            updates.add(stack, found * factors)
-            norms.append(norm)
+            with self._precision(stack.matrices, step.processes):
+                found.append(self._orthogonalized(step, stack).to(stack.matrices.dtype))
+        length = shrunk(step.number, self._full_steps)
+        factors, norms = self._evening.factors(step.state, stacked, found, length)
+        for stack, matrices, factor in zip(stacked, found, factors, strict=True):
+            updates.add(stack, matrices * factor)
         weights = (p for stack in stacked if not stack.differentiated for p in stack.weights)
         check = torch.cat(norms).sum() if norms else None
         return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights))
@@ -197,25 +194,14 @@ class Spectral(Direction):
             return self._polar(stack.matrices)
         return step.steepest(stack.layers, stack.matrices, self._polar)
 
-    def _factors(self, step: Step, stack: Stack, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """What evens each output's row and gives each matrix its length, `[b *k o 1]`; and the norms without length.
-
-        Evening is to divide by the root of the row's running mean square, in units of the mean over its layer's rows.
-        The norm of what comes of it is known from the rows' squares: the matrices are met twice.
-        """
-        squares = torch.linalg.vector_norm(matrices, dim=stack.inputs).square()
-        tiny = torch.finfo(squares.dtype).tiny
-        evening = squares.new_ones(())
-        if self._row_decay is not None:
-            whole = squares.flatten(1).mean(-1).clamp_min(tiny)
-            averages = memory.row_squares(step.state, stack.keys, squares / _column(whole, squares), self._row_decay)
-            averages = averages.clamp_min(_LEAST_ROW)
-            squares, evening = squares / averages, averages.rsqrt()
-        # Squares end at `tiny`, so the norm at its root; of a zero matrix the factor is to be finite.
-        norms = squares.flatten(1).sum(-1).sqrt().clamp_min(tiny**0.5)
-        length = shrunk(step.number, self._full_steps) * stack.length
-        factors = evening * _column(length / norms, squares)
-        return factors.unsqueeze(stack.inputs), norms
+    def _precision(self, matrices: Tensor, processes: Processes) -> AbstractContextManager[Any]:
+        """In which dtype products of these matrices are taken, whatever the loop around the step casts to."""
+        device = matrices.device.type
+        long = min(matrices.shape[-2:]) >= _LONG
+        dtype = self._products(device, processes) if long else torch.float32
+        if dtype == torch.float32 and not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
     def _products(self, device: str, processes: Processes) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too. Of several processes one says."""
@@ -230,8 +216,3 @@ class Spectral(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._measured = {device: getattr(torch, name) for device, name in state.get("measured", {}).items()}
-
-
-def _column(numbers: Tensor, like: Tensor) -> Tensor:
-    """Numbers `[b]` so that they are broadcast over the other axes of `like`."""
-    return numbers.view(-1, *[1] * (like.ndim - 1))
