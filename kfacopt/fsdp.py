@@ -7,7 +7,7 @@ backward of ours in the user's graph needs these copies too, and must leave the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 _ENGINE = "torch.distributed.fsdp"
 _WHOLE = frozenset({Tensor, nn.Parameter})
+_LENT = "_kfacopt_whole"
 
 
 def is_engines(hook: Any) -> bool:
@@ -44,6 +45,38 @@ def copy_in(module: nn.Module, parameter: Tensor) -> Tensor:
     A module that was given to `fully_shard` itself has its shards back by then; in others the copies still stand.
     """
     return ShardedModel(module).leaf(parameter) if is_sharded(parameter) else parameter
+
+
+def whole_copy(parameter: Tensor) -> Tensor:
+    """A parameter as a whole, without a graph: itself, or of a sharded one what is `lent` to it.
+
+    >>> whole_copy(nn.Parameter(torch.ones(1)))
+    tensor([1.])
+    """
+    whole: Tensor = getattr(parameter, _LENT) if is_sharded(parameter) else parameter
+    return whole.detach()
+
+
+@contextmanager
+def lent(wholes: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Within this context sharded parameters have whole copies beside them, which the engine does not know of."""
+    for parameter, whole in wholes.items():
+        setattr(parameter, _LENT, whole)
+    try:
+        yield
+    finally:
+        for parameter in wholes:
+            delattr(parameter, _LENT)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class as it was before `fully_shard` put one of its own in front.
+
+    >>> class_of(nn.Linear(2, 1)).__name__
+    'Linear'
+    """
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
 
 
 class ShardedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,12 +21,13 @@ from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
 from kfacopt.capture.scaling import OTHER_LAYERS, own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
-from kfacopt.fsdp import ShardedModel
+from kfacopt.fsdp import ShardedModel, is_sharded, lent
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import DIFFERENTIATED, RECOMPUTED, USED_ELSEWHERE
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
+from kfacopt.sharding import shard_of, whole_of_each
 
 
 @dataclass(eq=False)
@@ -73,6 +75,8 @@ class CurvaturePass:
         self.used_elsewhere: dict[Layer, str] = {}
         self.differentiated: set[str] = set()
         self.hooks_since = HooksSince()
+        read = [m for la in layers if la.part is not None and la.part.compound.reads_parameters for m in la.modules]
+        self._read_parameters = list(dict.fromkeys(p for m in read for p in m.parameters() if is_sharded(p)))
 
     def __call__(self, read: Read, tally: Tally, deliver: Callable[[Layer, Rows], None]) -> None:
         """Count the loss terms in `tally` and deliver the rows."""
@@ -138,14 +142,26 @@ class CurvaturePass:
         return Guard([read.node], self.hooks_since, root, warnings.warn, ends, self._sharded.left_as_is)
 
     def _in_step(self, chunks: Iterator[Tensor], prediction: Tensor) -> Iterator[Tensor]:
-        """Chunks of cotangents; of a sharded model as many in all processes, and as long, filled up with zeros."""
-        while self._sharded:
-            own = next(chunks, prediction.new_zeros(0, *prediction.shape))
-            if (wanted := self._sharded.largest(len(own))) == 0:
-                return
-            lacking = prediction.new_zeros(wanted - len(own), *prediction.shape)
-            yield torch.cat([own, lacking]) if len(lacking) else own
+        """Chunks of cotangents; of a sharded model as many in all processes, and as long, filled up with zeros.
+
+        As all processes take part, this is where parameters can be gathered that rows are computed from.
+        """
+        lacks_parameters = bool(self._read_parameters)
+        with ExitStack() as stack:
+            while self._sharded:
+                own = next(chunks, prediction.new_zeros(0, *prediction.shape))
+                if (wanted := self._sharded.largest(len(own))) == 0:
+                    return
+                if lacks_parameters:
+                    stack.enter_context(lent(self._whole()))
+                    lacks_parameters = False
+                lacking = prediction.new_zeros(wanted - len(own), *prediction.shape)
+                yield torch.cat([own, lacking]) if len(lacking) else own
         yield from chunks
+
+    def _whole(self) -> dict[Tensor, Tensor]:
+        asked = self._read_parameters
+        return dict(zip(asked, whole_of_each([shard_of(p.detach()) for p in asked], asked), strict=True))
 
     def _edges(self, read: Read) -> dict[Site, Ends]:
         """The calls that led to a prediction, of layers that act by their calls alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,9 @@ class CompoundHandler(RefusedHandler):
     It has no rows itself. A parameter of one of its modules is in parts that together hold each row of it once, or in
     none.
     """
+
+    reads_parameters: ClassVar[bool] = False
+    """Whether rows are computed from the module's parameters, which the handler asks `kfacopt.fsdp.whole_copy` for."""
 
     def refusal(self, module: nn.Module) -> str | None:
         return None

@@ -15,8 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from kfacopt.fsdp import class_of, whole_copy
 from kfacopt.layers.base import LayerHandler, OneHot
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.likelihoods import KFACType
@@ -38,7 +39,7 @@ def handler_of_computed(module: nn.Module, handler: LayerHandler) -> LayerHandle
     >>> type(handler_of_computed(nn.Linear(3, 2), LinearHandler())).__name__
     'LinearHandler'
     """
-    kind = type(module).__mro__[1] if is_parametrized(module) else type(module)
+    kind = class_of(module).__mro__[1] if is_parametrized(module) else class_of(module)
     if kind not in _KINDS or type(handler) not in (LinearHandler, ConvolutionHandler):
         return handler
     if is_parametrized(module):
@@ -85,13 +86,12 @@ class _ComputedHandler(CompoundHandler):
 
 
 class _NormHandler(_ComputedHandler):
-    """Rows are scaled by numbers that the parameters are asked for: refused where these are sharded."""
+    """Rows are scaled by numbers that the parameters are asked for."""
 
-    def refusal(self, module: nn.Module) -> str | None:
-        return refusal_of_shards(module)
+    reads_parameters = True
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
-        return () if self.refusal(module) else (*self._own_parts(module), *self._shift(module))
+        return (*self._own_parts(module), *self._shift(module))
 
     @abstractmethod
     def _own_parts(self, module: nn.Module) -> tuple[Part, ...]:
@@ -126,7 +126,7 @@ class WeightNormHandler(_NormHandler):
         )
 
     def _scales(self, module: nn.Module) -> Tensor:
-        v, g = (module.get_parameter(path) for path in (self._direction, self._length))
+        v, g = (whole_copy(module.get_parameter(path)) for path in (self._direction, self._length))
         scales: Tensor = g.flatten() / v.flatten(1).norm(dim=1)
         return scales
 
@@ -154,7 +154,7 @@ class SpectralNormHandler(_NormHandler):
         return (Part("weight", what, self, weight, {"weight": self._weight}, held="the spectral norm"),)
 
     def _scales(self, module: nn.Module) -> Tensor:
-        weight = module.get_parameter(self._weight).flatten(1)
+        weight = whole_copy(module.get_parameter(self._weight)).flatten(1)
         sigma: Tensor = module.get_buffer(self._left) @ weight @ module.get_buffer(self._right)
         return (1.0 / sigma).expand(len(weight))
 
@@ -250,7 +250,7 @@ class LengthHandler(_WrappedHandler):
     ) -> Tensor:
         rows = super().input_rows(module, inputs, kwargs, ("weight",), approx)
         assert isinstance(rows, Tensor)
-        v = self._handler.pack(module, {"weight": module.get_parameter(self._direction)}).to(rows)
+        v = self._handler.pack(module, {"weight": whole_copy(module.get_parameter(self._direction))}).to(rows)
         products = rows @ (v / v.norm(dim=-1, keepdim=True)).mT.unsqueeze(-3)
         joined: Tensor = rearrange(products, "k n s o -> n s (k o)") if products.ndim == 4 else products
         return joined.unsqueeze(-1)

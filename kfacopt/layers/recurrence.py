@@ -70,7 +70,8 @@ class Recurrence:
 
     Args:
         cell: One step.
-        weights: The module's parameters by name: `weight_ih`, `bias_hh`, ... with an ending for each run.
+        weights: Returns the module's parameters by name: `weight_ih`, `bias_hh`, ... with an ending for each run. It is
+            called when rows are due.
         runs: The endings, a tuple for each layer: its runs over the sequence, there and back (`"_reverse"`).
         inputs: `[n t i]`.
         states: At the start, `[runs n h]` each.
@@ -82,7 +83,7 @@ class Recurrence:
     def __init__(
         self,
         cell: Cell,
-        weights: Mapping[str, Tensor],
+        weights: Callable[[], Mapping[str, Tensor]],
         runs: Sequence[tuple[str, ...]],
         inputs: Tensor,
         states: Sequence[Tensor],
@@ -131,8 +132,9 @@ class Recurrence:
     def _run_again(self) -> tuple[dict[str, Matrix], Sequence[Tensor]]:
         """The matrices by name, and the module's outputs with a graph down to their shifts."""
         dtype = torch.promote_types(self._inputs.dtype, torch.float32)
-        dtype = torch.promote_types(dtype, next(iter(self._weights.values())).dtype)
-        weights = {name: w.detach().to(dtype) for name, w in self._weights.items()}
+        held = self._weights()
+        dtype = torch.promote_types(dtype, next(iter(held.values())).dtype)
+        weights = {name: w.detach().to(dtype) for name, w in held.items()}
         sequence, starts = self._inputs.to(dtype), [state.to(dtype) for state in self._states]
         matrices: dict[str, Matrix] = {}
         last: list[tuple[Tensor, ...]] = []

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from kfacopt.fsdp import whole_copy
 from kfacopt.layers import recurrence
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.recurrence import Cell, Recurrence
 from kfacopt.likelihoods import KFACType
@@ -38,7 +39,7 @@ class RecurrentHandler(CompoundHandler):
 
     Handled exactly: several layers, both directions, `proj_size`, `batch_first` or not, unbatched inputs, packed
     sequences, states given and returned, and dropout between layers, whose masks are read off the graph. On a GPU they
-    are drawn inside the kernel and never seen: refused, by name. So is a module that `fully_shard` has sharded.
+    are drawn inside the kernel and never seen: refused, by name.
 
     >>> handler, module = RecurrentHandler(), nn.LSTM(3, 4, 2, dropout=0.5)
     >>> handler.refusal(module) is None
@@ -46,6 +47,8 @@ class RecurrentHandler(CompoundHandler):
     >>> handler.refusal(module.to("meta"))
     'dropout between its layers is drawn within it on meta: use one module for each layer, and nn.Dropout'
     """
+
+    reads_parameters = True
 
     def __init__(self) -> None:
         super().__init__("treated as its matrices", ())
@@ -62,7 +65,7 @@ class RecurrentHandler(CompoundHandler):
         for name in _names(module):
             if not isinstance(module._parameters.get(name), nn.Parameter):
                 return f"{name} is computed from other parameters (weight norm, pruning, ...)"
-        return refusal_of_shards(module)
+        return None
 
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
         if self.refusal(module) is not None:
@@ -141,7 +144,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: module.get_parameter(name) for name in _names(module)}
+    return {name: whole_copy(module.get_parameter(name)) for name in _names(module)}
 
 
 def _nested(outputs: Sequence[Tensor], above: Collection[Node]) -> set[tuple[int, int]]:
@@ -218,7 +221,7 @@ def _of_cell(module: RecurrentCell, call: ModuleCall, cell_apart: bool) -> Recur
 
     cell = recurrence.lstm_with_cell_apart if cell_apart else _cell_of(module)
     starts = [state.reshape(1, -1, size) for state in states]
-    return Recurrence(cell, _weights(module), [("",)], x, starts, None, arranged)
+    return Recurrence(cell, partial(_weights, module), [("",)], x, starts, None, arranged)
 
 
 def _of_module(module: nn.Module, call: ModuleCall, between: Sequence[Tensor] = ()) -> Recurrence:
@@ -255,4 +258,4 @@ def _of_module(module: nn.Module, call: ModuleCall, between: Sequence[Tensor] = 
         sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if isinstance(module, nn.LSTM) else 1]
         states = tuple(x.new_zeros(len(runs) * len(directions), len(x), size) for size in sizes)
     starts = [state.reshape(-1, len(x), state.shape[-1]) for state in states]
-    return Recurrence(_cell_of(module), _weights(module), runs, x, starts, mask, arranged, between)
+    return Recurrence(_cell_of(module), partial(_weights, module), runs, x, starts, mask, arranged, between)

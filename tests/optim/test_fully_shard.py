@@ -181,15 +181,6 @@ def there_may_be_fewer_rows_than_processes() -> None:
                     equals(two, one)
 
 
-@contextmanager
-def as_if_sharded() -> Iterator[None]:
-    """Layers whose rows need whole parameters get no curvature in a model that is whole, either."""
-    with pytest.MonkeyPatch.context() as patch:
-        for place in ("recurrent", "computed"):
-            patch.setattr(f"kfacopt.layers.{place}.refusal_of_shards", lambda module: "as if sharded")
-        yield
-
-
 class Gated(nn.Module):
     """Raw matrices."""
 
@@ -216,20 +207,33 @@ class Unusual(nn.Module):
         return self.normed(self.block(self.recurrent(steps)[0].sum(1)))
 
 
-def what_needs_whole_parameters_trains_by_adamw() -> None:
-    """Pruned weights and raw products have curvature; recurrent layers and weights under a norm are refused by name."""
-    make = optimizer(kfacopt.EKFAC)
+def unusual_layers_equal_one_process() -> None:
+    """Rows computed from whole parameters, of recurrent layers and weights under a norm; pruned and raw ones, too."""
+
+    def each(net: Any) -> nn.Module:
+        for child in (net.recurrent, *net.normed):
+            fully_shard(child)
+        return fully_shard(net)
+
+    # EKFAC's basis of a repeated eigenvalue is another in one process: it is compared with two that hold everything.
+    cases: list[tuple[Make, Any, list[Batch], Any]] = [
+        (optimizer(), plain(CE()), make_batches(), alone()),
+        (optimizer(kfacopt.SpectralDescent), plain(CE()), make_batches(), alone()),
+        (optimizer(kfacopt.EKFAC), plain(CE()), make_batches(), None),
+        (OF_SUMS, SUMMED, batches_without_terms(), None),
+    ]
     with kfacopt.register_handler(Gated, ProductsHandler(linear=["pair.1"], matmul=["pair.0"])):
-        with as_if_sharded():
-            one, _ = train(make, make_batches(), plain(CE()), alone(), net_of=partial(seeded, Unusual))
-        for shard in (per_block, root_only):
-            batches = [share(batch) for batch in make_batches()]
-            two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Unusual))
-            assert set(made.backend.blocks) == {"block.0", "block.2.pair.0", "block.2.pair.1"}
-            refused = [row for row in made.coverage().rows if "sharded by fully_shard" in row.why]
-            assert {row.module for row in refused} == {"recurrent", "normed.0", "normed.1"}
-            assert made.health()["unseen_layers"] == 0.0
-            equals(two, one, 1e-10)
+        for make, backward, whole, group in cases:
+            batches = [share(batch) for batch in whole]
+            given = batches if group is None else whole
+            one, reference = train(make, given, backward, group, net_of=partial(seeded, Unusual))
+            for shard in (each, per_block, root_only):
+                two, made = train_sharded(make, batches, backward, shard, partial(seeded, Unusual))
+                assert set(made.backend.blocks) == set(reference.backend.blocks)
+                assert {"recurrent.ih_l0", "recurrent.hh_l0", "normed.0.direction"} <= set(made.backend.blocks)
+                assert made.health()["unseen_layers"] == 0.0
+                equals(two, one, 1e-12)
+                assert not any(hasattr(p, "_kfacopt_whole") for p in two.parameters())
 
 
 def words_equal_one_process() -> None:
@@ -241,8 +245,7 @@ def words_equal_one_process() -> None:
         return fully_shard(net)
 
     for make in (optimizer(), optimizer(kfacopt.EKFAC), optimizer(kfacopt.SpectralDescent)):
-        with as_if_sharded():
-            one, reference = train(make, words(), plain(CE()), alone(), net_of=partial(seeded, Words))
+        one, reference = train(make, words(), plain(CE()), alone(), net_of=partial(seeded, Words))
         for shard in (by_module, root_only):
             batches = [share(b) for b in words()]
             two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Words))
@@ -559,7 +562,7 @@ MODELS: Mapping[str, Callable[[], None]] = {
         columns_are_as_good_as_rows,
         there_may_be_fewer_rows_than_processes,
         words_equal_one_process,
-        what_needs_whole_parameters_trains_by_adamw,
+        unusual_layers_equal_one_process,
         heads_equal_one_process,
         decay_is_of_each_one_s_shards,
     )
