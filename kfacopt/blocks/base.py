@@ -15,7 +15,7 @@ from kfacopt.blocks.storage import Storage
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg.gram import gram
 from kfacopt.linalg.polar import PolarFactor
-from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE
+from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE, rows_of
 
 ELEMENTS_AT_ONCE = 2**24
 """How many elements a temporary may have where memory would grow with data times parameters.
@@ -134,7 +134,7 @@ class Block(ABC):
     def solve_together(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float]) -> Tensor:
         """`solve` of blocks of one class, with their matrices `[b *k o i]`."""
         held = zip(blocks, matrices, dampings, strict=True)
-        return torch.stack([block.solve(matrix, damping) for block, matrix, damping in held])
+        return rows_of([block.solve(matrix, damping) for block, matrix, damping in held])
 
     @abstractmethod
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
@@ -151,8 +151,8 @@ class Block(ABC):
     def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
         """`S polar(Sᵀ M)` with the S of `whiten`, of blocks of one class and their matrices `[b *k o i]`."""
         damped = list(zip(blocks, dampings, strict=True))
-        factors = polar(torch.stack([b.whiten(m, d) for (b, d), m in zip(damped, matrices, strict=True)]))
-        return torch.stack([b.unwhiten(f, d) for (b, d), f in zip(damped, factors, strict=True)])
+        factors = polar(rows_of([b.whiten(m, d) for (b, d), m in zip(damped, matrices, strict=True)]))
+        return rows_of([b.unwhiten(f, d) for (b, d), f in zip(damped, factors, strict=True)])
 
     @abstractmethod
     def matvec(self, matrix: Tensor) -> Tensor:

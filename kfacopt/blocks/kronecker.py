@@ -143,8 +143,10 @@ class KroneckerBlock(FactoredBlock):
 
 
 def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
-    size = matrix.shape[-1]
-    padded = functional.pad(matrix, (0, right.shape[-1] - size)) if right.shape[-1] > size else matrix
+    size, padded = matrix.shape[-1], matrix
+    if right.shape[-1] > size:
+        padded = matrix.new_empty(*matrix.shape[:-1], right.shape[-1])  # torch's pad writes all of it twice
+        padded[..., :size], padded[..., size:] = matrix, 0.0
     return kronecker.multiply(left, padded, right)[..., :size]
 
 

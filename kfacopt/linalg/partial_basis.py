@@ -64,17 +64,24 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
         return left_basis @ (coordinates.mul_(at.both) @ right_basis.mT)
     if whole.on_left is not None:
         inner = (left_basis.mT @ (matrix @ right_basis)).mul_(at.both - at.left.unsqueeze(-1))
-        return torch.addmm(whole.on_left @ matrix, left_basis @ inner, right_basis.mT)
+        return _added(whole.on_left @ matrix, left_basis @ inner, right_basis.mT)
     if whole.on_right is not None:
         inner = ((left_basis.mT @ matrix) @ right_basis).mul_(at.both - at.right)
-        return torch.addmm(matrix @ whole.on_right, left_basis, inner @ right_basis.mT)
+        return _added(matrix @ whole.on_right, left_basis, inner @ right_basis.mT)
     rows = left_basis.mT @ matrix
     columns = matrix @ right_basis
     inner = rows @ right_basis
     inner.mul_(at.both - at.left.unsqueeze(-1) - at.right + at.neither)
-    rows = torch.addmm(rows.mul_((at.left - at.neither).unsqueeze(-1)), inner, right_basis.mT)
-    result = torch.addmm(matrix * at.neither, left_basis, rows)
-    return torch.addmm(result, columns.mul_(at.right - at.neither), right_basis.mT)
+    rows = _added(rows.mul_((at.left - at.neither).unsqueeze(-1)), inner, right_basis.mT)
+    result = _added(matrix * at.neither, left_basis, rows)
+    return _added(result, columns.mul_(at.right - at.neither), right_basis.mT)
+
+
+def _added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, written to the total, which is ours, unless autocast takes products in another dtype."""
+    if torch.is_autocast_enabled(total.device.type):
+        return torch.addmm(total, left, right)
+    return total.addmm_(left, right)
 
 
 def _whole(basis: Tensor) -> bool:

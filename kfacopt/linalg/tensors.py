@@ -72,12 +72,17 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def checksum(tensors: Sequence[Tensor]) -> float:
-    """Sum of the absolute values of all entries, in float32: finite exactly if every entry is (barring overflow).
+    """Sum of the tensors' norms, in float32: finite exactly if every entry is (barring overflow).
 
-    >>> checksum([torch.tensor([1.0, -2.0])])
-    3.0
+    >>> checksum([torch.tensor([3.0, -4.0])])
+    5.0
     """
-    return float(stacked(torch._foreach_norm(list(tensors), 1)).float().sum()) if tensors else 0.0
+    if not tensors:
+        return 0.0
+    # Root of the squares: an eighth of the time that torch takes to sum absolute values. Where squares overflow, though
+    # the entries do not, those are summed after all.
+    found = (float(stacked(torch._foreach_norm(list(tensors), power)).float().sum()) for power in (2, 1))
+    return next(filter(math.isfinite, found), math.inf)
 
 
 def stacked(numbers: Sequence[Tensor]) -> Tensor:
@@ -109,6 +114,15 @@ def tensor_of_rows(rows: Sequence[Tensor]) -> Tensor | None:
         if row._base is not whole or row.storage_offset() != first + place * stride:
             return None
     return whole
+
+
+def rows_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as the rows of one; of a single one a view, which spares to copy it.
+
+    >>> rows_of([torch.ones(2)]).shape, rows_of([torch.ones(2), torch.ones(2)]).shape
+    (torch.Size([1, 2]), torch.Size([2, 2]))
+    """
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def tensor_of_parts(parts: Sequence[Tensor]) -> Tensor | None:
