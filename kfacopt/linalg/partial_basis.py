@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -52,7 +53,6 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
         at: The coefficients.
         whole: Of `whole_sides` with the same bases and coefficients.
 
-    >>> import torch
     >>> eye = torch.eye(3)
     >>> at = Coefficients(torch.full((1, 1), 2.0), torch.ones(1), torch.ones(1), torch.tensor(1.0))
     >>> apply(torch.ones(3, 3), eye[:, :1], eye[:, :1], at, WholeSide(None, None)).tolist()
@@ -64,17 +64,24 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
         return left_basis @ (coordinates.mul_(at.both) @ right_basis.mT)
     if whole.on_left is not None:
         inner = (left_basis.mT @ (matrix @ right_basis)).mul_(at.both - at.left.unsqueeze(-1))
-        return (whole.on_left @ matrix).addmm_(left_basis @ inner, right_basis.mT)
+        return _added(whole.on_left @ matrix, left_basis @ inner, right_basis.mT)
     if whole.on_right is not None:
         inner = ((left_basis.mT @ matrix) @ right_basis).mul_(at.both - at.right)
-        return (matrix @ whole.on_right).addmm_(left_basis, inner @ right_basis.mT)
+        return _added(matrix @ whole.on_right, left_basis, inner @ right_basis.mT)
     rows = left_basis.mT @ matrix
     columns = matrix @ right_basis
     inner = rows @ right_basis
     inner.mul_(at.both - at.left.unsqueeze(-1) - at.right + at.neither)
-    rows.mul_((at.left - at.neither).unsqueeze(-1)).addmm_(inner, right_basis.mT)
-    result = (matrix * at.neither).addmm_(left_basis, rows)
-    return result.addmm_(columns.mul_(at.right - at.neither), right_basis.mT)
+    rows = _added(rows.mul_((at.left - at.neither).unsqueeze(-1)), inner, right_basis.mT)
+    result = _added(matrix * at.neither, left_basis, rows)
+    return _added(result, columns.mul_(at.right - at.neither), right_basis.mT)
+
+
+def _added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, written to the total, which is ours, unless autocast takes products in another dtype."""
+    if torch.is_autocast_enabled(total.device.type):
+        return torch.addmm(total, left, right)
+    return total.addmm_(left, right)
 
 
 def _whole(basis: Tensor) -> bool:
