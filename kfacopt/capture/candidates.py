@@ -35,6 +35,7 @@ class Candidate:
         rivals: The same for those of which one alone is the prediction; None: it has none.
         refusal: Why nothing says which one is; of one without rivals, why it is none.
         beside: All predictions of the call, by name, where there are several.
+        may_be_several: Whether all rivals that the loss is taken of are predictions, not one alone.
     """
 
     tensor: Tensor
@@ -45,11 +46,13 @@ class Candidate:
     rivals: object = None
     refusal: str = ""
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+    may_be_several: bool = False
 
     def forward(self, sites: Mapping[Site, Marks], of: object) -> Forward:
         """What is kept of the forward for this tensor; `of` is the same for all of one call."""
         kept = Forward(self.root, dict(sites), self.call, refusal=self.refusal, name=self.name, of=of)
         kept.rivals, kept.output_nr, kept.beside = self.rivals, self.edge.output_nr, dict(self.beside)
+        kept.may_be_several = self.may_be_several
         if self.rivals is not None or not self.refusal:
             kept.prediction, kept.version = self.tensor.detach(), self.tensor._version
         return kept
@@ -70,7 +73,7 @@ def candidates_of(
     which = f"the output of {type(root).__name__} is ambiguous: "
     if estimator.guesses and returns_losses(output):
         if ended.sole is None:
-            within = _rivals(ended.outputs, call, which + ended.refusal(), inside=True)
+            within = _rivals(ended.outputs, call, which + ended.refusal(), True, several=False)
             return within or _refused(root, call, output, which + ended.refusal())
         root, output = ended.sole
         call = None if call is None else replace(call, inside=root)
@@ -80,7 +83,7 @@ def candidates_of(
         if not estimator.guesses:
             return _refused(root, call, output, f"{which}{error}")
         inside = call is not None and call.inside is not None
-        return _rivals([(root, output)], call, f"{which}{error}", inside)
+        return _rivals([(root, output)], call, f"{which}{error}", inside, not estimator.likelihood.is_known)
     found: list[Candidate] = []
     beside = {name: tensor.detach() for name, tensor in named.items()} if len(named) > 1 else {}
     for name, tensor in named.items():
@@ -104,14 +107,14 @@ def _refused(root: nn.Module, call: Call | None, output: Any, why: str) -> list[
     return [Candidate(tensor, get_gradient_edge(tensor), root, call, refusal=why) for tensor in some]
 
 
-def _rivals(outputs: Sequence[Found], call: Call | None, why: str, inside: bool) -> list[Candidate]:
+def _rivals(outputs: Sequence[Found], call: Call | None, why: str, inside: bool, several: bool) -> list[Candidate]:
     rivals, found = object(), dict[tuple[Node, int], Candidate]()
     for module, output in outputs:
         for place, tensor in enumerate(tensors_of(output)):
             if may_be_prediction(tensor) and tensor.grad_fn is not None:
                 own = None if call is None else replace(call, place=place, inside=module if inside else None)
                 edge = get_gradient_edge(tensor)
-                one = Candidate(tensor, edge, module, own, rivals=rivals, refusal=why)
+                one = Candidate(tensor, edge, module, own, rivals=rivals, refusal=why, may_be_several=several)
                 found.setdefault((edge.node, edge.output_nr), one)
     return list(found.values())
 
@@ -157,7 +160,12 @@ def reached(
     beside = {alive[mark] for mark in marks_on(node) if mark in alive}
     # Tensors of one node (a chunk each) arrive together: those without a gradient are not in the loss.
     idle = {one for one in beside if gradients[one.output_nr] is None}
-    return {one for one in found - idle if one.rivals is forward.rivals}
+    direct = [one for one in alive.values() if one in found - idle and one.rivals is forward.rivals]
+    if forward in direct and forward.may_be_several:
+        for place, one in enumerate(direct):
+            one.rivals, one.name = None, str(place)
+        return {forward}
+    return set(direct)
 
 
 def ambiguity(forward: Forward, count: int) -> str:
@@ -166,5 +174,6 @@ def ambiguity(forward: Forward, count: int) -> str:
         return forward.refusal
     return (
         f"{forward.refusal}. The loss is taken of {count} of them: to have the curvature of all, return them, and pass "
-        f"a loss for each, as a dict by their names or a tuple by their places"
+        f"a loss for each, as a dict by their names or a tuple by their places; a loss that is a function of all of "
+        f"them will do with curvature='empirical'"
     )

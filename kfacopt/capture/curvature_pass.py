@@ -100,7 +100,8 @@ class CurvaturePass:
             tally.replays.append(Replay(forward.call, terms, read.gradient, forward.name, sole))
             scaled = forward.call.autocast_dtype is torch.float16 and not terms.reads_target
             tally.replayable &= sole and not scaled
-        if name and terms.weights is None and self._estimator.fisher_type is FisherType.EMPIRICAL:
+        is_empirical = self._estimator.fisher_type is FisherType.EMPIRICAL
+        if name and terms.weights is None and is_empirical and likelihoods[name].is_known:
             raise ValueError(
                 f"curvature='empirical' with several losses: what {name!r} ({likelihoods[name]!r}) counts in the whole "
                 f"loss is not told by its gradient. Let the loop call the very loss module that the optimizer was "

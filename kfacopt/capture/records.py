@@ -118,6 +118,7 @@ class Forward:
     of: object = None  # the same for all predictions of one call
     rivals: object = None  # the same for those predictions of a call of which one alone is it; None: it has none
     beside: dict[str, Tensor] = field(default_factory=dict)  # all predictions of the call, by name
+    may_be_several: bool = False  # whether all rivals that the loss is taken of are predictions
     leads_on: bool = False  # whether another prediction of the call is computed from this one
     targets: list[Tensor] = field(default_factory=list)  # that the optimizer's loss modules were called with
 

@@ -88,7 +88,9 @@ def refuse_reduced(terms: LossTerms, prediction: Tensor, gradient: Tensor, name:
         raise ValueError(
             f"the gradient at the output of {name} is that of a sum or mean of it, not that of the announced loss: the "
             f"output may be the losses themselves. The loss must be taken of the prediction as it is: return that "
-            f"from a module, and pass prediction=lambda output: ... where it is one output of several"
+            f"from a module, and pass prediction=lambda output: ... where it is one output of several. A forward and "
+            f"backward that only another optimizer's step follows (an actor's, through its critic) goes within "
+            f"optimizer.paused()"
         )
 
 

@@ -27,7 +27,9 @@ from kfacopt.sharding import shard_of
 OTHER_LAYERS = (
     "Where other layers lie between, as a discriminator behind a generator, give the optimizer a model that contains "
     "them: nn.Sequential(generator, discriminator), with params=list(generator.parameters()). Or pass "
-    "curvature='empirical' with the loss as a function, of which only gradients are read (similarities of embeddings)"
+    "curvature='empirical' with the loss as a function, of which only gradients are read (similarities of embeddings). "
+    "A forward and backward that only another optimizer's step follows (an actor's, through its critic) goes within "
+    "optimizer.paused()"
 )
 """What to do where the loss is taken of something that is computed from the prediction."""
 
@@ -188,7 +190,9 @@ class LossScale:
         """
         if self.first is not None and not self.first.told:
             # Sums over the losses, means over the backwards.
-            return backwards / max(self.arrived.values(), default=1)
+            each = max(self.arrived.values(), default=1)
+            averaged = each if self.first.averaged else 1.0
+            return backwards / each * ((undone * averaged) ** 2 if empirical else 1.0)
         if self.first is None:
             averaged = self.is_open and self.seen[0].likelihood.reduction != "sum"
             return (undone * (backwards if averaged else 1.0)) ** 2 if empirical else 1.0

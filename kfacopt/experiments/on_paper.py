@@ -224,7 +224,9 @@ def _held(blocks: Iterable[Block], roots: bool) -> int:
     result = 0
     for block in blocks:
         values, cache = [average.value for average in block.averages().values()], list(block.cache().values())
-        result += sum(t.nbytes for t in (*values, *cache, *(cache if roots else [])) if t is not None)
+        # The root of a number is not kept.
+        rooted = [t for t in cache if roots and t is not None and t.numel() > 1]
+        result += sum(t.nbytes for t in (*values, *cache, *rooted) if t is not None)
     return result
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kfacopt.likelihoods import KFACType, Likelihood, LossTerms, likelihood_from
+from kfacopt.likelihoods.any_loss import AnyLoss
 from kfacopt.likelihoods.fisher import Curvature, Fisher
 from kfacopt.likelihoods.gaussian_variance import MEAN, VARIANCE, gaussian_pair
 
 Loss = nn.Module | Likelihood
 Part = Loss | tuple[float, Loss]
+Value = TypeVar("Value")
 LossFunction = Loss | Mapping[str, Part] | Sequence[Part]
 """A loss; or losses by the names in the output of a model that returns a dict (or an object with such attributes), or
 in the order of those in a tuple; each alone or as `(weight, loss)`."""
@@ -65,6 +67,8 @@ class FisherEstimator:
         self._any_loss = fisher.kind is Curvature.EMPIRICAL if any_loss is None else any_loss
         self.likelihood = likelihood_from(loss_func, empirical=self._any_loss)
         self.likelihoods, self.weights = {"": self.likelihood}, {"": 1.0}
+        if not self.likelihood.is_known:  # of several outputs each is one, by whatever name
+            self.likelihoods, self.weights = _Same(self.likelihoods), _Same(self.weights)
         self.loss_modules = self._seen_modules([loss_func])
         self.fisher_type, self.mc_samples = fisher.kind.fisher_type, fisher.samples
         self.kfac_approx = _member(KFACType, "kfac_approx", kfac_approx)
@@ -175,9 +179,15 @@ class TermsEstimator(FisherEstimator):
             raise ValueError("loss_func is an empty dict: name at least one loss term")
         if options.get("prediction") is not None:
             raise ValueError("prediction= has no meaning with a dict of losses: their names say where the tensors are")
-        pairs = {name: part if isinstance(part, tuple) else (1.0, part) for name, part in loss_func.items()}
+        pairs: dict[str, tuple[float, Any]] = {
+            name: part if isinstance(part, tuple) else (1.0, part) for name, part in loss_func.items()
+        }
         super().__init__(next(iter(pairs.values()))[1], **options)
         self.likelihoods = {name: likelihood_from(loss, empirical=self._any_loss) for name, (_, loss) in pairs.items()}
+        if not all(likelihood.is_known for likelihood in self.likelihoods.values()):
+            # What one loss counts beside another the gradients have already, and nothing else does.
+            self.likelihoods = {name: AnyLoss(loss) for name, (_, loss) in pairs.items()}
+            pairs = {name: (1.0, loss) for name, (_, loss) in pairs.items()}
         self.weights = {name: float(weight) for name, (weight, _) in pairs.items()}
         self.loss_modules = self._seen_modules(loss for _, loss in pairs.values())
         for name, weight in self.weights.items():
@@ -214,6 +224,13 @@ class TermsEstimator(FisherEstimator):
         if missing:
             raise ValueError(f"the model's output has no tensors {missing}, which loss_func names; has {list(named)}")
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+class _Same(dict[str, Value]):
+    """One value by every name."""
+
+    def __missing__(self, name: str) -> Value:
+        return self[""]
 
 
 def _parts_of(output: Any) -> Mapping[str, Any] | None:

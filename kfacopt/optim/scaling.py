@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -210,12 +211,12 @@ def _is_plain(scale: LossScale, estimator: FisherEstimator, undone: float) -> bo
     Of several losses, those that do not tell their factor are taken to have the others'.
     """
     seen, first = scale.seen, scale.first
-    counts = dict.fromkeys(estimator.likelihoods, 0.0)
+    counts = Counter[str]()
     for one in seen:
-        counts[one.name] += float(one.terms.count)
+        counts[one.name] += int(one.terms.count)
     found = 0.0
     for one in seen:
-        share = estimator.weights[one.name] * one.likelihood.term_share(counts[one.name])
+        share = estimator.weights[one.name] * one.likelihood.term_share(float(counts[one.name]))
         if one.name and first is not None and first.told:
             share = estimator.weights[one.name] * one.likelihood.term_share(float(one.terms.count))
             share *= undone * first.weight
