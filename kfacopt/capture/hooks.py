@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Rest:
@@ -71,6 +72,79 @@ class _Uncompiled(Hook):
             _Uncompiled.in_between(self, *args)
         elif not self._rest.on:
             super().__call__(*args)
+
+
+class ModuleHooks:
+    """An owner's hooks before and after the forwards of some modules, which rest while there is nothing to look at.
+
+    Hooks that rest are off their modules: torch takes a longer way through a module that has any, of a small network a
+    fifth of its forward. Put back, each is where it was among the hooks of others. What torch.compile made calls the
+    hooks that there were when it was made, and does not look again; where anything was compiled they stay and do
+    nothing, and what was compiled while they were away is made anew.
+
+    Args:
+        modules: Those of torch.jit are left out.
+        enter: Of a module, its arguments and keyword arguments.
+        leave: Of the same and the output, None if the forward raised.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], enter: Callable[..., None], leave: Callable[..., None]) -> None:
+        self._rest, self._away, hook = Rest(), False, hook_type()
+        self._places: list[_Place] = []
+        for module in filter(may_hook, modules):
+            drop_inert_hooks(module)
+            before = module.register_forward_pre_hook(hook(enter, self._rest), with_kwargs=True)
+            after = module.register_forward_hook(hook(leave, self._rest), with_kwargs=True, always_call=True)
+            self._places += [_Place(module._forward_pre_hooks, before), _Place(module._forward_hooks, after)]
+
+    def rest(self, on: bool) -> None:
+        """Rest, or look again."""
+        self._rest.on = on
+        compiled = _frames_compiled() > 0
+        if self._away and (compiled or not on):
+            for place in self._places:
+                place.put_back()
+            self._away = False
+            if compiled:
+                torch.compiler.reset()
+        elif on and not compiled and not self._away:
+            for place in self._places:
+                place.take_away()
+            self._away = True
+
+    def remove(self) -> None:
+        """Remove them for good; a second call does nothing."""
+        for place in self._places:
+            place.handle.remove()
+        self._places.clear()
+
+
+class _Place:
+    """A hook's place among those of a module."""
+
+    def __init__(self, hooks: dict[int, Any], handle: RemovableHandle) -> None:
+        self.handle = handle
+        self._hooks, self._hook = hooks, hooks[handle.id]
+        self._earlier: frozenset[int] = frozenset()
+
+    def take_away(self) -> None:
+        keys = list(self._hooks)
+        if self.handle.id in self._hooks:
+            self._earlier = frozenset(keys[: keys.index(self.handle.id)])
+            del self._hooks[self.handle.id]
+
+    def put_back(self) -> None:
+        later = {key: hook for key, hook in self._hooks.items() if key not in self._earlier}
+        for key in later:
+            del self._hooks[key]
+        self._hooks[self.handle.id] = self._hook
+        self._hooks.update(later)
+
+
+def _frames_compiled() -> int:
+    """How many frames torch.compile has made anything of in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else int(utils.counters["frames"]["total"])
 
 
 def drop_inert_hooks(module: nn.Module) -> None:

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kfacopt.capture.candidates import ambiguity, candidates_of, reached
@@ -33,7 +32,7 @@ from kfacopt.capture.curvature_pass import CurvaturePass, Read
 from kfacopt.capture.derivatives import Derivatives
 from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
-from kfacopt.capture.hooks import Rest, drop_inert_hooks, hook_type, is_recorded, may_hook
+from kfacopt.capture.hooks import ModuleHooks, is_recorded
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.recording import goes_unnoticed, layers_of_modules, sites_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Marks, Site, Tally
@@ -102,20 +101,15 @@ class Capture:
         self._call: Call | None = None
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._targets = Targets(estimator.loss_modules, self._alive)
-        self._handles: list[RemovableHandle] = []
-        self._rest, hook = Rest(), hook_type()
-        for module in filter(may_hook, model.modules()):
-            drop_inert_hooks(module)
-            enter = module.register_forward_pre_hook(hook(self._enter, self._rest), with_kwargs=True)
-            leave = module.register_forward_hook(hook(self._leave, self._rest), with_kwargs=True, always_call=True)
-            self._handles += [enter, leave]
+        self._hooks = ModuleHooks(model.modules(), self._enter, self._leave)
         self._watch()
 
     def arm(self, rows: bool, terms: bool, replays: bool) -> None:
         """Say what the forwards from now on are to be kept for: rows, the number of loss terms, to be run again."""
         self.wants_rows, self.wants_terms, self.wants_replays = rows, terms, replays
-        self._rest.on = not (rows or terms or replays)  # of most steps: all that hooks do would be for nothing
-        if not self._rest.on:
+        keeps = rows or terms or replays  # for most steps nothing: all that hooks do would be in vain
+        self._hooks.rest(not keeps)
+        if keeps:
             self._watch()
 
     def _watch(self) -> None:
@@ -125,9 +119,7 @@ class Capture:
 
     def close(self) -> None:
         """Remove every hook; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.remove()
         self._targets.close()
         self.reset()
 

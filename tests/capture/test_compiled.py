@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import kfacopt
+from kfacopt.capture import hooks
 from tests.cases import mlp, train_step
 
 BACKENDS = [
@@ -62,3 +64,24 @@ def test_a_compiled_model_trains_as_the_plain_one(way: str, shapes: str, backend
     """To what other kernels leave of float32 in three steps. Compiled and run before: `tests/reports`, it is said."""
     dynamic, sizes = SIZES[shapes]
     assert losses(way, sizes, backend=backend, dynamic=dynamic) == pytest.approx(losses("plain", sizes), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its compiler
+def test_a_model_that_is_compiled_in_the_middle_shows_its_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our hooks are off the modules then, and compiled code never looks for hooks again."""
+    frames = hooks._frames_compiled()
+    monkeypatch.setattr(hooks, "_frames_compiled", lambda: counters["frames"]["total"] - frames)
+    found = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model, loss = mlp(), nn.CrossEntropyLoss()
+        x, y = torch.randn(12, 4), torch.randint(3, (12,))
+        optimizer = kfacopt.KFAC(model, loss, curvature="ggn", factor_every=3, refresh_every=1)
+        steps = [float(train_step(optimizer, model, loss, x, y)) for _ in range(2)]
+        if compiles:
+            assert not any(module._forward_hooks for module in model.modules())
+            model.compile(backend="aot_eager")
+        found.append([*steps, *(float(train_step(optimizer, model, loss, x, y)) for _ in range(6))])
+        assert optimizer.health()["unseen_layers"] == 0.0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

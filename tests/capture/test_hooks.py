@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kfacopt
+from kfacopt.capture import hooks
 from tests.capture.harness import NAMED, assert_same_factors, attached, batch, fresh, hooks_on, pending
 from tests.cases import Case, backward, parameters_of, still, train_step
 
@@ -28,6 +29,66 @@ def test_close_removes_every_hook(case: Case) -> None:
     assert hooks_on(model) == before
     own.remove()
     assert hooks_on(model) == 0
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames count as compiled: none, whatever other tests compiled in this process."""
+    frames = [0]
+    monkeypatch.setattr(hooks, "_frames_compiled", lambda: frames[0])
+    return frames
+
+
+def called(model: nn.Module) -> list[str]:
+    """The hooks of a module in the order in which they are called: ours, or by their names."""
+    own = ("ours" if isinstance(hook, hooks.Hook) else hook.__name__ for hook in model._forward_hooks.values())
+    return list(own)
+
+
+def test_hooks_are_off_the_modules_in_steps_that_want_nothing(nothing_compiled: list[int]) -> None:
+    model, (x, y) = fresh(), batch()
+    optimizer = attached(model, factor_every=3)
+    seen = []
+    for _ in range(7):
+        seen.append(all(map(called, model.modules())))
+        train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    assert seen == [True, False, False, True, False, False, True]
+    optimizer.close()
+    assert hooks_on(model) == 0
+
+
+def test_hooks_that_come_back_are_where_they_were(nothing_compiled: list[int]) -> None:
+    def first(*_: object) -> None: ...
+    def second(*_: object) -> None: ...
+    def third(*_: object) -> None: ...
+
+    model, (x, y) = fresh(), batch()
+    model.register_forward_hook(first)
+    optimizer = attached(model, factor_every=3)
+    model.register_forward_hook(second)
+    train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    assert called(model) == ["first", "second"]
+    handle = model.register_forward_hook(third)
+    for _ in range(2):
+        train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    assert called(model) == ["first", "ours", "second", "third"]
+    handle.remove()
+    assert called(model) == ["first", "ours", "second"]
+
+
+def test_hooks_stay_where_something_was_compiled(nothing_compiled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made_anew = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: made_anew.append(True))
+    model, (x, y) = fresh(), batch()
+    optimizer = attached(model, factor_every=9)
+    own = hooks_on(model)
+    train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+    assert hooks_on(model) < own
+    nothing_compiled[0] = 1  # by a model without our hooks: what was made of it has to be made again
+    for _ in range(3):
+        train_step(optimizer, model, nn.CrossEntropyLoss(), x, y)
+        assert hooks_on(model) == own
+    assert made_anew == [True]
 
 
 def test_a_refused_optimizer_leaves_no_hook() -> None:
