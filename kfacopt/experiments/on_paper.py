@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfacopt.backends import LayerwiseBackend
+from kfacopt.backends.holders import Holders
 from kfacopt.backends.ownership import decomposition_cost, message_bytes, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
@@ -173,17 +174,26 @@ def plan(
     owner_of = owners_of(backend.blocks, processes)
     costs, caches = [0.0] * size, [0] * size
     of_teams = [_Share() for _ in range(size // teams.members)]
+    holders = Holders(processes)
+    holders.owner_of = owner_of
+    alike: dict[torch.Size, list[Layer]] = {}
+    for layer in layers:
+        alike.setdefault(layer.shape, []).append(layer)
+    steppers = {la: rank for some in alike.values() for la, rank in holders.steppers(some).items()}
     for layer in layers:
         block, owner = backend.blocks[layer.name], owner_of.get(layer.name)
-        cache = _bytes_of_cache(block, spectral)
+        cache, root = _bytes_of_cache(block)
         solve = _counted(lambda la: _direction(backend.blocks[la.name], la, spectral), [layer])
-        # A layer without an owner is nobody's to send, and everybody's to solve.
+        # A layer without an owner is nobody's to send, and everybody's to solve, but for a spectral step.
         if owner is not None:
             costs[owner] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
             caches[owner] += message_bytes(block) if teams.members > 1 else 0
+        solver = steppers[layer] if spectral else owner
         for number, share in enumerate(of_teams):
             if owner is None or number == owner // teams.members:
-                share.held, share.solve = share.held + cache, share.solve + solve
+                share.held += cache
+            if solver is None or number == solver // teams.members:
+                share.solve, share.held = share.solve + solve, share.held + (root if spectral else 0)
             else:
                 share.updates += FLOAT32 * layer.shape.numel()
     return Plan(
@@ -256,10 +266,10 @@ def _bytes_of_statistics(blocks: Iterable[Block]) -> int:
     return sum(t.nbytes for t in values if t is not None)
 
 
-def _bytes_of_cache(block: Block, roots: bool) -> int:
+def _bytes_of_cache(block: Block) -> tuple[int, int]:
+    """Of the inverses, and of the roots that a spectral step makes of them; that of a number is not kept."""
     cache = [t for t in block.cache().values() if t is not None]
-    # The root of a number is not kept.
-    return sum(t.nbytes for t in (*cache, *(t for t in cache if roots and t.numel() > 1)))
+    return sum(t.nbytes for t in cache), sum(t.nbytes for t in cache if t.numel() > 1)
 
 
 def _gathered(parameters: Iterable[nn.Parameter], size: int) -> int:
