@@ -33,7 +33,7 @@ from kfacopt.capture.curvature_pass import CurvaturePass, Read
 from kfacopt.capture.derivatives import Derivatives
 from kfacopt.capture.destination import Destination, Gradients, Returned
 from kfacopt.capture.graph import Mark, Uses, Walk, leave_mark, marks_on
-from kfacopt.capture.hooks import drop_inert_hooks, hook_type, is_recorded, may_hook
+from kfacopt.capture.hooks import Rest, drop_inert_hooks, hook_type, is_recorded, may_hook
 from kfacopt.capture.loss_graph import LossGraph, RunningLoss
 from kfacopt.capture.recording import goes_unnoticed, layers_of_modules, sites_of, unnoticed, without_autocast
 from kfacopt.capture.records import Call, Forward, Marks, Site, Tally
@@ -103,24 +103,20 @@ class Capture:
         self._alive: weakref.WeakKeyDictionary[Mark, Forward] = weakref.WeakKeyDictionary()
         self._targets = Targets(estimator.loss_modules, self._alive)
         self._handles: list[RemovableHandle] = []
-        hook = hook_type()
+        self._rest, hook = Rest(), hook_type()
         for module in filter(may_hook, model.modules()):
             drop_inert_hooks(module)
-            enter = module.register_forward_pre_hook(hook(self._enter), with_kwargs=True)
-            leave = module.register_forward_hook(hook(self._leave), with_kwargs=True, always_call=True)
+            enter = module.register_forward_pre_hook(hook(self._enter, self._rest), with_kwargs=True)
+            leave = module.register_forward_hook(hook(self._leave, self._rest), with_kwargs=True, always_call=True)
             self._handles += [enter, leave]
         self._watch()
 
     def arm(self, rows: bool, terms: bool, replays: bool) -> None:
         """Say what the forwards from now on are to be kept for: rows, the number of loss terms, to be run again."""
         self.wants_rows, self.wants_terms, self.wants_replays = rows, terms, replays
-        if self._keeps:
+        self._rest.on = not (rows or terms or replays)  # of most steps: all that hooks do would be for nothing
+        if not self._rest.on:
             self._watch()
-
-    @property
-    def _keeps(self) -> bool:
-        """Whether forwards are kept for anything."""
-        return self.wants_rows or self.wants_terms or self.wants_replays
 
     def _watch(self) -> None:
         """Take note of what the user hangs on tensors from now on."""
@@ -164,8 +160,6 @@ class Capture:
         return self.is_paused or goes_unnoticed() or not torch.is_grad_enabled() or recomputed or transformed
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._keeps:
-            return  # of most steps: all that follows would be for nothing
         if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
             return
         if module is self._root and not _calls_itself(module):
@@ -178,9 +172,7 @@ class Capture:
         self._open.append(OpenCall())
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (self._open and self._keeps):
-            return
-        if self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
+        if not self._open or self.is_paused or torch._C._current_graph_task_id() != -1 or is_recorded():
             return
         ended, listens = self._open.pop(), output is not None and not self._idle  # None: the forward raised
         found = ended.found(module, output) if listens else None

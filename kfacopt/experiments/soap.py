@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kfacopt.linalg.symmetric import eigh
+
 
 class SOAP(Optimizer):
     r"""Adam in a slowly turning eigenbasis (Vyas et al. 2024, algorithm 3).
@@ -99,7 +101,7 @@ class SOAP(Optimizer):
                 for size in gradient.shape
             ]
             self._observe(state, gradient, group)
-            state["bases"] = [None if s is None else torch.linalg.eigh(s)[1].flip(-1) for s in state["statistics"]]
+            state["bases"] = [None if s is None else eigh(s)[1].flip(-1) for s in state["statistics"]]
             if matrix:
                 return
         state["step"] += 1

@@ -285,7 +285,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         with torch.enable_grad():  # a backend of the user's may differentiate
             self.backend.refresh(self._step, settings)
         refreshed = time.perf_counter()
-        expected = [layer for layer in self._layers if layer.name in self._expected]
+        expected = [layer for layer in self._layers if layer.name in self._expected] if self._expected else []
         self._sightings.note(expected, self._agreed.reached, found, self.backend)
         step = Step(
             self._step,
@@ -301,6 +301,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             loss_factor=self._scaling.factor,
             plain=self._plain,
             processes=self._processes,
+            norms=self._agreed.norms if scale == 1.0 else None,
             _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))
@@ -313,8 +314,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     def _write(self, step: Step, updates: Updates) -> None:
         """Move the parameters, and the damping where its rule judges this step."""
-        rule_ = self.damping_rule
-        judged = rule_ is not None and rule_.due(self._step) and self._agreed.replays
+        judged = (rule_ := self.damping_rule) is not None and rule_.due(self._step) and self._agreed.replays
         before = {p: p.clone() for p in step.gradients} if judged else {}
         for group in self.param_groups:
             descend(group, self.state, step.gradients, updates)

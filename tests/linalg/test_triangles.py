@@ -8,7 +8,7 @@ import torch
 from kfacopt.linalg.triangles import pack_triangle, unpack_triangle
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 128, 129, 257])
 @pytest.mark.parametrize("leading", [(), (3,)])
 def test_round_trip(size: int, leading: tuple[int, ...]) -> None:
     half = torch.randn(*leading, size, size, dtype=torch.float64)

@@ -87,6 +87,10 @@ MADE: dict[str, tuple[Any, Options]] = {
         {"backend": lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)},
     ),
     "spectral": (kfacopt.SpectralDescent, {}),
+    "spectral-wide": (
+        kfacopt.SpectralDescent,
+        {"backend": lambda: kfacopt.OneSidedKFACBackend(1, 2, 0.5, widest=3, stagger=False)},
+    ),
     "spectral-both-sides": (
         kfacopt.SpectralDescent,
         {"backend": lambda: kfacopt.KFACBackend(1, 2, 0.5, stagger=False)},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import PlainMatrix
-from kfacopt.linalg.tensors import stacked
+from kfacopt.linalg.tensors import norms
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 
 
@@ -58,7 +58,7 @@ class RescaledGradients(Direction):
         if not stepped:
             return self.direction.updates(step)
         changed = self.rescaled(step, stepped, [step.gradients[p] for p in stepped])
-        seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))})
+        seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))}, norms=None)
         # The image of a direction, where it has one, is what it was told, not the gradient: nobody is to trust it.
         return replace(self.direction.updates(seen), image=None)
 
@@ -70,6 +70,20 @@ class RescaledGradients(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.direction.load_state_dict(state)
+
+
+class _Places:
+    """At which places of one list the members of another are; the answer is kept while both stay the same."""
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
+
+    def of(self, chosen: tuple[int, ...], held: tuple[int, ...], device: torch.device) -> Tensor:
+        """The places of `chosen` in `held`."""
+        if self._known is None or self._known[:2] != (chosen, held) or self._known[2].device != device:
+            places = {member: place for place, member in enumerate(held)}
+            self._known = chosen, held, torch.tensor([places[member] for member in chosen], device=device)
+        return self._known[2]
 
 
 class UnitGradients(RescaledGradients):
@@ -126,35 +140,33 @@ class ClippedGradients(RescaledGradients):
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         self._limit, self._decay = limit, decay
         self._usual = torch.zeros(0)
-        self._chosen: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
+        self._among_held, self._among_gradients = _Places(), _Places()
 
     def __repr__(self) -> str:
         return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
 
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        norms = stacked(torch._foreach_norm(list(gradients))).float()
+        stepped = tuple(map(id, parameters))
+        if step.norms is None:
+            lengths = norms(gradients).float()
+        else:
+            among = self._among_gradients.of(stepped, tuple(map(id, step.gradients)), step.norms.device)
+            lengths = step.norms.index_select(0, among).float()
         held = tuple(id(p) for group in step.groups for p in group["params"])
-        self._usual = self._usual.to(norms)  # a state that was loaded may lie on another device
+        self._usual = self._usual.to(lengths)  # a state that was loaded may lie on another device
         if (missing := len(held) - len(self._usual)) > 0:
-            self._usual = torch.cat([self._usual, norms.new_zeros(missing)])
-        chosen = self._places(held, tuple(map(id, parameters)), norms.device)
+            self._usual = torch.cat([self._usual, lengths.new_zeros(missing)])
+        chosen = self._among_held.of(stepped, held, lengths.device)
         usual = self._usual.index_select(0, chosen)
         known = usual > 0.0  # a parameter that never had a gradient has no usual length yet
-        clipped = torch.where(known, torch.minimum(norms, self._limit * usual), norms)
-        self._usual.index_copy_(0, chosen, torch.where(known, usual.lerp_(clipped, 1.0 - self._decay), norms))
-        factors = torch.where(norms > 0.0, clipped / norms, 1.0)
+        clipped = torch.where(known, torch.minimum(lengths, self._limit * usual), lengths)
+        self._usual.index_copy_(0, chosen, torch.where(known, usual.lerp_(clipped, 1.0 - self._decay), lengths))
+        factors = torch.where(lengths > 0.0, clipped / lengths, 1.0)
         if len({g.dtype for g in gradients}) == 1:
             return torch._foreach_mul(list(gradients), factors.to(gradients[0].dtype).unbind())
         return torch._foreach_mul(
             list(gradients), [f.to(g.dtype) for f, g in zip(factors.unbind(), gradients, strict=True)]
         )
-
-    def _places(self, held: tuple[int, ...], chosen: tuple[int, ...], device: torch.device) -> Tensor:
-        """At which places of one list the members of another are; the answer is kept while both stay the same."""
-        if self._chosen is None or self._chosen[:2] != (held, chosen) or self._chosen[2].device != device:
-            places = {member: place for place, member in enumerate(held)}
-            self._chosen = held, chosen, torch.tensor([places[member] for member in chosen], device=device)
-        return self._chosen[2]
 
     def state_dict(self) -> dict[str, Any]:
         return {"direction": self.direction.state_dict(), "usual_norms": self._usual.clone()}
