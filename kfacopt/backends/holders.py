@@ -72,6 +72,9 @@ class Holders:
 
         Returns:
             The layers that have none, and may have had one.
+
+        Raises:
+            RuntimeError: If some processes alone have a basis that all need: they did not load the same.
         """
         if self._settled or not self.teams.apart:
             return []
@@ -83,6 +86,11 @@ class Holders:
             apart = in_teams(blocks[name], self.teams)
             holders = self.teams.holders(owner) if apart else range(self.teams.size)
             whole = all(name in told[rank] for rank in holders)
+            if not whole and not apart and any(name in of_rank for of_rank in told):
+                lacks = [rank for rank in holders if name not in told[rank]]
+                raise RuntimeError(
+                    f"processes {lacks} have no eigenbasis of {name!r}, and the others do: load the same state in all"
+                )
             if not whole:
                 lacking.append(name)
             is_elsewhere = whole and self.teams.rank not in holders

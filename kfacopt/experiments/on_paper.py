@@ -19,11 +19,12 @@ from kfacopt.backends.holders import Holders
 from kfacopt.backends.ownership import decomposition_cost, message_bytes, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
-from kfacopt.blocks.kronecker import KroneckerBlock, aligned
+from kfacopt.blocks.kronecker import KroneckerBlock
 from kfacopt.blocks.outputs import OutputBlock
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.coverage import find_layers
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
 from kfacopt.replicas import Teams
 from kfacopt.sharding import Processes
@@ -237,7 +238,7 @@ def _cache(block: Block) -> dict[str, Tensor | None]:
     """What a refresh leaves: the inverses, which on paper cannot be computed."""
     if isinstance(block, KroneckerBlock):
         left, right = block.factors()
-        return {"inverse_gradient_factor": left, "inverse_input_factor": aligned(right)}
+        return {"inverse_gradient_factor": left, "inverse_input_factor": alignment.square(right)}
     if isinstance(block, OutputBlock):
         return {"inverse_gradient_factor": block.factor()}
     raise NotImplementedError(
