@@ -201,7 +201,7 @@ class Processes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._group, self._wrapper = None, None
-        self.device, self.replicas = state["device"], state["replicas"]
+        self.device, self.replicas = state["device"], state.get("replicas")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self

@@ -1,6 +1,6 @@
 """Prints, as a table in Markdown, what a step takes in each of many processes: planned on paper, nothing is run.
 
-    scripts/bench processes [--sizes 8 64 512] [--tokens 8192] [--factor-every 40] [--refresh-every 100]
+    scripts/bench processes [--sizes 8 64 512] [--tokens 8192] [--factor-every 40] [--refresh-every 100] [--replicas 1]
 
 The model has the matrices of a transformer of a billion parameters. Received gigabytes and flops are those of one
 process and step, averaged over the intervals; all numbers have four bytes.
@@ -29,25 +29,29 @@ TITLES = (
 )
 
 
-def natural(size: int, tokens: int) -> Plan:
+def natural(size: int, tokens: int, replicas: int | None) -> Plan:
     """KFAC with the natural gradient."""
-    return plan(language_model(), KFACBackend(), tokens, size)
+    return plan(language_model(), KFACBackend(), tokens, size, replicas=replicas)
 
 
-def spectral(size: int, tokens: int) -> Plan:
+def spectral(size: int, tokens: int, replicas: int | None) -> Plan:
     """SpectralDescent."""
-    return plan(language_model(), OneSidedKFACBackend(), tokens, size, Spectral().refusal, spectral=True)
+    own = Spectral().refusal
+    return plan(language_model(), OneSidedKFACBackend(), tokens, size, own, spectral=True, replicas=replicas)
 
 
-OPTIMIZERS: dict[str, Callable[[int, int], Plan]] = {"KFAC, natural gradient": natural, "SpectralDescent": spectral}
+OPTIMIZERS: dict[str, Callable[[int, int, int | None], Plan]] = {
+    "KFAC, natural gradient": natural,
+    "SpectralDescent": spectral,
+}
 
 
-def table(sizes: Sequence[int], tokens: int, factor_every: int, refresh_every: int) -> str:
+def table(sizes: Sequence[int], tokens: int, factor_every: int, refresh_every: int, replicas: int | None = None) -> str:
     """The rows, as Markdown."""
     lines = [TITLES, ("---:", "---", "---", *["---:"] * (len(TITLES) - 3))]
     for size in sizes:
         for name, make in OPTIMIZERS.items():
-            planned = make(size, tokens)
+            planned = make(size, tokens, replicas)
             for engine in ("DDP", "fully_shard"):
                 sharded = engine == "fully_shard"
                 numbers = (
@@ -70,13 +74,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=8192, help="in one process's batch")
     found.add_argument("--factor-every", type=int, default=40, help="steps between two updates of the statistics")
     found.add_argument("--refresh-every", type=int, default=100, help="steps between two refreshes of a layer")
+    found.add_argument("--replicas", type=int, help="how many processes hold each layer's inverse (all)")
     return found
 
 
 def main() -> None:
     """Print the table."""
     options = parser().parse_args()
-    print(table(options.sizes, options.tokens, options.factor_every, options.refresh_every))
+    print(table(options.sizes, options.tokens, options.factor_every, options.refresh_every, options.replicas))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,9 @@ class Holders:
 
         Returns:
             The layers that have none, and may have had one.
+
+        Raises:
+            RuntimeError: If some processes alone have a basis that all need: they did not load the same.
         """
         if self._settled or not self.teams.apart:
             return []
@@ -83,6 +86,11 @@ class Holders:
             apart = in_teams(blocks[name], self.teams)
             holders = self.teams.holders(owner) if apart else range(self.teams.size)
             whole = all(name in told[rank] for rank in holders)
+            if not whole and not apart and any(name in of_rank for of_rank in told):
+                lacks = [rank for rank in holders if name not in told[rank]]
+                raise RuntimeError(
+                    f"processes {lacks} have no eigenbasis of {name!r}, and the others do: load the same state in all"
+                )
             if not whole:
                 lacking.append(name)
             is_elsewhere = whole and self.teams.rank not in holders
@@ -111,29 +119,36 @@ class Holders:
         held = [layer for layer in given if layer.name in self.owner_of]
         kinds = {(la, role): (t.shape, _dtype(given[la].values())) for la in held for role, t in given[la].items()}
         own = {(layer, role): found[layer][role] for layer, role in kinds if layer in found}
-        everywhere = self._from_teams(own, kinds, {key: key[0].name for key in kinds})
+        everywhere = self._from_teams(own, kinds, {key: self.owner_of[key[0].name] for key in kinds})
         brought = {layer: {role: everywhere[layer, role] for role in given[layer]} for layer in held}
         return {layer: brought[layer] if layer in brought else dict(found[layer]) for layer in given}
 
-    def brought_rows(self, layers: Iterable[Layer], found: Mapping[Layer, Tensor], like: Tensor) -> Tensor:
+    def steppers(self, layers: Sequence[Layer]) -> dict[Layer, int]:
+        """By layer, a rank whose team takes its step where that is far more than a solve, of layers of one shape.
+
+        That is its owner; of layers that all can solve for, as they have none, each team's ranks in turn.
+        """
+        count, members = self.teams.size // self.teams.members, self.teams.members
+        free = [layer for layer in layers if layer.name not in self.owner_of]
+        in_turn = {layer: members * (count - 1 - place % count) for place, layer in enumerate(free)}
+        return {la: in_turn[la] if la in in_turn else self.owner_of[la.name] for la in layers}
+
+    def brought_rows(self, steppers: Mapping[Layer, int], found: Mapping[Layer, Tensor], like: Tensor) -> Tensor:
         """`brought`, of matrices that are the rows of one tensor `[b *k o i]`.
 
         Args:
-            layers: One for each row.
-            found: Matrices of those that this process solves for.
+            steppers: By layer, one for each row: whose team found it.
+            found: Matrices of those that this process' team did.
             like: Has the shape, and the dtype in which they are sent.
         """
-        held = [layer for layer in layers if layer.name in self.owner_of]
-        own = {layer: found[layer].to(like.dtype) for layer in held if layer in found}
-        everywhere = self._from_teams(
-            own, dict.fromkeys(held, (like.shape[1:], like.dtype)), {la: la.name for la in held}
-        )
-        return torch.stack([everywhere[layer] if layer in everywhere else found[layer] for layer in layers])
+        own = {layer: matrix.to(like.dtype) for layer, matrix in found.items()}
+        everywhere = self._from_teams(own, dict.fromkeys(steppers, (like.shape[1:], like.dtype)), steppers)
+        return torch.stack([everywhere[layer] for layer in steppers])
 
-    def _from_teams(self, own: Mapping[Any, Tensor], kinds: Mapping[Any, Any], names: Mapping[Any, str]) -> Any:
-        """Tensors of layers that have an owner, by any key: those of the own team are given, all are returned."""
+    def _from_teams(self, own: Mapping[Any, Tensor], kinds: Mapping[Any, Any], owners: Mapping[Any, int]) -> Any:
+        """Tensors by any key, each of a rank's team: those of the own team are given, all are returned."""
         teams = self.teams
-        of_rank = [[k for k in kinds if self.owner_of[names[k]] in teams.holders(r)] for r in range(teams.size)]
+        of_rank = [[key for key in kinds if owners[key] in teams.holders(rank)] for rank in range(teams.size)]
         tensors = [
             [own[k].contiguous() if teams.holds(rank) else _empty(*kinds[k]) for k in keys]
             for rank, keys in enumerate(of_rank)

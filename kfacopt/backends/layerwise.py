@@ -262,15 +262,16 @@ class LayerwiseBackend(CurvatureBackend):
             return super().steepest(layers, matrices, settings, polar)
         if not self._holders.teams.apart:
             return self._steepest(layers, matrices, settings, polar)
-        here = [place for place, layer in enumerate(layers) if self._holders.solves(layer.name)]
+        steppers = self._holders.steppers(layers)
+        here = [place for place, layer in enumerate(layers) if self._holders.teams.holds(steppers[layer])]
         held = [layers[place] for place in here]
         found = self._steepest(held, matrices[here], settings, polar) if held else matrices[:0]
-        return self._holders.brought_rows(layers, dict(zip(held, found.unbind(), strict=True)), matrices)
+        return self._holders.brought_rows(steppers, dict(zip(held, found.unbind(), strict=True)), matrices)
 
     def _steepest(
         self, layers: Sequence[Layer], matrices: Tensor, settings: Mapping[Layer, Settings], polar: PolarFactor
     ) -> Tensor:
-        """`steepest` of layers that this process solves for."""
+        """`steepest` of layers whose cache is here."""
         blocks = [self.blocks[layer.name] for layer in layers]
         kinds = {type(block) for block in blocks}
         kind = kinds.pop() if len(kinds) == 1 else Block

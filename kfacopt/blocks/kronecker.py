@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kfacopt.blocks.base import Block, Renewal
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
-from kfacopt.linalg import kronecker
+from kfacopt.linalg import alignment, kronecker
 from kfacopt.linalg.moved import inverse_error
 from kfacopt.linalg.symmetric import LinAlgError
 from kfacopt.linalg.tensors import tensor_of_rows
@@ -47,7 +46,8 @@ class KroneckerBlock(FactoredBlock):
             inverse_right = kronecker.inverse(right, damping_right, self._exponent)
         except LinAlgError:
             return Renewal(None, 1)
-        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": aligned(inverse_right.value)}
+        aligned = alignment.square(inverse_right.value)
+        cache = {"inverse_gradient_factor": inverse_left.value, "inverse_input_factor": aligned}
         return Renewal(cache, inverse_left.retries + inverse_right.retries)
 
     def unmoved(self, snapshot: Mapping[str, Tensor], damping: float, tolerance: float) -> Renewal | None:
@@ -143,25 +143,9 @@ class KroneckerBlock(FactoredBlock):
 
 
 def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
-    size, padded = matrix.shape[-1], matrix
-    if right.shape[-1] > size:
-        padded = matrix.new_empty(*matrix.shape[:-1], right.shape[-1])  # torch's pad writes all of it twice
-        padded[..., :size], padded[..., size:] = matrix, 0.0
+    size = matrix.shape[-1]
+    padded = alignment.wide(matrix) if right.shape[-1] > size else matrix
     return kronecker.multiply(left, padded, right)[..., :size]
-
-
-def aligned(inverse: Tensor) -> Tensor:
-    """Zero rows and columns up to a multiple of 16.
-
-    With the bias's column a size is odd more often than not, and matrix products of odd sizes run at two thirds of the
-    speed (1000 x 785: 28.9 ms, padded 17.7 ms, alternately measured on two cores). Sixteen float32 fill the widest
-    vector register of a CPU. Below 128 rows the padding is a large part of the matrix (at 17 rows it would nearly
-    quadruple it), and products are short anyway. Both numbers change the speed only.
-    """
-    missing = -inverse.shape[-1] % 16
-    if inverse.ndim == 1 or inverse.shape[-1] < 128 or missing == 0:
-        return inverse
-    return functional.pad(inverse, (0, missing, 0, missing))
 
 
 def _row_norm(factor: Tensor) -> Tensor:

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfacopt.backends import LayerwiseBackend
+from kfacopt.backends.holders import Holders
 from kfacopt.backends.ownership import decomposition_cost, message_bytes, owners_of
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
-from kfacopt.blocks.kronecker import KroneckerBlock, aligned
+from kfacopt.blocks.kronecker import KroneckerBlock
 from kfacopt.blocks.outputs import OutputBlock
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.coverage import find_layers
 from kfacopt.layers.layer import Layer
+from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
+from kfacopt.replicas import Teams
 from kfacopt.sharding import Processes
 
 FLOAT32 = 4
@@ -72,19 +75,23 @@ class Plan:
         size: How many processes there are.
         parameters: Numbers in the model's parameters.
         statistics: Bytes that are summed over the processes when statistics are due.
-        caches: Bytes that each owner sends to all others after a refresh of all layers, by rank.
+        members: How many processes hold the inverses of the same layers (`kfacopt.Sharding`).
+        caches: Bytes that each owner sends to the others of these after a refresh of all layers, by rank.
+        updates: Bytes of the other layers' steps that a process receives in each step, of the one with most.
         momentum: Bytes of the layers' whole momentum, which `fully_shard`'s processes gather in each step.
-        held: Bytes of statistics and caches, with the roots of a spectral step, which every process has.
+        held: Bytes of statistics and caches, with the roots of a spectral step, of the process with most.
         training: Flops of forward and backward.
         rows: Flops of the curvature's own pass and of the products of its rows.
         inverses: Flops of the inverses of all layers, of the owner with most.
-        solve: Flops of a step's direction.
+        solve: Flops of a step's direction, of the process with most.
     """
 
     size: int
     parameters: int
     statistics: int
+    members: int
     caches: tuple[int, ...]
+    updates: int
     momentum: int
     held: int
     training: float
@@ -103,8 +110,9 @@ class Plan:
         """Bytes that a process receives for the curvature, a step, averaged over the intervals."""
         of_passes = self._ring(FLOAT32 * self.parameters) if sharded else 0.0  # our pass fetches parameters once more
         sums = (2 * self._ring(self.statistics) + of_passes) / factor_every
-        received = (sum(self.caches) - min(self.caches)) / refresh_every
-        return sums + received + (self._ring(self.momentum) if sharded else 0.0)
+        teams = [self.caches[first : first + self.members] for first in range(0, self.size, self.members)]
+        received = max(sum(sent) - min(sent) for sent in teams) / refresh_every
+        return sums + received + self.updates + (self._ring(self.momentum) if sharded else 0.0)
 
     def flops(self, factor_every: int, refresh_every: int) -> float:
         """Flops of the busiest process for the curvature, a step, averaged over the intervals."""
@@ -135,6 +143,7 @@ def plan(
     size: int,
     refusal: Callable[[Layer], str | None] = lambda layer: None,
     spectral: bool = False,
+    replicas: int | None = None,
 ) -> Plan:
     """What a step takes.
 
@@ -145,14 +154,18 @@ def plan(
         size: How many processes there are.
         refusal: Of the direction: which layers have no curvature.
         spectral: Whether a step is spectral; else the natural gradient.
+        replicas: How many processes hold each layer's inverse; None: all.
 
     Raises:
+        ValueError: If teams of so many leave some processes over.
         NotImplementedError: For a block whose cache has a size that only its numbers tell.
     """
     parameters = list(model.parameters())
     layers, _ = find_layers(model, parameters, {}, separate=False, refusal=refusal)
     backend.attach(layers)
     processes = OnPaper(size)
+    processes.replicas = replicas
+    teams = Teams.of(processes)
     products = 2.0 * tokens * sum(layer.parameters["weight"].numel() for layer in layers if not _one_hot(layer))
     rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
     reduce_pending(backend.blocks, processes, averaged=True)
@@ -161,23 +174,52 @@ def plan(
         block.load_cache(_cache(block))
     owner_of = owners_of(backend.blocks, processes)
     costs, caches = [0.0] * size, [0] * size
-    for name, block in backend.blocks.items():
-        # A layer without an owner is nobody's to send.
-        if name in owner_of:
-            costs[owner_of[name]] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
-            caches[owner_of[name]] += message_bytes(block)
+    of_teams = [_Share() for _ in range(size // teams.members)]
+    holders = Holders(processes)
+    holders.owner_of = owner_of
+    alike: dict[torch.Size, list[Layer]] = {}
+    for layer in layers:
+        alike.setdefault(layer.shape, []).append(layer)
+    steppers = {la: rank for some in alike.values() for la, rank in holders.steppers(some).items()}
+    for layer in layers:
+        block, owner = backend.blocks[layer.name], owner_of.get(layer.name)
+        cache, root = _bytes_of_cache(block)
+        solve = _counted(lambda la: _direction(backend.blocks[la.name], la, spectral), [layer])
+        # A layer without an owner is nobody's to send, and everybody's to solve, but for a spectral step.
+        if owner is not None:
+            costs[owner] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
+            caches[owner] += message_bytes(block) if teams.members > 1 else 0
+        solver = steppers[layer] if spectral else owner
+        for number, share in enumerate(of_teams):
+            if owner is None or number == owner // teams.members:
+                share.held += cache
+            if solver is None or number == solver // teams.members:
+                share.solve, share.held = share.solve + solve, share.held + (root if spectral else 0)
+            else:
+                share.updates += FLOAT32 * layer.shape.numel()
     return Plan(
         size=size,
         parameters=sum(p.numel() for p in parameters),
         statistics=processes.summed,
+        members=teams.members,
         caches=tuple(caches),
+        updates=max(share.updates for share in of_teams),
         momentum=_gathered({p for layer in layers for p in layer.parameters.values()}, size),
-        held=_held(backend.blocks.values(), spectral),
+        held=_bytes_of_statistics(backend.blocks.values()) + max(share.held for share in of_teams),
         training=6.0 * tokens * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         rows=rows,
         inverses=max(costs),
-        solve=_counted(lambda layer: _direction(backend.blocks[layer.name], layer, spectral), layers),
+        solve=max(share.solve for share in of_teams),
     )
+
+
+@dataclass
+class _Share:
+    """What the processes have that hold the inverses of the same layers."""
+
+    held: int = 0
+    solve: float = 0.0
+    updates: int = 0
 
 
 def _rows(layer: Layer, tokens: int) -> Rows:
@@ -196,7 +238,7 @@ def _cache(block: Block) -> dict[str, Tensor | None]:
     """What a refresh leaves: the inverses, which on paper cannot be computed."""
     if isinstance(block, KroneckerBlock):
         left, right = block.factors()
-        return {"inverse_gradient_factor": left, "inverse_input_factor": aligned(right)}
+        return {"inverse_gradient_factor": left, "inverse_input_factor": alignment.square(right)}
     if isinstance(block, OutputBlock):
         return {"inverse_gradient_factor": block.factor()}
     raise NotImplementedError(
@@ -220,14 +262,15 @@ def _counted(work: Callable[[Layer], None], layers: Iterable[Layer]) -> float:
     return float(counter.get_total_flops())
 
 
-def _held(blocks: Iterable[Block], roots: bool) -> int:
-    result = 0
-    for block in blocks:
-        values, cache = [average.value for average in block.averages().values()], list(block.cache().values())
-        # The root of a number is not kept.
-        rooted = [t for t in cache if roots and t is not None and t.numel() > 1]
-        result += sum(t.nbytes for t in (*values, *cache, *rooted) if t is not None)
-    return result
+def _bytes_of_statistics(blocks: Iterable[Block]) -> int:
+    values = [average.value for block in blocks for average in block.averages().values()]
+    return sum(t.nbytes for t in values if t is not None)
+
+
+def _bytes_of_cache(block: Block) -> tuple[int, int]:
+    """Of the inverses, and of the roots that a spectral step makes of them; that of a number is not kept."""
+    cache = [t for t in block.cache().values() if t is not None]
+    return sum(t.nbytes for t in cache), sum(t.nbytes for t in cache if t.numel() > 1)
 
 
 def _gathered(parameters: Iterable[nn.Parameter], size: int) -> int:

@@ -63,24 +63,25 @@ class Use:
         """The shape of what the operation returned."""
         return shape_of(GradientEdge(self.node, 0))
 
-    def found(self, parameter: Tensor, data: int) -> Found | None:
+    def found(self, parameter: Tensor, data: int, transposed: bool = False) -> Found | None:
         """Which rows the parameter has here; None: that cannot be told.
 
         Args:
             parameter: What the factor is computed from.
             data: How many the call was of.
+            transposed: Whether it is a matrix `[i o]`.
         """
         if self.node.name() in ("BmmBackward0", "BaddbmmBackward0"):
             return None
         convolves = self.node.name() == "ConvolutionBackward0"
-        rows_to = self._map(parameter, turned=not convolves)
+        rows_to = self._map(parameter, not convolves, transposed)
         if rows_to is None:
             return None
         return self._of_convolution(rows_to) if convolves else self._of_product(rows_to, data)
 
-    def _map(self, parameter: Tensor, turned: bool) -> Map | None:
+    def _map(self, parameter: Tensor, turned: bool, transposed: bool) -> Map | None:
         if not self.is_bias:
-            return map_to(self.factor, parameter, turned)
+            return map_to(self.factor, parameter, turned, transposed)
         scales = scales_to(self.factor, parameter)
         return None if scales is None else Map(gradients=scales)
 
@@ -258,18 +259,22 @@ class FoundMatrixHandler(_FoundHandler):
     Args:
         path: Where the module holds it.
         groups: Of the convolution.
+        transposed: Whether it is a matrix `[i o]`.
     """
 
-    def __init__(self, path: str, groups: int) -> None:
-        self._path, self._groups = path, groups
+    def __init__(self, path: str, groups: int, transposed: bool = False) -> None:
+        self._path, self._groups, self.transposed = path, groups, transposed
 
     def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
         weight, groups = parts["weight"], self._groups
+        if self.transposed:
+            return weight.mT
         matrix = weight.reshape(groups, len(weight) // groups, weight[0].numel())
         return matrix if groups > 1 else matrix.squeeze(0)
 
     def unpack(self, module: nn.Module, matrix: Tensor, roles: tuple[str, ...]) -> dict[str, Tensor]:
-        return {"weight": matrix.reshape(module.get_parameter(self._path).shape)}
+        shape = module.get_parameter(self._path).shape
+        return {"weight": matrix.mT if self.transposed else matrix.reshape(shape)}
 
 
 class FoundScaleHandler(_FoundHandler):

@@ -88,7 +88,8 @@ class OwnForwardHandler(CompoundHandler):
                 handler: LayerHandler = FoundMatrixHandler(path, groups)
                 what = "bias"
             elif not is_vector(parameter) and (groups == 1 or len(parameter) == module.out_channels):
-                handler, what = FoundMatrixHandler(path, groups), "by the products that its forward makes with it"
+                handler = FoundMatrixHandler(path, groups, _is_transposed(module, parameter))
+                what = "by the products that its forward makes with it"
                 held = "what is subtracted, divided by or masked"
             elif parameter.ndim and groups == 1:
                 handler, what = FoundScaleHandler(path), "by the products that its forward makes scaled by it"
@@ -115,10 +116,20 @@ class OwnForwardHandler(CompoundHandler):
         data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
         calls = {}
         for key, uses in uses_of(call, wanted.keys()).items():
-            parameter = module.get_parameter(wanted[key].name)
+            parameter, handler = module.get_parameter(wanted[key].name), wanted[key].handler
+            transposed = isinstance(handler, FoundMatrixHandler) and handler.transposed
             with torch.autocast(parameter.device.type, enabled=False):
-                found = [use.found(parameter, data) for use in uses]
+                found = [use.found(parameter, data, transposed) for use in uses]
             known = [one for one in found if one is not None]
             if len(known) == len(found) and required_shape(known) is not None:
                 calls[wanted[key].name] = part_call(known)
         return calls
+
+
+def _is_transposed(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a matrix is `[i o]`, by the module's sizes; where they do not tell, it is not."""
+    if not isinstance(module, nn.Linear) or parameter.ndim != 2:
+        return False
+    rows, columns = parameter.shape
+    plain = columns == module.in_features or rows == module.out_features
+    return not plain and (rows == module.in_features or columns == module.out_features)

@@ -107,6 +107,16 @@ def shape_of(edge: GradientEdge) -> torch.Size:
     return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
+def _turns(edge: GradientEdge, leaf: Tensor) -> int | None:
+    """How often a leaf was transposed to be the tensor at a place of the graph; None: that is something else."""
+    node: Any = edge.node
+    turns = 0
+    while node is not None and node.name() in ("TBackward0", "ToCopyBackward0"):
+        turns += node.name() == "TBackward0"
+        node = node.next_functions[0][0]
+    return turns if node is not None and is_leaf(node) and node.variable is leaf else None
+
+
 def is_vector(leaf: Tensor) -> bool:
     """Whether all axes but one are of size one.
 
@@ -117,13 +127,14 @@ def is_vector(leaf: Tensor) -> bool:
 
 
 @torch.no_grad()
-def map_to(edge: GradientEdge, leaf: Tensor, turned: bool) -> Map | None:
+def map_to(edge: GradientEdge, leaf: Tensor, turned: bool, transposed: bool = False) -> Map | None:
     """The map to rows of a parameter from those of a weight that was computed from it; None: it is not one of these.
 
     Args:
         edge: The weight in the graph, as a matrix or with more axes behind the first.
         leaf: The parameter, with rows `g aᵀ`, or, if it is a vector, entry by entry.
         turned: Whether the graph has the weight as `[i o]`.
+        transposed: Whether the parameter is to be taken as its transpose.
 
     >>> a, b = torch.ones(2, 5, requires_grad=True), torch.ones(3, 2, requires_grad=True)
     >>> weight = torch.ones(3, 5) + b @ a
@@ -131,19 +142,21 @@ def map_to(edge: GradientEdge, leaf: Tensor, turned: bool) -> Map | None:
     >>> found.of_inputs(torch.ones(1, 5)), found.of_gradients(torch.ones(1, 3)).shape
     (tensor([[5., 5.]]), torch.Size([1, 3]))
     """
-    if edge.node is None or is_leaf(edge.node):
-        return Map()
+    turns = _turns(edge, leaf)
+    if turns is not None and leaf.ndim > 1:
+        return Map() if (turned + turns + transposed) % 2 == 0 else None
     shape, like = shape_of(edge), leaf.detach()
     dtype = edge.node._input_metadata[edge.output_nr].dtype
     size = torch.Size((shape[0], shape[1:].numel())) if len(shape) > 1 else torch.Size((1, shape.numel()))
     size = torch.Size(reversed(size)) if turned else size
 
     own = torch.Size((leaf.numel(),)) if is_vector(leaf) else like.flatten(1).shape
+    own = own[::-1] if transposed else own
 
     def pull(gradient: Tensor) -> Tensor:
         given = (gradient.mT if turned else gradient).reshape(shape).to(dtype)
         arrived = _pulled(edge, given, leaf)
-        return arrived.reshape(own).to(gradient.dtype)
+        return (arrived.mT if transposed and len(own) > 1 else arrived.reshape(own)).to(gradient.dtype)
 
     tolerance = _tolerance(dtype)
     precise = like.new_empty(0, dtype=torch.promote_types(dtype, torch.float32))

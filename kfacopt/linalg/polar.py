@@ -70,7 +70,7 @@ class NewtonSchulz:
         tall = matrix.shape[-2] > matrix.shape[-1]
         wide = matrix.mT if tall else matrix
         # Brought to size one first: the Gram matrix of a tiny or huge one would leave the range of its dtype.
-        largest = torch.linalg.vector_norm(wide, math.inf, (-2, -1), keepdim=True)
+        largest = wide.abs().amax((-2, -1), keepdim=True)  # vector_norm takes ten times as long for it
         wide = wide / largest.clamp_min_(torch.finfo(largest.dtype).tiny)
         if wide.shape[-2] == 1:
             row: Tensor = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min_(0.5)

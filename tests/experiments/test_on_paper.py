@@ -43,10 +43,10 @@ def refusal_of(name: str) -> Callable[[Layer], str | None]:
     return Spectral().refusal if name == "one-sided" else lambda layer: None
 
 
-def planned(name: str, size: int = 2) -> Plan:
+def planned(name: str, size: int = 2, replicas: int | None = None) -> Plan:
     with torch.device("meta"):
         model = network()
-    return plan(model, BACKENDS[name](), DATA, size, refusal_of(name), spectral=name == "one-sided")
+    return plan(model, BACKENDS[name](), DATA, size, refusal_of(name), name == "one-sided", replicas)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def received() -> Iterator[Counter[str]]:
     """Bytes of numbers in float32 that pass through each collective; agreements are in float64 or not of numbers."""
     counts: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_reduce", "broadcast", "all_gather_single"):
+        for name in ("all_reduce", "broadcast", "all_gather_single", "all_to_all_single"):
             patch.setattr(distributed, name, partial(_noting, getattr(distributed, name), name, counts))
         yield counts
 
@@ -65,7 +65,7 @@ def _noting(real: Any, name: str, counts: Counter[str], tensor: Tensor, *others:
     return real(tensor, *others, **options)
 
 
-def sends_what_is_planned(name: str, sharded: bool) -> None:
+def sends_what_is_planned(name: str, sharded: bool, replicas: int | None = None) -> None:
     model: Any = network()
     if sharded:
         for part in model:
@@ -76,13 +76,14 @@ def sends_what_is_planned(name: str, sharded: bool) -> None:
         model = DistributedDataParallel(model)
     direction = Spectral() if name == "one-sided" else None
     options: dict[str, Any] = {"direction": direction} if direction is not None else {"kl_clip": 0.03}
-    made = kfacopt.KFAC(model, nn.MSELoss(), backend=BACKENDS[name](), **options)
+    sharding = kfacopt.Sharding(replicas=replicas)
+    made = kfacopt.KFAC(model, nn.MSELoss(), backend=BACKENDS[name](), sharding=sharding, **options)
     torch.manual_seed(distributed.get_rank())
     nn.functional.mse_loss(model(torch.randint(9, (DATA,))), torch.randn(DATA, 1)).backward()
     with received() as counts:
         made.step()
-    expected = planned(name)
-    assert min(expected.caches) > 0
+    expected = planned(name, replicas=replicas)
+    assert (min(expected.caches) > 0) == (replicas is None)
     assert counts["all_reduce"] == expected.statistics
     assert counts["broadcast"] == sum(expected.caches)
     assert counts["all_gather_single"] == (expected.momentum if sharded else 0)
@@ -90,13 +91,17 @@ def sends_what_is_planned(name: str, sharded: bool) -> None:
     for block in made.backend.blocks.values():  # type: ignore[attr-defined]
         held += [average.value for average in block.averages().values()]
         held += [*block.cache().values(), block._root if isinstance(block, OutputBlock) else None]
-    assert sum(t.nbytes for t in held if t is not None) == expected.held
+    own = [counts["all_to_all_single"], sum(t.nbytes for t in held if t is not None)]
+    of_all: list[Any] = [None, None]
+    distributed.all_gather_object(of_all, own)
+    assert list(map(max, zip(*of_all, strict=True))) == [expected.updates, expected.held]
 
 
 CHECKS = {
-    f"{name}, {engine}": partial(sends_what_is_planned, name, engine == "fully_shard")
+    f"{name}, {engine}, {replicas or 'all'}": partial(sends_what_is_planned, name, engine == "fully_shard", replicas)
     for name in BACKENDS
     for engine in ("ddp", "fully_shard")
+    for replicas in (None, 1)
 }
 
 
@@ -134,8 +139,15 @@ def test_the_work_is_divided() -> None:
     assert plans[0].inverses >= 6 * longest
     assert plans[0].inverses / 2 <= plans[1].inverses < 0.51 * plans[0].inverses
     assert [one.inverses for one in plans[2:]] == [2 * longest, longest]
-    assert len({one.solve for one in plans}) == len({sum(one.caches) for one in plans}) == 1
+    assert len({one.solve for one in plans}) == len({sum(one.caches) for one in plans[1:]}) == 1
     assert [one.traffic(1, 1, sharded=False) > 0 for one in plans] == [False, True, True, True]
+    apart = [plan(small(), KFACBackend(), 32, size, replicas=1) for size in (1, 2, 4)]
+    assert all(1.0 <= size * one.solve / plans[0].solve < 1.3 for size, one in zip((1, 2, 4), apart, strict=True))
+    assert plans[0].held == apart[0].held > apart[1].held > apart[2].held > plans[0].held / 2
+    assert [sum(one.caches) for one in apart] == [0, 0, 0]
+    in_pairs = plan(small(), KFACBackend(), 32, 4, replicas=2)
+    assert apart[1].updates <= in_pairs.updates < apart[2].updates
+    assert apart[2].held < in_pairs.held
 
 
 def test_a_cache_of_unknown_size_is_refused() -> None:

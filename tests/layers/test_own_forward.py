@@ -34,6 +34,14 @@ class Lora(nn.Module):
         return weight + 0.5 * (self.b @ self.dropout(self.a)).view_as(weight)
 
 
+class TurnedLora(Lora):
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__(inputs, outputs)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).mT
+
+
 class Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -75,6 +83,17 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias) + 0.3 * (x @ self.a.T @ self.b.T)
+
+
+class Turned(nn.Linear):
+    """An adapter whose matrices are held `[i o]`, one of them scaled."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(inputs, rank)), nn.Parameter(torch.randn(rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias) + x @ self.a @ (0.3 * self.b)
 
 
 class Dora(nn.Linear):
@@ -157,6 +176,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lora, rank one": (lambda: with_weight(linear(), Lora(3, 4, 1)), (4,)),
     "lora by a convolution": (lambda: with_weight(nn.Conv2d(4, 6, 2, padding=1), Lora(6, 16)), (4, 3, 3)),
     "lora by hand": (lambda: LoraLinear(4, 3), (2, 4)),
+    "lora, turned": (lambda: Turned(5, 3), (2, 5)),
+    "lora, turned by a parametrization": (lambda: with_weight(nn.Linear(5, 3), TurnedLora(3, 5)), (2, 5)),
     "dora": (lambda: Dora(4, 3), (4,)),
     "straight-through": (lambda: with_weight(linear(), StraightThrough()), (4,)),
     "straight-through by a convolution": (lambda: with_weight(nn.Conv2d(4, 6, 2, groups=2), Detached()), (4, 3, 3)),
@@ -199,7 +220,7 @@ def gradients(outputs: Tensor, parameter: Tensor) -> Tensor:
     return torch.stack(each)
 
 
-EXACT = ("lora", "lora by hand", "dora", "straight-through", "equalized", "scaled inputs", "a part")
+EXACT = ("lora", "lora, turned", "lora by hand", "dora", "straight-through", "equalized", "scaled inputs", "a part")
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -216,7 +237,9 @@ def test_of_one_place_the_block_is_the_ggn(kind: str) -> None:
     for name, parameter in layer.named_parameters():
         if not parameter.requires_grad:
             continue
-        jacobian = gradients(model(x), parameter)
+        own = next(held for held in optimizer._layers if held.name == f"0.{name}")
+        rows = gradients(model(x), parameter).unflatten(1, parameter.shape)
+        jacobian = torch.stack([own.pack({"weight": row}).flatten() for row in rows])
         truth = jacobian.T @ hessian @ jacobian
         block = optimizer.backend.blocks[f"0.{name}"]
         if hasattr(block, "factors"):
@@ -302,6 +325,8 @@ OTHER_USES: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
     "a power": lambda layer, x: functional.linear(x, layer.weight.matrix_exp()),
     "of the data": lambda layer, x: functional.linear(x, x[:3] @ layer.weight),
     "elementwise": lambda layer, x: x * layer.weight.sum(0),
+    "square, from the right": lambda layer, x: x @ layer.weight,
+    "square, from the right, scaled": lambda layer, x: x @ (2 * layer.weight),
 }
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kfacopt.linalg.partial_basis import Coefficients, apply, whole_sides
 
-OUTPUTS, INPUTS = 6, 5
+SMALL = [(6, 5, left, right) for left in (1, 3, 6) for right in (1, 2, 5)]
+PADDED = [(136, 131, left, right) for left in (130, 136) for right in (3, 131)]
+"""Sizes of which products are taken at a width of their own (`kfacopt.linalg.alignment`)."""
 
 
 def orthonormal(size: int, kept: int) -> tuple[Tensor, Tensor]:
@@ -17,21 +19,20 @@ def orthonormal(size: int, kept: int) -> tuple[Tensor, Tensor]:
     return basis[:, :kept], basis[:, kept:]
 
 
-@pytest.mark.parametrize("left_kept", [1, 3, OUTPUTS])
-@pytest.mark.parametrize("right_kept", [1, 2, INPUTS])
-def test_the_operator_is_what_it_says(left_kept: int, right_kept: int) -> None:
-    left, left_rest = orthonormal(OUTPUTS, left_kept)
-    right, right_rest = orthonormal(INPUTS, right_kept)
+@pytest.mark.parametrize(("outputs", "inputs", "left_kept", "right_kept"), SMALL + PADDED)
+def test_the_operator_is_what_it_says(outputs: int, inputs: int, left_kept: int, right_kept: int) -> None:
+    left, left_rest = orthonormal(outputs, left_kept)
+    right, right_rest = orthonormal(inputs, right_kept)
     values = [
         torch.rand(shape, dtype=torch.float64) for shape in ((left_kept, right_kept), (left_kept,), (right_kept,), ())
     ]
     at = Coefficients(*values)
-    table = torch.empty(OUTPUTS, INPUTS, dtype=torch.float64)
+    table = torch.empty(outputs, inputs, dtype=torch.float64)
     table[:left_kept, :right_kept] = at.both
     table[:left_kept, right_kept:] = at.left[:, None]
     table[left_kept:, :right_kept] = at.right
     table[left_kept:, right_kept:] = at.neither
-    matrix = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64)
+    matrix = torch.randn(outputs, inputs, dtype=torch.float64)
     kept = matrix.clone()
     whole_left, whole_right = torch.cat([left, left_rest], 1), torch.cat([right, right_rest], 1)
     expected = whole_left @ (table * (whole_left.mT @ matrix @ whole_right)) @ whole_right.mT

@@ -87,6 +87,10 @@ MADE: dict[str, tuple[Any, Options]] = {
         {"backend": lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)},
     ),
     "spectral": (kfacopt.SpectralDescent, {}),
+    "spectral-wide": (
+        kfacopt.SpectralDescent,
+        {"backend": lambda: kfacopt.OneSidedKFACBackend(1, 2, 0.5, widest=3, stagger=False)},
+    ),
     "spectral-both-sides": (
         kfacopt.SpectralDescent,
         {"backend": lambda: kfacopt.KFACBackend(1, 2, 0.5, stagger=False)},
@@ -279,6 +283,27 @@ def a_failing_owner_ends_all() -> None:
         made.step()
 
 
+def a_basis_that_some_lack_is_refused() -> None:
+    net = make_net()
+    model = DistributedDataParallel(net)
+    made = made_by("ekfac", OWNER)(model)
+    for step, batch in enumerate(make_batches(2)):
+        made.zero_grad()
+        plain(CE())(model, share(batch))
+        if step == 0:
+            made.step()
+    assert isinstance(made, kfacopt.SecondOrderOptimizer)
+    state = made.state_dict()
+    if distributed.get_rank() == 1:
+        cache = state["curvature"]["backend"]["blocks"]["head"]["cache"]
+        cache |= dict.fromkeys(cache)
+    made.load_state_dict(state)
+    made.zero_grad()
+    plain(CE())(model, share(make_batches(1)[0]))
+    with pytest.raises(RuntimeError, match=r"processes \[1\] have no eigenbasis of 'head'"):
+        made.step()
+
+
 def what_cannot_be_is_refused() -> None:
     model = DistributedDataParallel(make_net())
     with pytest.raises(TypeError, match=r"sharding must be a kfacopt.Sharding, got 1"):
@@ -349,6 +374,7 @@ TWO: Mapping[str, Callable[[], None]] = {
             words_equal_one_process,
             a_consolidated_state_goes_to_any_number_of_holders,
             a_refused_state_changes_nothing,
+            a_basis_that_some_lack_is_refused,
             frozen_layers_come_back,
             a_copy_goes_on,
             *TOGETHER,
