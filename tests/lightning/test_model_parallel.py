@@ -108,7 +108,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_together(CHECKS, seconds=60.0)
+    return run_together(CHECKS, seconds=200.0)
 
 
 @pytest.mark.parametrize("name", CHECKS)

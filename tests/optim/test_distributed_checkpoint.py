@@ -228,12 +228,12 @@ CHECKS: Checks = {
 
 @pytest.fixture(scope="module")
 def resumed() -> Found:
-    return run_together(RESUMED, seconds=60.0)
+    return run_together(RESUMED, seconds=200.0)
 
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_together(CHECKS, seconds=60.0)
+    return run_together(CHECKS, seconds=200.0)
 
 
 @pytest.mark.parametrize("name", RESUMED)

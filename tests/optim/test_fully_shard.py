@@ -49,7 +49,7 @@ from tests.optim.test_processes import (
 from tests.processes import Found, alone, run_together
 
 Shard_ = Callable[[Any], nn.Module]
-SECONDS = 100.0
+SECONDS = 300.0
 
 
 def root_only(net: nn.Module) -> nn.Module:

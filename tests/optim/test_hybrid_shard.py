@@ -104,7 +104,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_together(CHECKS, world=4, seconds=60.0)
+    return run_together(CHECKS, world=4, seconds=200.0)
 
 
 @pytest.mark.parametrize("name", CHECKS)

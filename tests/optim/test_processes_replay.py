@@ -178,7 +178,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    return run_together(CHECKS, seconds=100.0)
+    return run_together(CHECKS, seconds=300.0)
 
 
 @pytest.mark.parametrize("name", CHECKS)
