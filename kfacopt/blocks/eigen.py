@@ -268,12 +268,12 @@ class CorrectedEigenBlock(EigenBlock):
 def _times_by_rows(
     matrix: Tensor, basis: Tensor | None, values: Callable[[slice], Tensor], to: bool, back: bool
 ) -> Tensor:
-    """`(matrix Q ∘ values) Qᵀ`, `[m d]`, for a basis Q `[d d]`, None for the identity: rows do not mix.
+    """`(matrix Q ∘ values) Qᵀ`, `[*b m d]`, for a basis Q `[d d]`, None for the identity: rows do not mix.
 
     In pieces, so that of a vocabulary's rows nothing else is held, and what is held is in the cache.
 
     Args:
-        matrix: `[m d]`.
+        matrix: `[*b m d]`.
         basis: Q.
         values: Of some rows, `[m' d]`, to multiply their coordinates by.
         to: Whether to multiply by Q first; if not, `matrix` holds coordinates.
@@ -285,12 +285,15 @@ def _times_by_rows(
         # instead of 6.1 for 50,000 rows), with many as long.
         into, onto = basis.mT.contiguous().mT, basis.contiguous().mT
     # Five of them at a time, so a quarter of what is fast for one.
-    for some in chunks_of_data(len(matrix), matrix.shape[-1], at_once(matrix.device) // 4):
-        coordinates = matrix[some] @ into if basis is not None and to else matrix[some]
+    length, width = matrix.shape[-2], matrix.shape[:-2].numel() * matrix.shape[-1]
+    for some in chunks_of_data(length, width, at_once(matrix.device) // 4):
+        place, coordinates = result[..., some, :], matrix[..., some, :]
+        if basis is not None and to:
+            coordinates = coordinates @ into
         if basis is not None and back:
-            torch.mm(coordinates * values(some), onto, out=result[some])
+            torch.matmul(coordinates * values(some), onto, out=place)
         else:
-            torch.mul(coordinates, values(some), out=result[some])
+            torch.mul(coordinates, values(some), out=place)
     return result
 
 
