@@ -24,8 +24,8 @@ class SpectralDescent(SecondOrderOptimizer):
     Preconditioned spectral descent (Carlson et al. 2015) with the root L of K-FAC's damped inverse factor of the
     gradients. Where K-FAC's step is as long as the curvature says, and its noise with it, all directions of a layer's
     step are of one size here, and so are the layers' steps: there is nothing to clip, and `lr` means the same for every
-    task. Let it go to zero over the run (any of torch's schedulers; `kfacopt.schedules.to_zero`); where it is to stay, 0.02
-    is better than the default (on seven of eight tasks, by a sixth on average).
+    task. Let it go to zero over the run (any of torch's schedulers; `kfacopt.schedules.to_zero`); where it is to stay,
+    0.02 is better than the default (on seven of eight tasks, by a sixth on average).
 
     K-FAC's other factor, A, is left out on purpose: its small eigenvalues are inputs that hardly ever vary, where a
     step in its metric goes furthest and tells least (`backend=KFACBackend(exponent=0.5)` has both).
