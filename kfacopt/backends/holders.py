@@ -43,17 +43,22 @@ class Holders:
         """The ranks that hold the same."""
         return Teams.of(self.processes)
 
+    @property
+    def apart(self) -> bool:
+        """`Teams.apart`, asked of every layer in every step: mostly nobody wanted teams."""
+        return self.processes.replicas is not None and self.teams.apart
+
     def ready(self, name: str, here: bool) -> bool:
         """Whether there is a cache of a layer, here or elsewhere."""
         return here or name in self.elsewhere
 
     def solves(self, name: str) -> bool:
         """Whether this process solves for a layer."""
-        return name not in self.owner_of or self.teams.holds(self.owner_of[name])
+        return not self.apart or name not in self.owner_of or self.teams.holds(self.owner_of[name])
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give each of these blocks an owner."""
-        known = self.owner_of if self.teams.apart else {}
+        known = self.owner_of if self.apart else {}
         self.owner_of = owners_of(blocks, self.processes, known)
 
     def forget(self, kept: Collection[str]) -> None:
@@ -76,7 +81,7 @@ class Holders:
         Raises:
             RuntimeError: If some processes alone have a basis that all need: they did not load the same.
         """
-        if self._settled or not self.teams.apart:
+        if self._settled or not self.apart:
             return []
         self._settled = True
         self.assign({name: block for name, block in blocks.items() if block.estimated})
@@ -114,7 +119,7 @@ class Holders:
             found: By layer and role, of those that this process solves for.
             given: Of all, tensors that are shaped alike.
         """
-        if not self.teams.apart:
+        if not self.apart:
             return {layer: dict(found[layer]) for layer in given}
         held = [layer for layer in given if layer.name in self.owner_of]
         kinds = {(la, role): (t.shape, _dtype(given[la].values())) for la in held for role, t in given[la].items()}
@@ -164,7 +169,7 @@ class Holders:
             blocks: By layer name.
             to: Which rank gets them, the others nothing; None: all.
         """
-        if not self.teams.apart:
+        if not self.apart:
             return {}
         mine = [n for n, r in self.owner_of.items() if r == self.processes.rank and in_teams(blocks[n], self.teams)]
         kinds = self.processes.gathered({name: kinds_of(blocks[name]) for name in mine if blocks[name].ready})

@@ -260,7 +260,7 @@ class LayerwiseBackend(CurvatureBackend):
         own = type(self)
         if own.whiten is not LayerwiseBackend.whiten or own.unwhiten is not LayerwiseBackend.unwhiten:
             return super().steepest(layers, matrices, settings, polar)
-        if not self._holders.teams.apart:
+        if not self._holders.apart:
             return self._steepest(layers, matrices, settings, polar)
         steppers = self._holders.steppers(layers)
         here = [place for place, layer in enumerate(layers) if self._holders.teams.holds(steppers[layer])]
@@ -363,7 +363,7 @@ class LayerwiseBackend(CurvatureBackend):
         self._dormant = {key: kept for key, kept in waiting.items() if not without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
-        if not self._holders.teams.apart:  # else it takes all to know what there is
+        if not self._holders.apart:  # else it takes all to know what there is
             self._refreshes.forget([name for name, block in self.blocks.items() if not block.ready])
         for schedule, timed in zip(self._schedules(), state["schedules"], strict=True):
             if isinstance(schedule, MaxOverhead) and timed is not None:
@@ -373,7 +373,7 @@ class LayerwiseBackend(CurvatureBackend):
 
     def _take_launched(self, launched: Mapping[str, Any]) -> None:
         """Launch what was under way, where blocks were loaded."""
-        apart, self._fetched = self._holders.teams.apart, {}
+        apart, self._fetched = self._holders.apart, {}
         estimated = {name: block for name, block in self.blocks.items() if block.estimated}
         able = set(estimated) if apart else {name for name, block in estimated.items() if block.ready}
         self._holders.forget(())

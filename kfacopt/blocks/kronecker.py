@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Block, Renewal
@@ -13,7 +12,7 @@ from kfacopt.blocks.sides import Diagonals
 from kfacopt.linalg import alignment, kronecker
 from kfacopt.linalg.moved import inverse_error
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import tensor_of_rows
+from kfacopt.linalg.tensors import held_as_rows
 
 
 class KroneckerBlock(FactoredBlock):
@@ -71,12 +70,10 @@ class KroneckerBlock(FactoredBlock):
         lefts, rights = zip(*(block._cached() for block in held), strict=True)
         if len(held) == 1:
             return _solved(lefts[0], rights[0], matrices[0]).unsqueeze(0)
-        left, right = tensor_of_rows(lefts), tensor_of_rows(rights)
-        if left is None or right is None:
-            # The blocks hold views of it from now on, so that it is made once a refresh.
-            left, right = torch.stack(lefts), torch.stack(rights)
-            for block, inverses in zip(held, zip(left.unbind(), right.unbind(), strict=True), strict=True):
-                block._inverses = inverses
+        # The blocks hold views of it from now on, so that it is made once a refresh.
+        (left, on_left), (right, on_right) = held_as_rows(lefts), held_as_rows(rights)
+        for block, inverses in zip(held, zip(on_left, on_right, strict=True), strict=True):
+            block._inverses = inverses
         return _solved(left, right, matrices)
 
     def _cached(self) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Block, Renewal, gradient_covariance
@@ -15,7 +14,7 @@ from kfacopt.linalg import kronecker
 from kfacopt.linalg.moved import inverse_error
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
-from kfacopt.linalg.tensors import tensor_of_rows
+from kfacopt.linalg.tensors import held_as_rows
 
 
 class OutputBlock(Block):
@@ -164,11 +163,9 @@ class OutputBlock(Block):
 
 def _together(blocks: Sequence[OutputBlock], name: str) -> Tensor:
     """A tensor of each block as one `[b ..]`; the blocks hold views of it then, so that it is made once a refresh."""
-    tensors = [getattr(block, name) for block in blocks]
-    if (whole := tensor_of_rows(tensors)) is None:
-        whole = torch.stack(tensors)
-        for block, view in zip(blocks, whole.unbind(), strict=True):
-            setattr(block, name, view)
+    whole, views = held_as_rows([getattr(block, name) for block in blocks])
+    for block, view in zip(blocks, views, strict=True):
+        setattr(block, name, view)
     return whole
 
 

@@ -70,7 +70,7 @@ class _Uncompiled(Hook):
     def __call__(self, *args: Any) -> None:
         if torch.compiler.is_compiling():
             _Uncompiled.in_between(self, *args)
-        elif not self._rest.on:
+        else:
             super().__call__(*args)
 
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, saves_elsewhere
 from kfacopt.layers.registry import RefusedHandler
 
 _WHATS = ("queries", "keys", "values")
@@ -71,8 +71,7 @@ class MultiheadAttentionHandler(CompoundHandler):
 
     def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
         assert isinstance(module, nn.MultiheadAttention)
-        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saves_elsewhere():
             return {}
         found: dict[str, list[Projection]] = {}
         for product in projection_edges(module, call.output[0], call.above):

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from kfacopt.fsdp import is_sharded
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.registry import RefusedHandler
+from kfacopt.likelihoods.estimator import tensors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,21 @@ class ModuleCall:
     kwargs: Mapping[str, Any]
     output: Any
     above: Collection[Node] = ()
+
+    @property
+    def data(self) -> int:
+        """How many the call was of: the length of the first tensor."""
+        return next((len(x) for x in tensors_of((self.inputs, self.kwargs)) if x.ndim), 1)
+
+
+def saves_elsewhere() -> bool:
+    """Whether what the graph saves is kept by somebody's hooks: to read it now would run a checkpoint's forward again,
+    in the middle of it.
+
+    >>> saves_elsewhere()
+    False
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @dataclass(frozen=True, eq=False)

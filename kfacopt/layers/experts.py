@@ -7,49 +7,29 @@ apart, of every number that is multiplied by the graph tells which of the parame
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
-from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.compound import ModuleCall, Part, PartCall
-from kfacopt.layers.found import Use, uses_of
+from kfacopt.layers.found import DATA, Found, FoundHandler, Use, part_call, uses_of
 from kfacopt.layers.pullback import origins
-from kfacopt.likelihoods import KFACType
 from kfacopt.linalg.tensors import as_statistic
 
 
-class ExpertHandler(LayerHandler):
+class ExpertHandler(FoundHandler):
     """One matrix of a stack `[e o i]`, or `[e i o]`; each product with a vector is a datum of its own.
 
     Args:
         transposed: Whether it is held `[i o]`.
     """
 
-    parameter_names = ("weight",)
     batched = True
+    axis = DATA
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
-
-    @torch.no_grad()
-    def input_rows(
-        self,
-        module: nn.Module,
-        inputs: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        roles: tuple[str, ...],
-        approx: KFACType,
-    ) -> Tensor:
-        (shares,) = inputs
-        return torch.cat([share.inputs() for share in shares]).unsqueeze(1)
-
-    def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:
-        return gradient
 
     def pack(self, module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
         matrix = parts["weight"].squeeze(-3)
@@ -89,12 +69,11 @@ def calls_of_stacks(call: ModuleCall, stacks: Mapping[Tensor, Sequence[Part]]) -
         for number, part in enumerate(parts):
             own = [shares[number] for shares in known if number in shares]
             if own:
-                calls[part.name] = _part_call(own, part.handler.pack(nn.Identity(), {"weight": parameter[:1]}).shape[0])
+                calls[part.name] = part_call(own, DATA)
     return calls
 
 
-@dataclass(frozen=True, eq=False)
-class _Share:
+def _share(use: Use, batches: Tensor, rows: Tensor, columns: Tensor) -> Found:
     """One matrix's share of a product of batches `[b m i]` with matrices `[b i o]`.
 
     Args:
@@ -104,44 +83,18 @@ class _Share:
         columns: Where its outputs are.
     """
 
-    use: Use
-    batches: Tensor
-    rows: Tensor
-    columns: Tensor
+    def inputs() -> Tensor:
+        given = as_statistic(use.inputs)
+        return (given if given.ndim == 3 else given.unsqueeze(0))[batches][..., rows].flatten(0, 1).unsqueeze(1)
 
-    def inputs(self) -> Tensor:
-        """`[n i]`."""
-        given = as_statistic(self.use.inputs)
-        return (given if given.ndim == 3 else given.unsqueeze(0))[self.batches][..., self.rows].flatten(0, 1)
-
-    def gradients(self, arrived: Tensor) -> Tensor:
-        """`[v n o]` of what arrived at the product."""
+    def gradients(arrived: Tensor) -> Tensor:
         apart = arrived if arrived.ndim == 4 else arrived.unsqueeze(1)
-        return apart[:, self.batches][..., self.columns].flatten(1, 2)
+        return apart[:, batches][..., columns].flatten(1, 2).unsqueeze(2)
 
-    @property
-    def size(self) -> int:
-        """n."""
-        return len(self.batches) * self.use.output[-2]
+    return Found(use.node, inputs, gradients, torch.Size((len(batches) * use.output[-2], 1, len(columns))))
 
 
-def _part_call(shares: Sequence[_Share], outputs: int) -> PartCall:
-    edges = tuple(GradientEdge(share.use.node, 0) for share in shares)
-    shape = torch.Size((sum(share.size for share in shares), 1, outputs))
-    return PartCall((tuple(shares),), shape, edges, partial(_joined, shares, outputs))
-
-
-def _joined(shares: Sequence[_Share], outputs: int, arrived: Sequence[Tensor | None]) -> Tensor:
-    """What arrived at each product (None: nothing), as rows `[v n 1 o]`."""
-    some = next(gradient for gradient in arrived if gradient is not None)
-    every = [
-        some.new_zeros(len(some), share.size, outputs) if gradient is None else share.gradients(gradient)
-        for share, gradient in zip(shares, arrived, strict=True)
-    ]
-    return torch.cat(every, dim=1).unsqueeze(2)
-
-
-def _shares(use: Use, parameter: Tensor, transposed: bool) -> dict[int, _Share] | None:
+def _shares(use: Use, parameter: Tensor, transposed: bool) -> dict[int, Found] | None:
     """By its number, the share of each matrix in a product; None: it is not one with whole matrices."""
     if use.is_bias or use.node.name() == "ConvolutionBackward0":
         return None
@@ -167,13 +120,11 @@ def _shares(use: Use, parameter: Tensor, transposed: bool) -> dict[int, _Share] 
         columns = _ordered(column[0], None if by_row else own, sizes[1])
         if rows is None or columns is None:
             return None
-        shares[int(one)] = _Share(use, every, rows, columns)
+        shares[int(one)] = _share(use, every, rows, columns)
     return shares
 
 
-def _by_batch(
-    use: Use, number: Tensor, row: Tensor, column: Tensor, sizes: tuple[int, ...]
-) -> dict[int, _Share] | None:
+def _by_batch(use: Use, number: Tensor, row: Tensor, column: Tensor, sizes: tuple[int, ...]) -> dict[int, Found] | None:
     """Each batch is of one matrix."""
     if _varies(row, 0) or _varies(column, 0) or not len(number):
         return None
@@ -181,7 +132,7 @@ def _by_batch(
     if rows is None or columns is None:
         return None
     each = {int(one): (number == one).nonzero().flatten() for one in number.unique().tolist()}
-    return {one: _Share(use, batches, rows, columns) for one, batches in each.items()}
+    return {one: _share(use, batches, rows, columns) for one, batches in each.items()}
 
 
 def _varies(tensor: Tensor, axis: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from kfacopt.layers.pullback import Map, is_leaf, leaves_below, map_to, nodes_of
 from kfacopt.likelihoods import KFACType
 from kfacopt.likelihoods.estimator import tensors_of
 from kfacopt.linalg.tensors import as_statistic
+
+DATA, PLACES = -3, -2
+"""Axes of rows `[*k n s i]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,36 +207,42 @@ def _is_data(node: Node, place: int, above: Collection[Node]) -> bool:
     return following is None or not is_leaf(following) or leaves_below(GradientEdge(following, number), above) is None
 
 
-def required_shape(found: Sequence[Found]) -> torch.Size | None:
+def required_shape(found: Sequence[Found], axis: int = PLACES) -> torch.Size | None:
     """Of the rows that several products have together; None: they do not go together."""
     first = found[0].shape
-    if any((one.shape[:-2], one.shape[-1]) != (first[:-2], first[-1]) for one in found):
+    place = len(first) + axis
+    if len({(*one.shape[:place], *one.shape[place + 1 :]) for one in found}) > 1:
         return None
-    return torch.Size((*first[:-2], sum(one.shape[-2] for one in found), first[-1]))
+    return torch.Size((*first[:place], sum(one.shape[place] for one in found), *first[place + 1 :]))
 
 
-def part_call(found: Sequence[Found]) -> PartCall:
-    """What a parameter did in several products as one call, in which each is more places."""
-    shape = required_shape(found)
+def part_call(found: Sequence[Found], axis: int = PLACES) -> PartCall:
+    """What a parameter did in several products as one call, in which each is more places, or more data."""
+    shape = required_shape(found, axis)
     assert shape is not None
     edges = tuple(GradientEdge(one.node, 0) for one in found)
-    return PartCall((tuple(found),), shape, edges, partial(_joined, found))
+    return PartCall((tuple(found),), shape, edges, partial(_joined, found, axis))
 
 
-def _joined(found: Sequence[Found], arrived: Sequence[Tensor | None]) -> Tensor:
+def _joined(found: Sequence[Found], axis: int, arrived: Sequence[Tensor | None]) -> Tensor:
     """What arrived at each product (None: nothing), as rows `[v *k n s o]`."""
     some = next(gradient for gradient in arrived if gradient is not None)
     every = [
         some.new_zeros(len(some), *one.shape) if gradient is None else one.gradients(gradient)
         for one, gradient in zip(found, arrived, strict=True)
     ]
-    return every[0] if len(every) == 1 else torch.cat(every, dim=-2)
+    return every[0] if len(every) == 1 else torch.cat(every, dim=axis)
 
 
-class _FoundHandler(LayerHandler):
-    """The inputs of a call are what was found; what arrives are rows."""
+class FoundHandler(LayerHandler):
+    """The inputs of a call are what was found; what arrives are rows.
+
+    Attributes:
+        axis: That of rows along which several products follow each other.
+    """
 
     parameter_names = ("weight",)
+    axis: ClassVar[int] = PLACES
 
     @torch.no_grad()
     def input_rows(
@@ -245,7 +254,7 @@ class _FoundHandler(LayerHandler):
         approx: KFACType,
     ) -> Tensor:
         (found,) = inputs
-        rows = torch.cat([one.inputs() for one in found], dim=-2)
+        rows = torch.cat([one.inputs() for one in found], dim=self.axis)
         return rows.mean(-2, keepdim=True) if approx == KFACType.REDUCE else rows
 
     @torch.no_grad()
@@ -253,7 +262,7 @@ class _FoundHandler(LayerHandler):
         return gradient.sum(-2, keepdim=True) if approx == KFACType.REDUCE else gradient
 
 
-class FoundMatrixHandler(_FoundHandler):
+class FoundMatrixHandler(FoundHandler):
     """A parameter with any axes behind the first, or a bias.
 
     Args:
@@ -277,7 +286,7 @@ class FoundMatrixHandler(_FoundHandler):
         return {"weight": matrix.mT if self.transposed else matrix.reshape(shape)}
 
 
-class FoundScaleHandler(_FoundHandler):
+class FoundScaleHandler(FoundHandler):
     """A parameter each of whose numbers scales an output, or an input.
 
     Args:

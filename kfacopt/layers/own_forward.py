@@ -13,13 +13,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards, saves_elsewhere
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.found import FoundMatrixHandler, FoundScaleHandler, part_call, required_shape, uses_of
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.pullback import is_vector
 from kfacopt.layers.registry import OwnForwardRefused
-from kfacopt.likelihoods.estimator import tensors_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -109,17 +108,15 @@ class OwnForwardHandler(CompoundHandler):
         ]
 
     def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
-        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saves_elsewhere():
             return {}
         wanted = {id(module.get_parameter(part.name)): part for part in self.parts(module)}
-        data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
         calls = {}
         for key, uses in uses_of(call, wanted.keys()).items():
             parameter, handler = module.get_parameter(wanted[key].name), wanted[key].handler
             transposed = isinstance(handler, FoundMatrixHandler) and handler.transposed
             with torch.autocast(parameter.device.type, enabled=False):
-                found = [use.found(parameter, data, transposed) for use in uses]
+                found = [use.found(parameter, call.data, transposed) for use in uses]
             known = [one for one in found if one is not None]
             if len(known) == len(found) and required_shape(known) is not None:
                 calls[wanted[key].name] = part_call(known)

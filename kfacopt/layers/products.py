@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from kfacopt.fsdp import copy_in
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards, saves_elsewhere
 from kfacopt.layers.einsum import product_of_einsum
 from kfacopt.layers.experts import ExpertHandler, calls_of_stacks, parts_of_stack
 from kfacopt.layers.linear import LinearHandler
@@ -82,8 +82,7 @@ class ProductsHandler(CompoundHandler):
         return tuple(found)
 
     def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
-        # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if saves_elsewhere():
             return {}
         parts: dict[Tensor, Part] = {}
         stacks: dict[Tensor, list[Part]] = {}
@@ -93,7 +92,7 @@ class ProductsHandler(CompoundHandler):
                 stacks.setdefault(weight, []).append(part)
             else:
                 parts[weight] = part
-        data = next((len(x) for x in tensors_of((call.inputs, call.kwargs)) if x.ndim), 1)
+        data = call.data
         found: dict[Tensor, list[_Product]] = {}
         reads: Counter[Tensor] = Counter()
         for weight, product in _reads([x.grad_fn for x in tensors_of(call.output)], parts, call.above):

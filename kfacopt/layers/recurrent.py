@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from kfacopt.fsdp import whole_copy
 from kfacopt.layers import recurrence
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, saves_elsewhere
 from kfacopt.layers.linear import LinearHandler
 from kfacopt.layers.recurrence import Cell, Recurrence
 from kfacopt.likelihoods import KFACType
@@ -89,8 +89,7 @@ class RecurrentHandler(CompoundHandler):
         between: list[Tensor] = []
         if _drops(module) and module.training:
             assert isinstance(module, nn.RNNBase)
-            # To read a saved tensor would run a checkpoint's forward again, in the middle of it.
-            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            if saves_elsewhere():
                 return {}
             between = _masks(module, call, outputs)
             if len(between) != module.num_layers - 1:

@@ -129,6 +129,19 @@ def tensor_of_rows(rows: Sequence[Tensor]) -> Tensor | None:
     return whole
 
 
+def held_as_rows(tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Tensors of one shape as one, and what their owners are to hold from then on: views of it (`tensor_of_rows`).
+
+    >>> whole, views = held_as_rows([torch.ones(2), torch.zeros(2)])
+    >>> held_as_rows(views)[0] is whole
+    True
+    """
+    if (whole := tensor_of_rows(tensors)) is not None:
+        return whole, tensors
+    whole = torch.stack(list(tensors))
+    return whole, whole.unbind()
+
+
 def rows_of(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape as the rows of one; of a single one a view, which spares to copy it.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.symmetric import damped_inverse_power
-from kfacopt.linalg.tensors import tensor_of_rows
+from kfacopt.linalg.tensors import held_as_rows
 from kfacopt.optim.memory import State
 from kfacopt.optim.rule import next_weight
 from kfacopt.optim.step.base import Step
@@ -82,12 +82,10 @@ def _root(state: State, holders: Sequence[nn.Parameter], side: str, gradients: T
 
 def _together(owns: Sequence[dict[str, Any]], name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of each parameter's state as one, of which they hold views, zeros shaped as a row of `like` at first."""
-    held = [own.get(name) for own in owns]
-    known = [tensor for tensor in held if tensor is not None]
-    whole = tensor_of_rows(known) if len(known) == len(owns) else None
-    if whole is None:
-        blank = torch.zeros_like(like[0], dtype=dtype)
-        whole = torch.stack([blank if tensor is None else tensor for tensor in held])
-        for own, view in zip(owns, whole.unbind(), strict=True):
-            own[name] = view
+    for own in owns:
+        if name not in own:
+            own[name] = torch.zeros_like(like[0], dtype=dtype)
+    whole, views = held_as_rows([own[name] for own in owns])
+    for own, view in zip(owns, views, strict=True):
+        own[name] = view
     return whole

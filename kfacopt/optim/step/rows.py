@@ -76,11 +76,9 @@ class Evening:
         """
         found, norms = [], []
         # Of a model with parts in half precision, or on several devices, each has its own vector of rows.
-        kinds = [(m.device, m.dtype, stack.keys[0][0].dtype) for stack, m in zip(stacks, matrices, strict=True)]
-        order = range(len(stacks))
-        for _, places in groupby(order, key=lambda place: kinds[place]):
-            chosen = list(places)
-            own, norm = self._of_one_kind(state, [stacks[i] for i in chosen], [matrices[i] for i in chosen], length)
+        for _, members in groupby(zip(stacks, matrices, strict=True), key=_kind):
+            chosen = list(members)
+            own, norm = self._of_one_kind(state, [stack for stack, _ in chosen], [m for _, m in chosen], length)
             found += own
             norms.append(norm)
         return found, norms
@@ -119,3 +117,8 @@ class Evening:
             lengths = [stack.length for stack in stacks for _ in stack.holders]
             self._segments[key] = Segments.of(sizes, lengths, rows[0])
         return self._segments[key]
+
+
+def _kind(member: tuple[Stack, Tensor]) -> tuple[Any, ...]:
+    stack, matrices = member
+    return matrices.device, matrices.dtype, stack.keys[0][0].dtype
