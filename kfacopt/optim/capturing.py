@@ -55,7 +55,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     """Beside those of this class, what a copy or a pickle has."""
     _own_state_key: ClassVar[str] = ""
     """A key that tells this class's `curvature` section from another's; "": a state without a section is taken too."""
-    _takes_complex: ClassVar[bool] = False  # whether such parameters train, by a rule without curvature
+    _takes_complex: ClassVar[bool] = True  # whether such parameters train, by a rule without curvature
 
     def __init__(
         self,

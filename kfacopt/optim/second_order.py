@@ -131,7 +131,6 @@ class SecondOrderOptimizer(CapturingOptimizer):
 
     _own_attributes = ("backend", "damping_rule", "direction", "step_length", "_terms", "_sightings")
     _own_state_key = "backend"
-    _takes_complex = True
 
     def __init__(
         self,
@@ -225,7 +224,6 @@ class SecondOrderOptimizer(CapturingOptimizer):
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
-        taken |= {p for p in self._parameters(curvature=True) if p.is_complex()}
         wanted = [p for p in self._parameters(curvature=True) if p.requires_grad and p not in taken]
         self._plain, self._rest = plain_matrices_in(self._rest, self.model, wanted, treatment)
 
