@@ -10,7 +10,7 @@ from torch import Tensor
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, Renewal, at_once, chunks_of_data
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
-from kfacopt.blocks.squares import squared_one_hot, squared_sums
+from kfacopt.blocks.squares import products_of_squares, squared_one_hot, squared_sums
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
@@ -331,6 +331,8 @@ def squared_coordinates(
     if late:
         parts = [_squared_by_datum(g, rows.inputs, left, right, budget) for g in rows.gradients]
         return sum(parts[1:], start=parts[0])
+    if places == 1 and left is None:
+        return products_of_squares(rows.gradients, _times_basis(rows.inputs, right).square(), budget)
     if places == 1:
         return of_squares(squared_gradients(rows.gradients, left), rows.inputs, right)
     gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)

@@ -41,8 +41,7 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
         return terms
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
     own, rows = terms.gradient, terms.rows(gradient).to(terms.gradient.dtype)
-    squares, length = (torch.linalg.vector_norm(a, dim=-1).square() for a in (own, rows))
-    along = row_products(rows, own)
+    squares, length, along = row_products(own, rows)
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     size = squares.sqrt()
