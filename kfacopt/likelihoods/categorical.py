@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
+from kfacopt.likelihoods.deferred import DeferredRows
 from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import (
     Precision,
@@ -205,8 +206,13 @@ class Categorical(Likelihood):
                 f"target has labels outside 0 … {logits.shape[1] - 1} that are not ignore_index={self.ignore_index}"
             )
         smoothing = Smoothing(self._weights(logits), self.label_smoothing)
-        gradient = smoothing.gradient_(logits.softmax(-1), labels)
-        return self._from_labels(layout, logits, gradient if all_live else _of_live(gradient, live), labels, live)
+
+        def gradient(some: slice) -> Tensor:
+            found = smoothing.gradient_(logits[some].softmax(-1), labels[some])
+            return found if all_live else _of_live(found, live[some])
+
+        deferred = DeferredRows(len(logits), logits.dtype, gradient)
+        return self._from_labels(layout, logits, deferred, labels, live)
 
     def _from_gradient(self, prediction: Tensor, gradient: Tensor) -> LossTerms:
         precision = Precision.of(prediction, gradient)
@@ -242,7 +248,7 @@ class Categorical(Likelihood):
         return read_labels(layout.rows(gradient).to(logits.dtype), logits.softmax(-1), smoothing, precision), logits
 
     def _from_labels(
-        self, layout: RowLayout, logits: Tensor, gradient: Tensor, labels: Tensor, live: Tensor
+        self, layout: RowLayout, logits: Tensor, gradient: Tensor | DeferredRows, labels: Tensor, live: Tensor
     ) -> LossTerms:
         smoothing = Smoothing(self._weights(logits), self.label_smoothing)
         alive = live.to(logits.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Size, Tensor
@@ -53,8 +54,12 @@ def row_pieces(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
 
 
-def row_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`l·l`, `r·r` and `l·r` of each row of two matrices, `[m]` each from `[m c]`; met once.
+class _HasRows(Protocol):
+    def __getitem__(self, some: slice, /) -> Tensor: ...
+
+
+def row_products(left: Tensor, right: _HasRows) -> tuple[Tensor, Tensor, Tensor]:
+    """`l·l`, `r·r` and `l·r` of each row of two matrices, `[m]` each from `[m c]`; met once, some rows at a time.
 
     >>> row_products(torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     (tensor([2., 2.]), tensor([ 5., 25.]), tensor([3., 7.]))
