@@ -271,6 +271,18 @@ class Likelihood(ABC):
         """
         return terms
 
+    def terms_of_softmax(self, prediction: Tensor, gradient: Tensor) -> LossTerms | None:
+        """The plain loss' terms where the user's is seen to be of the softmax of a prediction, scaled or shifted first.
+
+        Of a softmax surer than that of the prediction as it is, the gradient may be nothing but rounding: which rows
+        have one is all that is read. None, as here: it is to be judged as any other.
+
+        Args:
+            prediction: What the model returned.
+            gradient: The user's, in its shape.
+        """
+        return None
+
     def gradient_scale(self, terms_count: float) -> float:
         """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""
         return 1.0 / terms_count if self.reduction == "sum" and terms_count > 0 else 1.0

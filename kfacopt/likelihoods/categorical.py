@@ -94,6 +94,15 @@ class Categorical(Likelihood):
         layout = RowLayout.of(prediction, prediction.ndim - 1)
         return self._without_gradient(layout, layout.rows(prediction.detach()), None)
 
+    def terms_of_softmax(self, prediction: Tensor, gradient: Tensor) -> LossTerms | None:
+        """See `Likelihood.terms_of_softmax`: the classes lie where the gradient's sum is least."""
+        if not self._unweighted:
+            return None
+        axes = {min(1, prediction.ndim - 1), prediction.ndim - 1}
+        layout = RowLayout.of(prediction, min(axes, key=lambda axis: float(gradient.float().sum(axis).abs().sum())))
+        live = (layout.rows(gradient) != 0).any(-1)
+        return self._without_gradient(layout, layout.rows(prediction.detach()), live)
+
     def loss_value(self, terms: LossTerms, gradient: Tensor, share: float) -> Tensor | None:
         """`-Σ t·log p` with the targets t that the gradient u = share · scale · (p - t) stands for."""
         logs = widest(terms.parameters).log_softmax(-1)
