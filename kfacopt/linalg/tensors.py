@@ -215,3 +215,12 @@ def split_columns(matrix: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
     """
     parts = matrix.split([shape.numel() for shape in shapes])
     return [part.reshape(*shape, matrix.shape[1]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves, of complex ones `[..., 2]` real numbers in the same memory.
+
+    >>> real_views([torch.tensor([1.0 + 2.0j])])
+    [tensor([[1., 2.]])]
+    """
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

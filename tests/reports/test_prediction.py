@@ -259,7 +259,8 @@ def test_what_only_looks_like_a_softmax_outside_is_refused(what: str) -> None:
         "a head outside": lambda f: F.cross_entropy(f @ torch.arange(9.0).double().view(3, 3), y),
         "two ways": lambda f: F.cross_entropy(3.0 * f, y) + 0.1 * f.logsumexp(1).square().mean(),
     }
-    kfacopt.KFAC(model, model.criterion, **still(damping=0.1))
+    optimizer = kfacopt.KFAC(model, model.criterion, **still(damping=0.1))
     loss = changes[what](model(inputs(), y))
     with pytest.raises(ValueError, match=r"CrossEntropyLoss.*prediction="):
         loss.backward()
+    optimizer.close()
