@@ -42,8 +42,13 @@ class Smoothing:
 
     def gradient(self, probabilities: Tensor, labels: Tensor) -> Tensor:
         """s_y p - t_y∘w of every row `[m c]`."""
-        label_weight = self.label_weight(labels, probabilities)
-        gradient = probabilities * self.curvature(labels, probabilities)[:, None]
+        return self.gradient_(probabilities.clone(), labels)
+
+    def gradient_(self, probabilities: Tensor, labels: Tensor) -> Tensor:
+        """`gradient`, written over the probabilities."""
+        gradient, label_weight = probabilities, self.label_weight(labels, probabilities)
+        if self.weights is not None:
+            gradient.mul_(self.curvature(labels, probabilities)[:, None])
         height = (self.label_smoothing - 1.0) * label_weight
         gradient.scatter_add_(-1, labels[:, None], height[:, None])
         if self.label_smoothing > 0:
