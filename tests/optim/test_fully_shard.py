@@ -176,8 +176,8 @@ def there_may_be_fewer_rows_than_processes() -> None:
         make = optimizer(kind, loss=nn.MSELoss())
         for net_of in (partial(seeded, Narrow), partial(seeded, Dot)):
             for backward in (first_number, twice_scaled):
-                one, _ = train(make, make_batches(), backward, alone(), net_of=net_of)
-                batches = [share(batch) for batch in make_batches()]
+                one, _ = train(make, make_batches(3), backward, alone(), net_of=net_of)
+                batches = [share(batch) for batch in make_batches(3)]
                 for shard in (per_block, root_only):
                     two, _ = train_sharded(make, batches, backward, shard, net_of)
                     equals(two, one)
