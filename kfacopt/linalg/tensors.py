@@ -77,7 +77,7 @@ def checksum(tensors: Sequence[Tensor]) -> float:
     >>> checksum([torch.tensor([3.0, -4.0])])
     5.0
     """
-    return sum(lengths(tensors))
+    return sum(lengths(tensors), 0.0)
 
 
 def lengths(tensors: Sequence[Tensor]) -> list[float]:
@@ -88,7 +88,7 @@ def lengths(tensors: Sequence[Tensor]) -> list[float]:
     """
     # Roots of squares: an eighth of the time that torch takes to sum absolute values. Where squares overflow, but the
     # entries do not, they are taken of smaller ones.
-    found: list[float] = norms(tensors).tolist()
+    found: list[float] = norms(tensors).tolist() if tensors else []
     if all(map(math.isfinite, found)):
         return found
     return [own if math.isfinite(own) else _scaled_norm(t) for own, t in zip(found, tensors, strict=True)]

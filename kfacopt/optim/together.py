@@ -78,7 +78,7 @@ def agreed(
     sharded = checksum([shard_of(g) for g in parted])
     whole = [g for g in gradients.values() if not is_sharded(g)] if parted else list(gradients.values())
     norms = lengths(whole)
-    size = sum(norms)
+    size = sum(norms, 0.0)
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     rows = processes.table(
         [
