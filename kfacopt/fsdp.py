@@ -47,6 +47,24 @@ def copy_in(module: nn.Module, parameter: Tensor) -> Tensor:
     return ShardedModel(module).leaf(parameter) if is_sharded(parameter) else parameter
 
 
+@contextmanager
+def copies_within(module: nn.Module) -> Iterator[None]:
+    """Right after a call of `module`: its graph can be asked within this context, which all processes must enter.
+
+    A node of the graph may hold a copy of a parameter. Of a module that was given to `fully_shard` itself, and of those
+    in it, the engine has freed these by then; it fetches them once more, and frees them again.
+    """
+    groups = [group for group in ShardedModel(module)._groups if not group.is_unsharded]
+    try:
+        for group in groups:
+            group.unshard()
+            group.wait_for_unshard()
+        yield
+    finally:
+        for group in groups:
+            _reshard(group)
+
+
 def whole_copy(parameter: Tensor) -> Tensor:
     """A parameter as a whole, without a graph: itself, or of a sharded one what is `lent` to it.
 

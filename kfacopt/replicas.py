@@ -7,6 +7,7 @@ ranks is nothing to be sent at a step; teams of one are least memory (KAISA: Pau
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -17,23 +18,24 @@ from torch import Tensor, distributed
 
 from kfacopt.fsdp import ShardedModel
 from kfacopt.linalg.tensors import flat, split_like
-from kfacopt.sharding import BUCKET, Processes, buckets, unwrapped
+from kfacopt.sharding import BUCKET, UNDER_WAY, Processes, buckets, unwrapped
 
 
 @dataclass(frozen=True)
 class Sharding:
     """Which processes train together, and how many of them hold what was decomposed of each layer.
 
-    Memory against communication: with `replicas=None` every process holds the inverses of all layers, takes the whole
-    step by itself, and sends nothing for it. With fewer each process holds the inverses of its share of the layers,
+    Memory against communication: with `replicas=None` every process holds statistics and inverses of all layers, takes
+    the whole step by itself, and sends nothing for it. With fewer each process holds those of its share of the layers,
     takes the steps of these, and receives those of the others: as many numbers as the layers with curvature have
-    parameters, at each step. Statistics are in every process either way, and so are EKFAC's eigenbases, in which each
-    process needs the rows of its own data: there the work is divided.
+    parameters, at each step. EKFAC's eigenbases and second moments are in every process either way, which needs the
+    bases for the rows of its own data: its factors are divided, and the work. With `kfacopt.schedules.Background` all
+    have all statistics.
 
     Args:
         group: torch's process group, of those whose gradients are averaged; None: that of the engine around the model,
             else the default one.
-        replicas: How many processes hold each layer's inverses; a divisor of their number (1: its owner alone), or more
+        replicas: How many processes hold what is of each layer; a divisor of their number (1: its owner alone), or more
             than there are: all. None: all.
 
     Raises:
@@ -173,6 +175,34 @@ def delivered(processes: Processes, tensors: Sequence[Sequence[Tensor]], readers
                 for place, tensor in zip(places[source], split_like(whole, members[source]), strict=True):
                     arrived[source][place] = tensor
     return arrived
+
+
+def summed_at(processes: Processes, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """The sums of `tensors[rank]` over all processes, in process `rank` alone; what others get of them is nothing.
+
+    Args:
+        processes: Several, which all give contiguous tensors of the same shapes for every rank.
+        tensors: By rank.
+    """
+    found = [list(of_rank) for of_rank in tensors]
+    under_way: deque[tuple[Any, int, list[int], Tensor]] = deque()
+
+    def arrive() -> None:
+        work, owner, places, whole = under_way.popleft()
+        work.wait()
+        for place, tensor in zip(places, split_like(whole, [tensors[owner][place] for place in places]), strict=True):
+            found[owner][place] = tensor
+
+    for owner, of_rank in enumerate(tensors):
+        for places in buckets(of_rank):
+            whole = flat([of_rank[place] for place in places])
+            work = distributed.reduce(whole, group=processes.group, group_dst=owner, async_op=True)
+            under_way.append((work, owner, places, whole))
+            if len(under_way) == UNDER_WAY:
+                arrive()
+    while under_way:
+        arrive()
+    return found
 
 
 def _places(tensors: Sequence[Tensor], dtype: torch.dtype, size: int) -> list[tuple[int, ...]]:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 BUCKET = 2**23
 """Elements that travel at once: 32 MiB in float32. Long enough to run at the network's speed, little memory."""
 
-_UNDER_WAY = 4
+UNDER_WAY = 4
 """Buckets that are under way at once: enough to keep both ends busy."""
 
 
@@ -167,7 +167,7 @@ class Processes:
         for source, of_rank in enumerate(tensors):
             for bucket in buckets(of_rank):
                 under_way.append(self._launched(source, bucket, [of_rank[place] for place in bucket]))
-                if len(under_way) == _UNDER_WAY:
+                if len(under_way) == UNDER_WAY:
                     under_way.popleft().arrive(arrived)
         for message in under_way:
             message.arrive(arrived)

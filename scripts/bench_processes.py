@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=8192, help="in one process's batch")
     found.add_argument("--factor-every", type=int, default=40, help="steps between two updates of the statistics")
     found.add_argument("--refresh-every", type=int, default=100, help="steps between two refreshes of a layer")
-    found.add_argument("--replicas", type=int, help="how many processes hold each layer's inverse (all)")
+    found.add_argument("--replicas", type=int, help="how many processes hold what is of a layer (all)")
     return found
 
 

@@ -1,41 +1,64 @@
-"""Where the caches of several processes are, and what is solved with them brought to where they are not."""
+"""Where statistics and caches of several processes are, and what is solved with them brought to where they are not."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfacopt.backends.base import LayerTensors
-from kfacopt.backends.ownership import Work, done_by_owners, in_teams, kinds_of, owners_of, sent_caches
+from kfacopt.backends.divided import fetched_averages, leave, means_of
+from kfacopt.backends.ownership import (
+    Work,
+    decomposition_cost,
+    done_by_owners,
+    in_teams,
+    kinds_of,
+    owners_of,
+    sent_caches,
+)
 from kfacopt.blocks.base import Block
 from kfacopt.layers.layer import Layer
-from kfacopt.replicas import Teams, delivered
+from kfacopt.replicas import Teams, delivered, owners
 from kfacopt.sharding import Processes
 
 
+class _Told(NamedTuple):
+    """What a process knows of who holds what, and has itself."""
+
+    owner_of: dict[str, int]
+    costs: dict[str, float]
+    means: dict[str, float]
+    estimated: set[str]
+    ready: set[str]
+
+
 class Holders:
-    """Which process decomposes which block, and which hold what comes of it.
+    """Which process decomposes which block, and which hold its statistics and what comes of them.
 
     Args:
         processes: Those that train together.
+        divides: Whether, where teams are several, statistics are in a layer's team alone.
 
     Attributes:
         owner_of: By layer name, the rank that decomposes, and whose team solves; layers with nothing to decompose have
-            none, all solve them. Where teams are several it stays: a cache is not sent after its owner.
+            none, all solve them. Where teams are several it stays: what is held is not sent after its owner.
         elsewhere: Names of the layers whose cache is there, in another team.
+        means: Where statistics are divided, by name the mean eigenvalue of each layer that any process has those of.
 
     >>> Holders(Processes()).ready("head", False)
     False
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, divides: bool = True) -> None:
         self.processes = processes
         self.owner_of: dict[str, int] = {}
         self.elsewhere: set[str] = set()
+        self.means: dict[str, float] = {}
+        self._may_divide, self._costs = divides, dict[str, float]()
         self._settled = False
 
     @property
@@ -48,9 +71,18 @@ class Holders:
         """`Teams.apart`, asked of every layer in every step: mostly nobody wanted teams."""
         return self.processes.replicas is not None and self.teams.apart
 
+    @property
+    def divides(self) -> bool:
+        """Whether a layer's statistics are in its team alone."""
+        return self._may_divide and self.apart
+
     def ready(self, name: str, here: bool) -> bool:
         """Whether there is a cache of a layer, here or elsewhere."""
         return here or name in self.elsewhere
+
+    def estimated(self, name: str, block: Block) -> bool:
+        """Whether there are statistics of a layer, here or elsewhere."""
+        return name in self.means if self.divides else block.estimated
 
     def solves(self, name: str) -> bool:
         """Whether this process solves for a layer."""
@@ -58,41 +90,133 @@ class Holders:
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give each of these blocks an owner."""
-        known = self.owner_of if self.apart else {}
-        self.owner_of = owners_of(blocks, self.processes, known)
+        if not self.apart:
+            self.owner_of = owners_of(blocks, self.processes)
+            return
+        # Of what is elsewhere there is nothing to be asked: costs are those of when all knew the shapes.
+        new = {n: cost for n, b in blocks.items() if n not in self._costs and (cost := decomposition_cost(b)) > 0.0}
+        self._costs |= new
+        self.owner_of = owners(self._costs, self.processes.size, self.owner_of)
 
-    def forget(self, kept: Collection[str]) -> None:
-        """Forget all layers but these; what is held where is asked anew (`settle`)."""
-        self.owner_of = {name: rank for name, rank in self.owner_of.items() if name in kept}
+    def destinations(self, blocks: Mapping[str, Block]) -> dict[str, int]:
+        """By layer name, the owners of those whose statistics go to a team; all processes know what waits."""
+        if not self.divides:
+            return {}
+        self.assign(blocks)
+        return {name: self.owner_of[name] for name in blocks if name in self.owner_of}
+
+    def agreed_fine(self, names: Sequence[str], here: Mapping[str, bool]) -> dict[str, bool]:
+        """Whether what arrived of each layer is finite, wherever it went."""
+        if not self.divides:
+            return dict(here)
+        broken = self.processes.sum_vector([float(not here.get(name, True)) for name in names])
+        return {name: number == 0.0 for name, number in zip(names, broken, strict=True)}
+
+    def note_means(self, names: Sequence[str], blocks: Mapping[str, Block]) -> None:
+        """Tell all of the mean eigenvalues of layers whose statistics changed."""
+        if not self.divides:
+            return
+        told = [n for n in names if self.owner_of.get(n, 0) == self.processes.rank and blocks[n].estimated]
+        means: list[Tensor | float] = [blocks[n].mean_eigenvalue() if n in told else 0.0 for n in names]
+        found = self.processes.sum_vector([*means, *(float(n in told) for n in names)])
+        known = zip(names, found[: len(names)], found[len(names) :], strict=True)
+        self.means |= {name: mean for name, mean, is_known in known if is_known}
+
+    def forget(self, kept: Collection[str], anew: Collection[str] = ()) -> None:
+        """Forget all layers but these; what is held where is asked anew (`settle`).
+
+        Args:
+            kept: Names.
+            anew: Names of those that have no statistics.
+        """
+        if not self.apart:  # else those that are frozen come back to where theirs are
+            self.owner_of = {name: rank for name, rank in self.owner_of.items() if name in kept}
+        self.means = {name: mean for name, mean in self.means.items() if name not in anew}
         self.elsewhere &= set(kept)
         self._settled = False
 
-    def settle(self, blocks: Mapping[str, Block]) -> list[str]:
-        """Agree on which caches there are, once after layers came, went, or were loaded; a process asks the others.
+    def state_dict(self) -> dict[str, Any]:
+        """Who holds what, and of which layers there are statistics."""
+        if not self.divides:
+            return {}
+        teams = [self.teams.size, self.teams.members]
+        return {"teams": teams, "owners": self.owner_of, "costs": self._costs, "means": self.means}
 
-        A cache that not all who are to have it have is dropped, and so is one that this process is not to have.
+    def load_state_dict(self, state: Mapping[str, Any], blocks: Mapping[str, Block]) -> None:
+        """Take over what `state_dict` returned, or of a state that had none what its blocks say.
+
+        Raises:
+            ValueError: If statistics are missing that this process is to have, and no other can have been given them.
+        """
+        self.owner_of, self._costs, self.means = {}, {}, {}
+        self.elsewhere, self._settled = set(), False
+        estimated = {name: block for name, block in blocks.items() if block.estimated}
+        if not self.divides:
+            if missing := [name for name in state.get("means", ()) if name in blocks and name not in estimated]:
+                raise ValueError(_missing(missing))
+        elif state:
+            if state["teams"] == [self.teams.size, self.teams.members]:
+                self.owner_of, self._costs = dict(state["owners"]), dict(state["costs"])
+            self.means = dict(state["means"])
+        else:
+            self.means = means_of(estimated)
+        self.assign(estimated)
+
+    def settle(self, blocks: Mapping[str, Block]) -> list[str]:
+        """Agree on what there is, once after layers came, went, or were loaded; a process asks the others.
+
+        A cache that not all who are to have it have is dropped, and so is what this process is not to have.
 
         Args:
             blocks: By layer name.
 
         Returns:
-            The layers that have none, and may have had one.
+            The layers that have no cache, and may have had one.
 
         Raises:
-            RuntimeError: If some processes alone have a basis that all need: they did not load the same.
+            RuntimeError: If some lack statistics or a basis that they are to have: not all loaded the same.
         """
         if self._settled or not self.apart:
             return []
+        here = {name: decomposition_cost(block) for name, block in blocks.items() if block.estimated}
+        ready = {name for name, block in blocks.items() if block.ready}
+        own = self._costs | {name: cost for name, cost in here.items() if cost > 0.0}
+        told = self.processes.gathered(_Told(self.owner_of, own, self.means, set(here), ready))
+        # All go by the first one's word, and count in the same order.
+        self._costs = {}
+        for of_rank in told:
+            self._costs = self._costs | {n: cost for n, cost in of_rank.costs.items() if n not in self._costs}
+        self.owner_of = owners(self._costs, self.processes.size, told[0].owner_of)
+        self._settle_statistics(blocks, told)
+        lacking = self._settle_caches(blocks, told)
         self._settled = True
-        self.assign({name: block for name, block in blocks.items() if block.estimated})
-        told = self.processes.gathered({name for name in self.owner_of if blocks[name].ready})
+        return lacking
+
+    def _settle_statistics(self, blocks: Mapping[str, Block], told: Sequence[_Told]) -> None:
+        if not self.divides:
+            return
+        if any(of_rank.means.keys() != told[0].means.keys() for of_rank in told):
+            raise RuntimeError("the processes have statistics of different layers: load the same state in all")
+        self.means = dict(told[0].means)
+        known = [name for name in blocks if name in self.means]
+        everybody = range(self.teams.size)
+        holders = {n: self.teams.holders(self.owner_of[n]) if n in self.owner_of else everybody for n in known}
+        if missing := [n for n in known if any(n not in told[rank].estimated for rank in holders[n])]:
+            raise RuntimeError(_missing(missing))
+        for name in known:
+            if self.teams.rank not in holders[name]:
+                leave(blocks[name])
+
+    def _settle_caches(self, blocks: Mapping[str, Block], told: Sequence[_Told]) -> list[str]:
         lacking = []
         for name, owner in self.owner_of.items():
+            if name not in blocks:
+                continue
             apart = in_teams(blocks[name], self.teams)
             holders = self.teams.holders(owner) if apart else range(self.teams.size)
-            whole = all(name in told[rank] for rank in holders)
-            if not whole and not apart and any(name in of_rank for of_rank in told):
-                lacks = [rank for rank in holders if name not in told[rank]]
+            whole = all(name in told[rank].ready for rank in holders)
+            if not whole and not apart and any(name in of_rank.ready for of_rank in told):
+                lacks = [rank for rank in holders if name not in told[rank].ready]
                 raise RuntimeError(
                     f"processes {lacks} have no eigenbasis of {name!r}, and the others do: load the same state in all"
                 )
@@ -162,8 +286,8 @@ class Holders:
         read = [rank for rank in range(teams.size) if rank == teams.rank or teams.rank in teams.readers(rank)]
         return {k: t for rank in read for k, t in zip(of_rank[rank], arrived[rank], strict=True)}
 
-    def fetched(self, blocks: Mapping[str, Block], to: int | None) -> dict[str, dict[str, Tensor | None]]:
-        """The caches of layers that are held elsewhere, on the processor; all processes must ask.
+    def fetched(self, blocks: Mapping[str, Block], to: int | None) -> dict[str, dict[str, Any]]:
+        """What other teams hold of a block's state, `averages` and `cache`, on the processor; all processes must ask.
 
         Args:
             blocks: By layer name.
@@ -171,15 +295,29 @@ class Holders:
         """
         if not self.apart:
             return {}
-        mine = [n for n, r in self.owner_of.items() if r == self.processes.rank and in_teams(blocks[n], self.teams)]
-        kinds = self.processes.gathered({name: kinds_of(blocks[name]) for name in mine if blocks[name].ready})
+        owned = {n: blocks[n] for n, rank in self.owner_of.items() if rank == self.processes.rank and n in blocks}
+        mine = {n: block for n, block in owned.items() if block.ready and in_teams(block, self.teams)}
+        kinds = self.processes.gathered({name: kinds_of(block) for name, block in mine.items()})
         readers = range(self.teams.size) if to is None else [to]
         arrived = sent_caches(blocks, kinds, self.processes, lambda source: readers)
-        return {
-            name: {key: None if t is None else t.cpu() for key, t in cache.items()}
+        found: dict[str, dict[str, Any]] = {
+            name: {"cache": {key: None if t is None else t.cpu() for key, t in cache.items()}}
             for name, cache in arrived.items()
             if name in self.elsewhere
         }
+        if self.divides:
+            held = {name: block for name, block in owned.items() if block.estimated}
+            for name, averages in fetched_averages(blocks, held, self.processes, lambda source: readers).items():
+                if not self.teams.holds(self.owner_of[name]):
+                    found.setdefault(name, {})["averages"] = averages
+        return found
+
+
+def _missing(names: Sequence[str]) -> str:
+    return (
+        f"this state has no statistics of {', '.join(map(repr, names))}: other processes held them when it was saved. "
+        f"Call consolidate_state_dict() in all of them before state_dict(), or save by torch.distributed.checkpoint"
+    )
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:

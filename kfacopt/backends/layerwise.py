@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kfacopt.backends.background import UnderWay, check_devices
 from kfacopt.backends.base import CurvatureBackend, LayerTensors, Settings
+from kfacopt.backends.divided import means_of
 from kfacopt.backends.fitting import described, fitting, key_of, mismatch, narrowed, without_roles
 from kfacopt.backends.holders import Holders
 from kfacopt.backends.ownership import Work, decomposition_cost
@@ -58,11 +59,13 @@ class LayerwiseBackend(CurvatureBackend):
         self._dormant: dict[str, dict[str, Any]] = {}
         self._step = 0
         self._processes, self._averaged = Processes(), True
-        self._holders, self._fetched = Holders(self._processes), dict[str, dict[str, Tensor | None]]()
         self._refresh_seconds: dict[str, float] = {}
         self._last_refresh_seconds = 0.0
         background = self._refresh_interval
         self._background = background if isinstance(background, Background) else None
+        # What is launched beside the training is in all processes.
+        self._holders = Holders(self._processes, divides=self._background is None)
+        self._fetched: dict[str, dict[str, Any]] = {}
         self._still = self._refresh_interval if isinstance(self._refresh_interval, WhenMoved) else None
         self._spared = 0
         self._under_way = UnderWay(1 if self._background is None else self._background.threads)
@@ -93,7 +96,7 @@ class LayerwiseBackend(CurvatureBackend):
             self._dormant[key_of(self._layers[name])] = self._stored(name)
         self._means = None
         known, self._layers, old = self._layers, {layer.name: layer for layer in layers}, self.blocks
-        self.blocks = {}
+        self.blocks, anew = {}, list[str]()
         for name, layer in self._layers.items():
             waiting = self._dormant.pop(key_of(layer), None)
             if name in old and known[name].roles == layer.roles:
@@ -102,9 +105,11 @@ class LayerwiseBackend(CurvatureBackend):
             self.blocks[name] = self._new_block(layer)
             if waiting is not None and mismatch(self.blocks[name], layer, waiting) is None:
                 self.blocks[name].load_state_dict(waiting, _device(layer))
+            else:
+                anew.append(name)
         stayed = {name: block for name, block in self.blocks.items() if old.get(name) is block}
         self._under_way.follow(stayed, self._processes.rank)
-        self._holders.forget(stayed)
+        self._holders.forget(stayed, anew)
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None
@@ -126,20 +131,28 @@ class LayerwiseBackend(CurvatureBackend):
 
     def fold(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._step = step
-        reduce_pending(self.blocks, self._processes, self._averaged)
-        found = {name: block.pending_checksum() for name, block in self.blocks.items()}
-        checks = {name: check for name, check in found.items() if check is not None}
-        if not checks:
+        self._settle()
+        arrived = reduce_pending(self.blocks, self._processes, self._averaged, self._holders.destinations)
+        if not arrived:
             return
         self._means = None
         self._updates.done(step, ["all"])
-        finite = torch.stack([check.to(torch.float32) for check in checks.values()]).isfinite().tolist()
+        found = {name: self.blocks[name].pending_checksum() for name in arrived}
+        checks = {name: check.to(torch.float32) for name, check in found.items() if check is not None}
+        finite = torch.stack(list(checks.values())).isfinite().tolist() if checks else []
+        fine = self._holders.agreed_fine(arrived, dict(zip(checks, finite, strict=True)))
         decays = {layer.name: setting.ema_decay for layer, setting in settings.items()}
-        for name, fine in zip(checks, finite, strict=True):
-            if fine:
+        for name in arrived:
+            if fine[name]:
                 self.blocks[name].fold(decays[name])
             else:
                 self._drop(name)
+        self._holders.note_means(arrived, self.blocks)
+
+    def _settle(self) -> None:
+        """Agree with the other processes on who holds what, where that may have changed."""
+        self._refreshes.forget(lacking := self._holders.settle(self.blocks))
+        self._under_way.forget([name for name in lacking if name in self._under_way])
 
     def _drop(self, name: str) -> None:
         """Leave a layer's statistics as they are; the user is told of each layer once."""
@@ -154,16 +167,13 @@ class LayerwiseBackend(CurvatureBackend):
 
     def mean_eigenvalues(self) -> dict[Layer, float]:
         if self._means is None:
-            able = [(self._layers[name], block) for name, block in self.blocks.items() if block.estimated]
-            means = torch.stack([b.mean_eigenvalue().double() for _, b in able]).tolist() if able else []
-            self._means = dict(zip((layer for layer, _ in able), means, strict=True))
+            means = self._holders.means if self._holders.divides else means_of(self.blocks)
+            self._means = {layer: means[name] for name, layer in self._layers.items() if name in means}
         return self._means
 
     def refresh(self, step: int, settings: Mapping[Layer, Settings]) -> None:
         self._fetched = {}
-        lacking = self._holders.settle(self.blocks)
-        self._refreshes.forget(lacking)
-        self._under_way.forget([name for name in lacking if name in self._under_way])
+        self._settle()
         took = self._taken_over(step) | self._renewed(step, settings)
         self._refresh_seconds |= took
         self._last_refresh_seconds = self._longest(took)
@@ -181,7 +191,7 @@ class LayerwiseBackend(CurvatureBackend):
         if not self._refreshes.due(step, self._idle(self.blocks)):
             return {}
         by_name = {layer.name: setting for layer, setting in settings.items()}
-        able = [name for name, block in self.blocks.items() if block.estimated and name in by_name]
+        able = [n for n, block in self.blocks.items() if self._holders.estimated(n, block) and n in by_name]
         due = self._refreshes.due(step, self._idle(able))
         if due:
             self._holders.assign({name: self.blocks[name] for name in able})
@@ -328,6 +338,7 @@ class LayerwiseBackend(CurvatureBackend):
     def state_dict(self) -> dict[str, Any]:
         return {
             "blocks": {name: self._stored(name) for name in self.blocks},
+            "holders": self._holders.state_dict(),
             "dormant": dict(self._dormant),
             "updates": self._updates.state_dict(),
             "refreshes": self._refreshes.state_dict(),
@@ -340,7 +351,8 @@ class LayerwiseBackend(CurvatureBackend):
 
     def _stored(self, name: str) -> dict[str, Any]:
         own = described(self.blocks[name], self._layers[name]) | self.blocks[name].state_dict()
-        return own | ({"cache": self._fetched[name]} if name in self._fetched else {})
+        fetched = self._fetched.get(name, {})
+        return own | fetched | {"averages": own["averages"] | fetched.get("averages", {})}
 
     def consolidate(self, to: int | None) -> None:
         self._fetched = self._holders.fetched(self.blocks, to)
@@ -359,27 +371,21 @@ class LayerwiseBackend(CurvatureBackend):
                 self.blocks[name].load_state_dict(chosen[name], _device(layer))
             else:
                 self.blocks[name] = self._new_block(layer)
-        self._take_launched(state.get("under_way", {}))
+        self._holders.load_state_dict(state.get("holders", {}), self.blocks)
+        self._fetched, apart = {}, self._holders.apart
+        able = {name for name, block in self.blocks.items() if block.estimated and (apart or block.ready)}
+        launched = {name: kept for name, kept in state.get("under_way", {}).items() if name in able}
+        self._under_way.load_state_dict(launched, self.blocks, self._owner_of, self._processes.rank)
         self._dormant = {key: kept for key, kept in waiting.items() if not without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])
-        if not self._holders.apart:  # else it takes all to know what there is
+        if not apart:  # else it takes all to know what there is
             self._refreshes.forget([name for name, block in self.blocks.items() if not block.ready])
         for schedule, timed in zip(self._schedules(), state["schedules"], strict=True):
             if isinstance(schedule, MaxOverhead) and timed is not None:
                 schedule.load_state_dict(timed)
         self.dropped, self._step = Counter(state.get("dropped", {})), int(state["step"])
         self._spared = int(state.get("spared", 0))
-
-    def _take_launched(self, launched: Mapping[str, Any]) -> None:
-        """Launch what was under way, where blocks were loaded."""
-        apart, self._fetched = self._holders.apart, {}
-        estimated = {name: block for name, block in self.blocks.items() if block.estimated}
-        able = set(estimated) if apart else {name for name, block in estimated.items() if block.ready}
-        self._holders.forget(())
-        self._holders.assign(estimated)
-        chosen = {name: kept for name, kept in launched.items() if name in able}
-        self._under_way.load_state_dict(chosen, self.blocks, self._owner_of, self._processes.rank)
 
     def _schedules(self) -> tuple[Any, Any]:
         return self._factor_interval, self._refresh_interval

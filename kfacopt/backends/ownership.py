@@ -188,5 +188,6 @@ def _there(tensor: Tensor | None) -> Tensor:
 
 def decomposition_cost(block: Block) -> float:
     """Products that a block's refresh takes, up to a constant; 0: there is nothing to decompose."""
-    values = [average.value for name, average in block.averages().items() if name in block.symmetric]
+    factors = [average for name, average in block.averages().items() if name in block.symmetric]
+    values = [average.value if average.known else average.pending for average in factors]
     return float(sum(v.shape[:-1].numel() * v.shape[-1] ** 2 for v in values if v is not None and v.ndim > 1))

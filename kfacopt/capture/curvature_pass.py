@@ -199,6 +199,10 @@ class CurvaturePass:
         try:
             terms = terms_of(likelihood, read.prediction, read.gradient, forward.targets)
         except ValueError as error:
+            graph = self._loss_graph()
+            softmax = graph is not None and graph.is_of_softmax(read.node)
+            if softmax and (own := likelihood.terms_of_softmax(read.prediction, read.gradient)) is not None:
+                return own
             raise ValueError(
                 f"{error}. (The loss is thought to be taken of the output of {name} as it is: where it is of one "
                 f"output of several, pass prediction=lambda output: ... Where something else is added to the loss that "

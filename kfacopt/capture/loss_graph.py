@@ -26,6 +26,8 @@ _LOSSES = {
     *("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D", "SmoothL1Loss"),
     *("HuberLoss", "SoftMarginLoss"),
 }
+_PARTS = {"Index", "IndexSelect", "Select", "Slice"}
+_SCALES = {"Add", "Sub", "Rsub", "Mul", "Div", "Neg"}
 Names = tuple[str, ...]
 """What torch calls nodes of the graph, without \"Backward0\"."""
 
@@ -137,6 +139,28 @@ class LossGraph:
             return {1: "mean", 2: "sum"}[_reduction(own[0])]
         # Those with another number are of some axes.
         return {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(own[0].name()) if len(own) > 1 else None
+
+    def is_of_softmax(self, prediction: Node) -> bool:
+        """Whether the loss is of the logarithm of a softmax of a prediction, or a part, at most scaled and shifted.
+
+        The gradient of such a loss sums to zero over the classes, whatever its rounding makes of that.
+
+        >>> f = torch.ones(2, 3, requires_grad=True) * 1.0
+        >>> loss = torch.nn.functional.cross_entropy(f / 0.5, torch.tensor([0, 1]))
+        >>> LossGraph([(loss, torch.tensor(1.0))], lambda node: node is f.grad_fn).is_of_softmax(f.grad_fn)
+        True
+        """
+        below = prediction
+        while len(above := set(self._above.get(below, ()))) == 1:
+            (node,) = above
+            name = _name(node)
+            # Of a product with itself both factors are the prediction.
+            if name == "LogSoftmax" or [one for one, _ in node.next_functions].count(below) != 1:
+                return name == "LogSoftmax"
+            if name not in _SCALES | _PARTS | _VIEWS:
+                return False
+            below = node
+        return False
 
     def _path(self, prediction: Node) -> list[Node] | None:
         """The nodes from the loss to a prediction, neither included, if there is but one way; None otherwise."""

@@ -22,6 +22,7 @@ from kfacopt.layers.base import Rows
 from kfacopt.likelihoods import Likelihood, LossTerms
 from kfacopt.likelihoods.precision import Precision
 from kfacopt.likelihoods.weights import mean_weight, times, weighed
+from kfacopt.linalg.tensors import real_views
 from kfacopt.sharding import shard_of
 
 OTHER_LAYERS = (
@@ -258,7 +259,7 @@ def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
     >>> norms_of([None, torch.tensor([3.0, 4.0])])
     tensor([0., 5.], dtype=torch.float64)
     """
-    dense = [shard_of(g) for g in gradients if g is not None and not g.is_sparse]
+    dense = real_views([shard_of(g) for g in gradients if g is not None and not g.is_sparse])
     norms = iter(torch._foreach_norm(dense, 2, torch.float64 if _any_double(dense) else torch.float32) if dense else ())
     device = dense[0].device if dense else None
     zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -74,8 +74,9 @@ class Plan:
     Attributes:
         size: How many processes there are.
         parameters: Numbers in the model's parameters.
-        statistics: Bytes that are summed over the processes when statistics are due.
-        members: How many processes hold the inverses of the same layers (`kfacopt.Sharding`).
+        statistics: Bytes that are summed over the processes, for all of them, when statistics are due.
+        divided: Bytes of those that are summed in their owner alone, which sends them on to its team, by rank.
+        members: How many processes hold the same layers' statistics and inverses, a team (`kfacopt.Sharding`).
         caches: Bytes that each owner sends to the others of these after a refresh of all layers, by rank.
         updates: Bytes of the other layers' steps that a process receives in each step, of the one with most.
         momentum: Bytes of the layers' whole momentum, which `fully_shard`'s processes gather in each step.
@@ -89,6 +90,7 @@ class Plan:
     size: int
     parameters: int
     statistics: int
+    divided: tuple[int, ...]
     members: int
     caches: tuple[int, ...]
     updates: int
@@ -109,10 +111,17 @@ class Plan:
     def traffic(self, factor_every: int, refresh_every: int, sharded: bool) -> float:
         """Bytes that a process receives for the curvature, a step, averaged over the intervals."""
         of_passes = self._ring(FLOAT32 * self.parameters) if sharded else 0.0  # our pass fetches parameters once more
-        sums = (2 * self._ring(self.statistics) + of_passes) / factor_every
-        teams = [self.caches[first : first + self.members] for first in range(0, self.size, self.members)]
-        received = max(sum(sent) - min(sent) for sent in teams) / refresh_every
-        return sums + received + self.updates + (self._ring(self.momentum) if sharded else 0.0)
+        sums = 2 * self._ring(self.statistics) + self._ring(sum(self.divided))
+        if self.members > 1:
+            sums += self._from_team(self.divided)
+        received = self._from_team(self.caches) / refresh_every
+        momentum = self._ring(self.momentum) if sharded else 0.0
+        return (sums + of_passes) / factor_every + received + self.updates + momentum
+
+    def _from_team(self, sent: Sequence[int]) -> int:
+        """What a process receives of the others of its team, who send so much each, in the team with most."""
+        teams = [sent[first : first + self.members] for first in range(0, self.size, self.members)]
+        return max(sum(of_team) - min(of_team) for of_team in teams)
 
     def flops(self, factor_every: int, refresh_every: int) -> float:
         """Flops of the busiest process for the curvature, a step, averaged over the intervals."""
@@ -168,12 +177,15 @@ def plan(
     teams = Teams.of(processes)
     products = 2.0 * tokens * sum(layer.parameters["weight"].numel() for layer in layers if not _one_hot(layer))
     rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
-    reduce_pending(backend.blocks, processes, averaged=True)
-    for block in backend.blocks.values():
+    summed = dict[str, int]()
+    for name, block in backend.blocks.items():
+        before = processes.summed
+        reduce_pending({name: block}, processes, averaged=True)
+        summed[name] = processes.summed - before
         block.fold(0.0)
         block.load_cache(_cache(block))
     owner_of = owners_of(backend.blocks, processes)
-    costs, caches = [0.0] * size, [0] * size
+    costs, caches, divided = [0.0] * size, [0] * size, [0] * size
     of_teams = [_Share() for _ in range(size // teams.members)]
     holders = Holders(processes)
     holders.owner_of = owner_of
@@ -189,10 +201,11 @@ def plan(
         if owner is not None:
             costs[owner] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
             caches[owner] += message_bytes(block) if teams.members > 1 else 0
+            divided[owner] += summed.pop(layer.name) if holders.divides else 0
         solver = steppers[layer] if spectral else owner
         for number, share in enumerate(of_teams):
             if owner is None or number == owner // teams.members:
-                share.held += cache
+                share.held += cache + _bytes_of_statistics(block)
             if solver is None or number == solver // teams.members:
                 share.solve, share.held = share.solve + solve, share.held + (root if spectral else 0)
             else:
@@ -200,12 +213,13 @@ def plan(
     return Plan(
         size=size,
         parameters=sum(p.numel() for p in parameters),
-        statistics=processes.summed,
+        statistics=sum(summed.values()),
+        divided=tuple(divided),
         members=teams.members,
         caches=tuple(caches),
         updates=max(share.updates for share in of_teams),
         momentum=_gathered({p for layer in layers for p in layer.parameters.values()}, size),
-        held=_bytes_of_statistics(backend.blocks.values()) + max(share.held for share in of_teams),
+        held=max(share.held for share in of_teams),
         training=6.0 * tokens * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         rows=rows,
         inverses=max(costs),
@@ -262,8 +276,8 @@ def _counted(work: Callable[[Layer], None], layers: Iterable[Layer]) -> float:
     return float(counter.get_total_flops())
 
 
-def _bytes_of_statistics(blocks: Iterable[Block]) -> int:
-    values = [average.value for block in blocks for average in block.averages().values()]
+def _bytes_of_statistics(block: Block) -> int:
+    values = [average.value for average in block.averages().values()]
     return sum(t.nbytes for t in values if t is not None)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from kfacopt.fsdp import is_sharded
 from kfacopt.layers.base import LayerHandler
 from kfacopt.layers.registry import RefusedHandler
 from kfacopt.likelihoods.estimator import tensors_of
@@ -117,19 +116,6 @@ class PartCall:
     shape: torch.Size
     edges: tuple[GradientEdge, ...]
     arrange: Callable[[Sequence[Tensor | None]], Tensor]
-
-
-def refusal_of_shards(module: nn.Module) -> str | None:
-    """Why a handler whose rows are computed from a module's parameters does not apply: they lie in several processes.
-
-    Rows are asked for when the engine may have its shards back, and not in all processes alike.
-
-    >>> refusal_of_shards(nn.Linear(2, 1)) is None
-    True
-    """
-    if any(map(is_sharded, module.parameters())):
-        return "sharded by fully_shard, but its rows are computed from whole parameters"
-    return None
 
 
 class CompoundHandler(RefusedHandler):

@@ -214,6 +214,8 @@ def _reason_against(
         return "frozen", "requires_grad is False"
     if key in excluded:
         return "AdamW", excluded[key]
+    if parameter.is_complex():
+        return "AdamW", "complex numbers, of whose products there is no curvature"
     if of_part is not None:
         others = ", ".join(f"{p}.{n}" for p, _, n in held[1:])
         return ("AdamW", of_part or f"tied to {others}") if of_part or others else ("", "")

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from kfacopt.fsdp import copies_within, copy_in
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards, saves_elsewhere
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, saves_elsewhere
 from kfacopt.layers.convolution import ConvolutionHandler
 from kfacopt.layers.found import FoundMatrixHandler, FoundScaleHandler, part_call, required_shape, uses_of
 from kfacopt.layers.linear import LinearHandler
@@ -73,12 +74,7 @@ class OwnForwardHandler(CompoundHandler):
         super().__init__("treated by the products that its forward makes")
         self._known = known
 
-    def refusal(self, module: nn.Module) -> str | None:
-        return refusal_of_shards(module)
-
     def parts(self, module: nn.Module) -> tuple[Part, ...]:
-        if self.refusal(module):
-            return ()
         groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
         found = []
         for path, parameter in self._parameters(module):
@@ -110,17 +106,20 @@ class OwnForwardHandler(CompoundHandler):
     def calls(self, module: nn.Module, call: ModuleCall) -> dict[str, PartCall]:
         if saves_elsewhere():
             return {}
-        wanted = {id(module.get_parameter(part.name)): part for part in self.parts(module)}
-        calls = {}
-        for key, uses in uses_of(call, wanted.keys()).items():
-            parameter, handler = module.get_parameter(wanted[key].name), wanted[key].handler
-            transposed = isinstance(handler, FoundMatrixHandler) and handler.transposed
-            with torch.autocast(parameter.device.type, enabled=False):
-                found = [use.found(parameter, call.data, transposed) for use in uses]
-            known = [one for one in found if one is not None]
-            if len(known) == len(found) and required_shape(known) is not None:
-                calls[wanted[key].name] = part_call(known)
-        return calls
+        with copies_within(module):
+            held = {part: copy_in(module, module.get_parameter(part.name)) for part in self.parts(module)}
+            wanted = {id(parameter): part for part, parameter in held.items()}
+            calls = {}
+            for key, uses in uses_of(call, wanted.keys()).items():
+                part = wanted[key]
+                parameter, handler = held[part], part.handler
+                transposed = isinstance(handler, FoundMatrixHandler) and handler.transposed
+                with torch.autocast(parameter.device.type, enabled=False):
+                    found = [use.found(parameter, call.data, transposed) for use in uses]
+                known = [one for one in found if one is not None]
+                if len(known) == len(found) and required_shape(known) is not None:
+                    calls[part.name] = part_call(known)
+            return calls
 
 
 def _is_transposed(module: nn.Module, parameter: nn.Parameter) -> bool:

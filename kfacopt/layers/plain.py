@@ -64,6 +64,8 @@ def plain_matrices(model: nn.Module, parameters: Collection[nn.Parameter]) -> di
 def _matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, ...] | None:
     """The shape of a module's parameter as a matrix; None: it is none, or not known to be."""
     shape = tuple(parameter.shape)
+    if parameter.is_complex():
+        return None
     if isinstance(module, nn.Linear) and name == "weight":
         return shape
     if isinstance(module, _CONVOLUTIONS) and name == "weight":

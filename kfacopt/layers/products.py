@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from kfacopt.fsdp import copy_in
+from kfacopt.fsdp import copies_within, copy_in
 from kfacopt.layers.base import LayerHandler
-from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, refusal_of_shards, saves_elsewhere
+from kfacopt.layers.compound import CompoundHandler, ModuleCall, Part, PartCall, saves_elsewhere
 from kfacopt.layers.einsum import product_of_einsum
 from kfacopt.layers.experts import ExpertHandler, calls_of_stacks, parts_of_stack
 from kfacopt.layers.linear import LinearHandler
@@ -76,7 +77,7 @@ class ProductsHandler(CompoundHandler):
                     continue
                 if parameter.ndim == 2:
                     found.append(Part(name, "products found in the graph", self, handler, {"weight": name}))
-                elif parameter.ndim == 3 and not refusal_of_shards(module):
+                elif parameter.ndim == 3:
                     of_stack = ExpertHandler(isinstance(handler, TransposedLinearHandler))
                     found += parts_of_stack(self, name, len(parameter), of_stack)
         return tuple(found)
@@ -98,7 +99,8 @@ class ProductsHandler(CompoundHandler):
         for weight, product in _reads([x.grad_fn for x in tensors_of(call.output)], parts, call.above):
             reads[weight] += 1
             found.setdefault(weight, []).extend([] if product is None else [product])
-        calls = calls_of_stacks(call, stacks)
+        with copies_within(module) if stacks else nullcontext():
+            calls = calls_of_stacks(call, stacks)
         for weight, products in found.items():
             part = parts[weight]
             as_declared = all(p.transposed == isinstance(part.handler, TransposedLinearHandler) for p in products)

@@ -20,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
+from kfacopt.likelihoods.deferred import DeferredRows, GradientField
 from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import Precision
 
@@ -76,7 +77,8 @@ class LossTerms:
         parameters: Natural parameters (logits, means) `[m c]`, float32 or float64.
         scale: Hessian multiplier of every row `[m]`: class weights, 1/c of a mean over features, 0 for ignored rows.
         count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored (leave the batch out).
-        gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known.
+        gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known. It may
+            be given as `DeferredRows`, and is made then when it is first read.
         reads_target: Whether `gradient` was computed from targets, given or read, so that it is free of the user's
             scaling of the loss (`GradScaler`, accumulation). False: it is only the user's gradient times a count, or
             unknown, and that scaling cannot be told.
@@ -91,13 +93,19 @@ class LossTerms:
     parameters: Tensor
     scale: Tensor
     count: Tensor
-    gradient: Tensor | None
-    restore: Callable[[Tensor], Tensor]
+    gradient: GradientField = GradientField()  # noqa: RUF009 - a descriptor, of all instances
+    restore: Callable[[Tensor], Tensor]  # type: ignore[misc]  # the descriptor is no default
     output_scale: Tensor | None = None
     terms_per_datum: int = 1
     rows: Callable[[Tensor], Tensor] | None = None
     reads_target: bool = False
     weights: Tensor | None = None
+
+    @property
+    def held_gradient(self) -> Tensor | DeferredRows | None:
+        """The gradient as it is held, of which some rows may be had without the others."""
+        held: Tensor | DeferredRows | None = self.__dict__["gradient"]
+        return held
 
     @property
     def scores(self) -> Tensor | None:
@@ -114,7 +122,7 @@ class LossTerms:
         *,
         scale: Tensor,
         count: Tensor,
-        gradient: Tensor | None,
+        gradient: Tensor | DeferredRows | None,
         reads_target: bool = False,
         output_scale: Tensor | None = None,
     ) -> LossTerms:
@@ -262,6 +270,18 @@ class Likelihood(ABC):
             share: What a term of scale one counts in that loss; a number, or `[m]`.
         """
         return terms
+
+    def terms_of_softmax(self, prediction: Tensor, gradient: Tensor) -> LossTerms | None:
+        """The plain loss' terms where the user's is seen to be of the softmax of a prediction, scaled or shifted first.
+
+        Of a softmax surer than that of the prediction as it is, the gradient may be nothing but rounding: which rows
+        have one is all that is read. None, as here: it is to be judged as any other.
+
+        Args:
+            prediction: What the model returned.
+            gradient: The user's, in its shape.
+        """
+        return None
 
     def gradient_scale(self, terms_count: float) -> float:
         """Factor to make the user's gradient that of the mean loss: 1/terms_count after a sum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Size, Tensor
@@ -53,13 +54,23 @@ def row_pieces(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
 
 
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each row of the one with that of the other, `[m]` from `[m c]`.
+class _HasRows(Protocol):
+    def __getitem__(self, some: slice, /) -> Tensor: ...
+
+
+def row_products(left: Tensor, right: _HasRows) -> tuple[Tensor, Tensor, Tensor]:
+    """`l·l`, `r·r` and `l·r` of each row of two matrices, `[m]` each from `[m c]`; met once, some rows at a time.
 
     >>> row_products(torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    tensor([3., 7.])
+    (tensor([2., 2.]), tensor([ 5., 25.]), tensor([3., 7.]))
     """
-    return torch.cat([torch.linalg.vecdot(left[some], right[some]) for some in row_pieces(left)])
+    found = []
+    for some in row_pieces(left):
+        one, other = left[some], right[some]
+        squares = (torch.linalg.vector_norm(rows, dim=-1).square() for rows in (one, other))
+        found.append((*squares, torch.linalg.vecdot(one, other)))
+    own, others, along = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return own, others, along
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -225,3 +236,12 @@ def split_columns(matrix: Tensor, shapes: Sequence[Size]) -> list[Tensor]:
     """
     parts = matrix.split([shape.numel() for shape in shapes])
     return [part.reshape(*shape, matrix.shape[1]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors themselves, of complex ones `[..., 2]` real numbers in the same memory.
+
+    >>> real_views([torch.tensor([1.0 + 2.0j])])
+    [tensor([[1., 2.]])]
+    """
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

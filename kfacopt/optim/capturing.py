@@ -55,6 +55,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     """Beside those of this class, what a copy or a pickle has."""
     _own_state_key: ClassVar[str] = ""
     """A key that tells this class's `curvature` section from another's; "": a state without a section is taken too."""
+    _takes_complex: ClassVar[bool] = True  # whether such parameters train, by a rule without curvature
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         sharding: Sharding | None = None,
     ) -> None:
         model, self._processes = joined(model, sharding)
-        checks.check_model(model)
+        checks.check_model(model, self._takes_complex)
         self._sharded = ShardedModel(model)
         self._sharded.reshard()  # else the parameters below would be copies
         checks.check_params(params)

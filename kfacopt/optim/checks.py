@@ -18,8 +18,12 @@ from kfacopt.schedules import Interval
 from kfacopt.sharding import Processes
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, takes_complex: bool = False) -> None:
     """Refuse a model that cannot be captured.
+
+    Args:
+        model: What the optimizer was given.
+        takes_complex: Whether parameters without curvature train by a rule that does with complex numbers.
 
     Raises:
         TypeError: If it is no module, has complex or sparse parameters, or parameters that are not yet initialised.
@@ -38,9 +42,11 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(
                 f"the parameter {name!r} is not initialised yet: run one forward before the optimizer is made"
             )
-        if parameter.is_complex():
+        if parameter.is_complex() and not takes_complex:
             raise TypeError(
-                f"the parameter {name!r} is complex ({parameter.dtype}): complex parameters are not supported"
+                f"the parameter {name!r} is complex ({parameter.dtype}), and this optimizer steps all parameters as "
+                f"one vector of real numbers: hold it as such (torch.view_as_complex in the forward), or take KFAC, "
+                f"EKFAC or SpectralDescent, which train it by AdamW"
             )
         if parameter.layout != torch.strided:
             raise TypeError(

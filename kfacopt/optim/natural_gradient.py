@@ -84,6 +84,7 @@ class NaturalGradient(CapturingOptimizer):
 
     _own_attributes = ("fisher", "solver", "line_search", "damping_rule", "direction")
     _own_state_key = "solver"
+    _takes_complex = False
 
     def __init__(
         self,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from kfacopt.linalg.tensors import real_views
+
 
 def averaged_gradients(
     gradients: list[Tensor], buffers: list[Tensor], *, momentum: float, weight: float
@@ -88,14 +90,17 @@ def adamw_step(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """torch's own AdamW on parameters that get no curvature; `states` hold exp_avg, exp_avg_sq and step."""
+    """torch's own AdamW on parameters that get no curvature; `states` hold exp_avg, exp_avg_sq and step.
+
+    Of a complex number the real and the imaginary part are two, as torch has it.
+    """
     if not parameters:
         return
     adamw(
-        list(parameters),
-        list(gradients),
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        real_views(parameters),
+        real_views(gradients),
+        real_views([state["exp_avg"] for state in states]),
+        real_views([state["exp_avg_sq"] for state in states]),
         [],
         [state["step"] for state in states],
         amsgrad=False,

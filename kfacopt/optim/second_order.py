@@ -118,7 +118,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             or `step_length` says it, or the step length's own. Of KFAC and EKFAC, where neither those three nor
             `backend`, `damping_rule` or `lr="auto"` say otherwise, `ClippedGradients(Spectral(momentum))`.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
-        sharding: Which processes train together, and how many hold each layer's inverse; default: the engine's, all.
+        sharding: Which processes train together, and how many hold what is of a layer; default: the engine's, all.
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
@@ -353,7 +353,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Fetch what `Sharding(replicas=...)` left to other processes for `state_dict()` of process `to`, None: of all.
 
-        All must call it, Lightning does. Inverses that are not in a state are computed anew as it resumes.
+        All must call it, Lightning does. A state without statistics that others held is refused as it is loaded.
         """
         self.backend.consolidate(to)
 

@@ -163,7 +163,7 @@ def _check_values(value: Any, here: Any, place: str) -> None:
             within = here[number] if isinstance(here, (list, tuple)) and number < len(here) else None
             _check_values(held, within, f"{place}/{number}")
     elif isinstance(value, Tensor):
-        if value.is_floating_point() and not bool(shard_of(value).isfinite().all()):
+        if (value.is_floating_point() or value.is_complex()) and not bool(shard_of(value).isfinite().all()):
             raise ValueError(f"{place} holds numbers that are not finite")
         if isinstance(here, Tensor) and value.is_floating_point() != here.is_floating_point():
             raise ValueError(f"{place} must be of a dtype like {here.dtype}, got {value.dtype}")
@@ -193,8 +193,11 @@ def _check_memory(place: str, own: Mapping[str, Any], parameter: nn.Parameter) -
         shape = _moment_shape(name, parameter, value) if name in _OF_SIDES else _shape(name, parameter)
         if shape is None:
             continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ValueError(f"{place}/{name} must be a tensor of floating-point numbers, got {_described(value)}")
+        numbers = "complex" if parameter.is_complex() and name != "step" else "floating-point"
+        if not isinstance(value, Tensor) or not (
+            value.is_complex() if numbers == "complex" else value.is_floating_point()
+        ):
+            raise ValueError(f"{place}/{name} must be a tensor of {numbers} numbers, got {_described(value)}")
         if value.shape != shape:
             raise ValueError(f"{place}/{name} has the shape {list(value.shape)}, but here it must have {list(shape)}")
 

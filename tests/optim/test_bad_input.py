@@ -30,7 +30,6 @@ def sparse() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "no module": (lambda: list(mlp().parameters()), "model"),
-    "complex": (lambda: nn.Linear(3, 2, dtype=torch.complex64), "'weight' is complex"),
     "sparse": (sparse, "'table' is sparse"),
     "devices": (two_devices, "'2.weight' on meta"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"'0\.(weight|bias)' is not initialised"),

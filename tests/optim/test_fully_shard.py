@@ -15,12 +15,14 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import kfacopt
 from kfacopt.fsdp import ShardedModel
 from kfacopt.layers.products import ProductsHandler
 from tests.cases import natural_direction
+from tests.layers.test_own_forward import Dora, InputScaled, Lora
 from tests.optim.test_processes import (
     CE,
     EQUAL,
@@ -234,6 +236,56 @@ def unusual_layers_equal_one_process() -> None:
                 assert made.health()["unseen_layers"] == 0.0
                 equals(two, one, 1e-12)
                 assert not any(hasattr(p, "_kfacopt_whole") for p in two.parameters())
+
+
+class Experts(nn.Module):
+    """A mixture of three: each datum goes through the expert that its first number chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ni,nio->no", x, self.weight[(8 * x[:, 0].abs()).long() % 3])
+
+
+class Adapted(nn.Module):
+    """Layers that only the graph shows: experts, adapters by a parametrization and by hand, scaled inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.dora, self.scaled = Experts(), Dora(4, 4), InputScaled(4, 3)
+        self.lora = register_parametrization(nn.Linear(4, 4), "weight", Lora(4, 4))
+        self.lora.parametrizations.weight.original.requires_grad_(False)  # type: ignore[union-attr,operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.dora(self.lora(self.experts(x)).tanh()).tanh())
+
+
+def layers_found_in_the_graph_equal_one_process() -> None:
+    """Of units that have freed their copies when the graph is asked, and of the root's."""
+    names = {"experts.weight.2", "lora.parametrizations.weight.0.b", "dora.lora.a", "dora.magnitude", "scaled.scale"}
+    # EKFAC, as above, is compared with two processes that hold everything; its spectral step is of matrices.
+    cases = ((optimizer(kl_clip=0.03), names, alone()), (optimizer(kfacopt.EKFAC), {"scaled.weight"}, None))
+    with kfacopt.register_handler(Experts, ProductsHandler(matmul=["weight"])):
+        for make, wanted, group in cases:
+            batches = [share(batch) for batch in make_batches(2)]
+            given = batches if group is None else make_batches(2)
+            one, reference = train(make, given, plain(CE()), group, net_of=partial(seeded, Adapted))
+            for shard in (per_block, root_only):
+                two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Adapted))
+                assert set(made.backend.blocks) == set(reference.backend.blocks)
+                assert wanted <= {name for name, block in made.backend.blocks.items() if block.ready}
+                equals(two, one)
+        found = []
+        for watch in (lambda net: None, optimizer()):
+            net = per_block(seeded(Adapted))
+            watcher = watch(net)
+            plain(CE())(net, batches[0])
+            found.append([p.grad.to_local() for p in net.parameters() if isinstance(p.grad, DTensor)])
+        assert watcher is not None
+        assert len(found[0]) == 11
+        assert all(map(torch.equal, *found))
 
 
 def words_equal_one_process() -> None:
@@ -563,6 +615,7 @@ MODELS: Mapping[str, Callable[[], None]] = {
         there_may_be_fewer_rows_than_processes,
         words_equal_one_process,
         unusual_layers_equal_one_process,
+        layers_found_in_the_graph_equal_one_process,
         heads_equal_one_process,
         decay_is_of_each_one_s_shards,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kfacopt
+from kfacopt.backends.divided import averages_of_team
 from kfacopt.backends.ownership import decomposition_cost
 from kfacopt.replicas import Teams, delivered
 from kfacopt.schedules import Background, WhenMoved
@@ -118,16 +119,21 @@ def equals_one_process(name: str, sharding: kfacopt.Sharding) -> None:
 
 
 def holds_its_share(made: Any, teams: Teams) -> None:
-    """Each layer with an inverse is in one team, and in all of it."""
-    here = {name for name, block in made.backend.blocks.items() if block.ready}
+    """Each layer with an inverse, and what is known of its factors, is in one team, and in all of it."""
+    blocks, divided = made.backend.blocks, made.backend._holders.divides
+    here = {name for name, block in blocks.items() if block.ready}
+    costs = {name: decomposition_cost(block) for name, block in blocks.items()}
+    known = {name for name, block in blocks.items() if any(a.known for a in averages_of_team(block).values())}
     everywhere: list[Any] = [None] * teams.size
-    distributed.all_gather_object(everywhere, here)
-    for name, block in made.backend.blocks.items():
-        holders = [rank for rank, names in enumerate(everywhere) if name in names]
-        if decomposition_cost(block) > 0.0 and not block.rows_need_cache:
-            assert holders == list(teams.holders(holders[0]))
-        else:
-            assert holders == list(range(teams.size))
+    distributed.all_gather_object(everywhere, (here, costs, known))
+    everybody = list(range(teams.size))
+    for name, block in blocks.items():
+        holders = [rank for rank, (names, _, _) in enumerate(everywhere) if name in names]
+        knowing = [rank for rank, (_, _, names) in enumerate(everywhere) if name in names]
+        has_owner = any(of_rank[name] > 0.0 for _, of_rank, _ in everywhere)
+        team = list(teams.holders(made.backend._holders.owner_of[name])) if has_owner else everybody
+        assert holders == (everybody if block.rows_need_cache else team)
+        assert knowing == (team if divided else everybody)
         assert made.backend.ready(made.backend._layers[name])
 
 
@@ -149,8 +155,8 @@ def sharded_parameters_equal_one_process(shard: Callable[[Any], nn.Module], shar
         holds_its_share(made, Teams.of(made._processes))
 
 
-def inverses_are_divided() -> None:
-    """Of equal layers each process has so many bytes less as there are teams, and no stagger changes that."""
+def memory_is_divided() -> None:
+    """Of equal layers each process has its team's share of the bytes, of inverses and of statistics."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(8)))
     world = distributed.get_world_size()
@@ -164,8 +170,11 @@ def inverses_are_divided() -> None:
             nn.functional.cross_entropy(own(x), y).backward()
             made.step()
         assert isinstance(made.backend, kfacopt.LayerwiseBackend)
-        held = [t for block in made.backend.blocks.values() for t in block.cache().values() if t is not None]
-        assert sum(t.nbytes for t in held) == 8 * 2 * 8 * 8 * 4 * replicas // world
+        blocks = made.backend.blocks.values()
+        held = [t for block in blocks for t in block.cache().values()]
+        known = [average.value for block in blocks for average in block.averages().values()]
+        for tensors in (held, known):
+            assert sum(t.nbytes for t in tensors if t is not None) == 8 * 2 * 8 * 8 * 4 * replicas // world
 
 
 def _saved(state: Any) -> Any:
@@ -200,6 +209,13 @@ def a_consolidated_state_goes_to_any_number_of_holders() -> None:
     """Refreshed in steps 0, 3, 6: an inverse that was computed anew would be another."""
     name = "kfac-every-third"
     whole = weights_of(train(made_by(name, OWNER), [share(batch) for batch in make_batches(7)], plain(CE()))[0])
+    bases = weights_of(train(made_by("ekfac", None), [share(batch) for batch in make_batches(7)], plain(CE()))[0])
+    net, made = _half_way("ekfac", OWNER)
+    made.consolidate_state_dict()
+    stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
+    for after in (OWNER, None):
+        found = _went_on("ekfac", after, stored["net"], stored["made"])
+        torch.testing.assert_close(found, bases, rtol=1e-12, atol=1e-12)
     for before, after in ((OWNER, OWNER), (OWNER, None), (None, OWNER)):
         net, made = _half_way(name, before)
         made.consolidate_state_dict()
@@ -211,15 +227,9 @@ def a_consolidated_state_goes_to_any_number_of_holders() -> None:
     own = copy.deepcopy(made.state_dict())  # of each process its own
     assert torch.equal(_went_on(name, OWNER, net.state_dict(), own), whole)
     stored = _saved({"net": net.state_dict(), "made": made.state_dict()})  # what others hold is missing
-    lacking = [n for n, kept in stored["made"]["curvature"]["backend"]["blocks"].items() if _without_cache(kept)]
-    assert 0 < len(lacking) < len(made.backend.blocks)
-    anew, by_all = (_went_on(name, after, stored["net"], stored["made"]) for after in (OWNER, None))
-    torch.testing.assert_close(anew, by_all, rtol=1e-12, atol=1e-12)
-    assert float((anew - whole).norm()) > 1e-6
-
-
-def _without_cache(kept: Any) -> bool:
-    return all(value is None for value in kept["cache"].values())
+    for after, error in ((OWNER, RuntimeError), (None, ValueError)):
+        with pytest.raises(error, match=r"no statistics of '.*consolidate_state_dict\(\) in all"):
+            _went_on(name, after, stored["net"], stored["made"])
 
 
 def a_refused_state_changes_nothing() -> None:
@@ -363,7 +373,7 @@ def tensors_are_delivered() -> None:
 TOGETHER = (
     a_failing_owner_ends_all,
     what_cannot_be_is_refused,
-    inverses_are_divided,
+    memory_is_divided,
     tensors_are_delivered,
 )
 TWO: Mapping[str, Callable[[], None]] = {
