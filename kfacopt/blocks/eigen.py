@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import ELEMENTS_AT_ONCE, Renewal, at_once, chunks_of_data
+from kfacopt.blocks.base import ELEMENTS_AT_ONCE, Block, Renewal, at_once, chunks_of_data
+from kfacopt.blocks.by_rows import in_pieces, steepest_by_rows, times_by_rows
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
-from kfacopt.blocks.squares import squared_one_hot, squared_sums
+from kfacopt.blocks.squares import products_of_squares, squared_one_hot, squared_sums
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.moved import along_basis
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.linalg.symmetric import LinAlgError, refine_basis
+from kfacopt.linalg.tensors import rows_of
 
 _ALL = slice(None)
 
@@ -38,7 +41,7 @@ class EigenBlock(FactoredBlock):
         self._right: Tensor | None = None
         self._values_left: Tensor | None = None
         self._values_right: Tensor | None = None
-        self._reciprocal: tuple[float, Tensor] | None = None
+        self._reciprocal: tuple[float, Tensor] | None = None  # of `_reciprocals`, or of `_roots`
 
     def basis(self) -> tuple[Tensor | None, Tensor | None]:
         """Eigenbases Q_G `[*k o o]` and Q_A `[*k i i]` (None: the identity)."""
@@ -121,21 +124,49 @@ class EigenBlock(FactoredBlock):
             return self._by_rows(matrix, damping, torch.Tensor.rsqrt_, to=False, back=True)
         return kronecker.rotate_back(left, matrix * self._reciprocals(damping).sqrt(), right)
 
+    @staticmethod
+    def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
+        held = [block for block in blocks if isinstance(block, EigenBlock)]
+        left, right = held[0].basis()  # of blocks of one shape: so are all
+        turned, long = right is None, matrices.mT if right is None else matrices
+        if (left is None) == (right is None) or not isinstance(polar, NewtonSchulz) or not polar.is_long(long):
+            return Block.steepest(blocks, matrices, dampings, polar)
+        found = []
+        for block, matrix, damping in zip(held, long, dampings, strict=True):
+            basis = next(q for q in block.basis() if q is not None)
+            found.append(steepest_by_rows(matrix, basis, block._roots(damping), polar))
+        return rows_of(found).mT if turned else rows_of(found)
+
     def _by_rows(
         self, matrix: Tensor, damping: float, power: Callable[[Tensor], Tensor], to: bool, back: bool
     ) -> Tensor:
         """Where one basis is the identity: coordinates (if not `to`, they are given) times a power of `divisors`."""
         left, right = self.basis()
-        divisors = self.divisors(damping)
+        values = self._of_rows(damping, power)
         if left is None:
-            return _times_by_rows(matrix, right, lambda some: power(divisors(some, _ALL)), to, back)
-        return _times_by_rows(matrix.mT, left, lambda some: power(divisors(_ALL, some)).mT, to, back).mT
+            return times_by_rows(matrix, right, values, to, back)
+        return times_by_rows(matrix.mT, left, values, to, back).mT
+
+    def _of_rows(self, damping: float, power: Callable[[Tensor], Tensor]) -> Callable[[slice], Tensor]:
+        """A power of `divisors` along some entries of the side whose basis is the identity, `[m' d]`."""
+        divisors = self.divisors(damping)
+        if self._left is None:
+            return lambda some: power(divisors(some, _ALL))
+        return lambda some: power(divisors(_ALL, some)).mT
+
+    def _roots(self, damping: float) -> Tensor:
+        """What `whiten` multiplies coordinates with, `[m d]` with the side first whose basis is the identity; kept.
+
+        Of a vocabulary it is as large as the parameters once more, and a step takes three quarters of the time.
+        """
+        if self._reciprocal is None or self._reciprocal[0] != damping:
+            left, right = self.factor_eigenvalues()
+            sides = (len(left), len(right)) if self._left is None else (len(right), len(left))
+            self._reciprocal = damping, in_pieces(self._of_rows(damping, torch.Tensor.rsqrt_), sides)
+        return self._reciprocal[1]
 
     def _reciprocals(self, damping: float) -> Tensor:
-        """What `solve` multiplies the coordinates with, `[*k o i]`; kept while statistics and damping stay.
-
-        Of a vocabulary it would be as large as the parameters once more, and no faster.
-        """
+        """What `solve` multiplies the coordinates with, `[*k o i]`; kept while statistics and damping stay."""
         if self._reciprocal is None or self._reciprocal[0] != damping:
             self._reciprocal = damping, self.divisors(damping)(_ALL, _ALL).reciprocal_()
         return self._reciprocal[1]
@@ -265,38 +296,6 @@ class CorrectedEigenBlock(EigenBlock):
         self.corrected.value = held
 
 
-def _times_by_rows(
-    matrix: Tensor, basis: Tensor | None, values: Callable[[slice], Tensor], to: bool, back: bool
-) -> Tensor:
-    """`(matrix Q ∘ values) Qᵀ`, `[*b m d]`, for a basis Q `[d d]`, None for the identity: rows do not mix.
-
-    In pieces, so that of a vocabulary's rows nothing else is held, and what is held is in the cache.
-
-    Args:
-        matrix: `[*b m d]`.
-        basis: Q.
-        values: Of some rows, `[m' d]`, to multiply their coordinates by.
-        to: Whether to multiply by Q first; if not, `matrix` holds coordinates.
-        back: Whether to multiply by Qᵀ then.
-    """
-    result = matrix.new_empty(matrix.shape)
-    if basis is not None:
-        # Factors on the right that lie transposed: a product with few columns takes a third of the time (32: 2.0 ms
-        # instead of 6.1 for 50,000 rows), with many as long.
-        into, onto = basis.mT.contiguous().mT, basis.contiguous().mT
-    # Five of them at a time, so a quarter of what is fast for one.
-    length, width = matrix.shape[-2], matrix.shape[:-2].numel() * matrix.shape[-1]
-    for some in chunks_of_data(length, width, at_once(matrix.device) // 4):
-        place, coordinates = result[..., some, :], matrix[..., some, :]
-        if basis is not None and to:
-            coordinates = coordinates @ into
-        if basis is not None and back:
-            torch.matmul(coordinates * values(some), onto, out=place)
-        else:
-            torch.mul(coordinates, values(some), out=place)
-    return result
-
-
 def _refined(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues and eigenbasis of a factor after one more QR step; of a diagonal one there is nothing to refine."""
     if basis is None:
@@ -331,6 +330,8 @@ def squared_coordinates(
     if late:
         parts = [_squared_by_datum(g, rows.inputs, left, right, budget) for g in rows.gradients]
         return sum(parts[1:], start=parts[0])
+    if places == 1 and left is None:
+        return products_of_squares(rows.gradients, _times_basis(rows.inputs, right).square(), budget)
     if places == 1:
         return of_squares(squared_gradients(rows.gradients, left), rows.inputs, right)
     gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)

@@ -21,7 +21,7 @@ def squared_sums(gradients: Tensor, inputs: Tensor, budget: int) -> Tensor:
     tensor([[12., 12., 12., 12.]])
     """
     if gradients.shape[-2] == 1:  # no places to sum over: a square of a product is a product of squares
-        return gradients.square().squeeze(-2).mT @ inputs.square().squeeze(-2)
+        return products_of_squares(gradients.unsqueeze(0), inputs.square(), budget)
     leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
     outputs, columns = gradients.shape[-1], inputs.shape[-1]
     total = gradients.new_zeros(*leading, outputs, columns)
@@ -30,6 +30,29 @@ def squared_sums(gradients: Tensor, inputs: Tensor, budget: int) -> Tensor:
         own, places = gradients[..., some], total[..., some, :]
         for part in chunks_of_data(gradients.shape[-3], places.numel(), budget):
             places += (own[..., part, :, :].mT @ inputs[..., part, :, :]).square_().sum(-3)
+    return total
+
+
+def products_of_squares(gradients: Tensor, squares: Tensor, budget: int) -> Tensor:
+    """`Σ_vn g² (a²)ᵀ`, `[*k o i]`; outputs in pieces, so that of a vocabulary's nothing else is held.
+
+    Args:
+        gradients: g, `[v *k n 1 o]`.
+        squares: a², `[*k n 1 i]`.
+        budget: Elements that a temporary may have.
+
+    >>> products_of_squares(torch.full((2, 3, 1, 1), 2.0), torch.ones(3, 1, 4), budget=1)
+    tensor([[24., 24., 24., 24.]])
+    """
+    across, own = squares.squeeze(-2).mT, gradients.squeeze(-2)  # [*k i n], [v *k n o]
+    leading, outputs = torch.broadcast_shapes(own.shape[1:-2], across.shape[:-2]), own.shape[-1]
+    total = own.new_empty(*leading, outputs, across.shape[-2])
+    for some in chunks_of_data(outputs, own.shape[:-1].numel(), at_once(own.device, budget)):
+        first, *others = own[..., some]
+        summed = first.square()
+        for other in others:
+            summed.addcmul_(other, other)
+        total[..., some, :] = (across @ summed).mT
     return total
 
 

@@ -77,7 +77,8 @@ class Gradients:
     def thrown_away(self) -> bool:
         """Whether nothing but zeros lies in `.grad`: whatever was brought there is gone."""
         held = [shard_of(p.grad) for p in self._parameters if p.grad is not None]
-        if any(map(_any, held)) or (self._sharded is not None and self._sharded.has_waiting):
+        # A vocabulary's rows are zero but for a few words': the others tell first.
+        if any(map(_any, sorted(held, key=torch.numel))) or (self._sharded is not None and self._sharded.has_waiting):
             return False
         # A process may have no row of any parameter: it sees no gradient that is there.
         return not held or any(map(torch.numel, held))

@@ -20,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
+from kfacopt.likelihoods.deferred import DeferredRows, GradientField
 from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import Precision
 
@@ -76,7 +77,8 @@ class LossTerms:
         parameters: Natural parameters (logits, means) `[m c]`, float32 or float64.
         scale: Hessian multiplier of every row `[m]`: class weights, 1/c of a mean over features, 0 for ignored rows.
         count: What the mean loss divides by, a 0-dim float tensor; 0 when every row is ignored (leave the batch out).
-        gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known.
+        gradient: Gradient of each term, dl_m/df_m `[m c]`, not divided by `count`; `None` if it cannot be known. It may
+            be given as `DeferredRows`, and is made then when it is first read.
         reads_target: Whether `gradient` was computed from targets, given or read, so that it is free of the user's
             scaling of the loss (`GradScaler`, accumulation). False: it is only the user's gradient times a count, or
             unknown, and that scaling cannot be told.
@@ -91,13 +93,19 @@ class LossTerms:
     parameters: Tensor
     scale: Tensor
     count: Tensor
-    gradient: Tensor | None
-    restore: Callable[[Tensor], Tensor]
+    gradient: GradientField = GradientField()  # noqa: RUF009 - a descriptor, of all instances
+    restore: Callable[[Tensor], Tensor]  # type: ignore[misc]  # the descriptor is no default
     output_scale: Tensor | None = None
     terms_per_datum: int = 1
     rows: Callable[[Tensor], Tensor] | None = None
     reads_target: bool = False
     weights: Tensor | None = None
+
+    @property
+    def held_gradient(self) -> Tensor | DeferredRows | None:
+        """The gradient as it is held, of which some rows may be had without the others."""
+        held: Tensor | DeferredRows | None = self.__dict__["gradient"]
+        return held
 
     @property
     def scores(self) -> Tensor | None:
@@ -114,7 +122,7 @@ class LossTerms:
         *,
         scale: Tensor,
         count: Tensor,
-        gradient: Tensor | None,
+        gradient: Tensor | DeferredRows | None,
         reads_target: bool = False,
         output_scale: Tensor | None = None,
     ) -> LossTerms:

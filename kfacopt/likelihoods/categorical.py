@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
+from kfacopt.likelihoods.deferred import DeferredRows
 from kfacopt.likelihoods.layout import RowLayout
 from kfacopt.likelihoods.precision import (
     Precision,
@@ -111,18 +112,22 @@ class Categorical(Likelihood):
 
     def sample(self, terms: LossTerms, mc_samples: int, generator: Generator | None) -> Tensor:
         """Gradients p - e_y at labels y drawn from p."""
-        probabilities = terms.parameters.softmax(-1)
-        rows, classes = probabilities.shape
-        device = probabilities.device if generator is None else generator.device
-        uniform = torch.rand(rows, mc_samples, generator=generator, device=device, dtype=probabilities.dtype)
+        logits = terms.parameters
+        rows, classes = logits.shape
+        device = logits.device if generator is None else generator.device
+        uniform = torch.rand(rows, mc_samples, generator=generator, device=device, dtype=logits.dtype)
         # Inverting the distribution function takes one random number a draw, and unlike torch.multinomial it does not
         # fail (on CUDA: not for good) when a batch has diverged.
-        uniform, drawn = uniform.to(probabilities.device), []
-        for some in row_pieces(probabilities):
-            cumulative = probabilities[some].cumsum(-1)
-            drawn.append(torch.searchsorted(cumulative, uniform[some] * cumulative[:, -1:], right=True))
-        labels = torch.cat(drawn).clamp_(max=classes - 1)
-        return self._sampled(terms, probabilities, rearrange(labels, "m v -> v m"))
+        uniform = uniform.to(logits.device)
+        vectors = logits.new_empty(mc_samples, rows, classes)
+        # Of a vocabulary nothing but the vectors is as large as the logits.
+        for some in row_pieces(logits):
+            probabilities = logits[some].softmax(-1)
+            cumulative = probabilities.cumsum(-1)
+            labels = torch.searchsorted(cumulative, uniform[some] * cumulative[:, -1:], right=True)
+            labels = rearrange(labels.clamp_(max=classes - 1), "m v -> v m")
+            self._sampled(terms.scale[some], probabilities, labels, out=vectors[:, some])
+        return vectors
 
     def square_root_columns(self, outputs: int) -> int:
         """One fewer than classes: all logits may rise together, which the softmax does not notice."""
@@ -165,12 +170,12 @@ class Categorical(Likelihood):
         terms = torch.where(probabilities > 0, probabilities * (before - after), 0.0)
         return (terms.sum(-1) * old.scale).sum().to(old.parameters.dtype)
 
-    def _sampled(self, terms: LossTerms, probabilities: Tensor, labels: Tensor) -> Tensor:
-        """`sqrt(scale / v) (p - e_y)` at labels `[v m]`."""
-        deviation = (terms.scale / labels.shape[0]).sqrt()
-        vectors = probabilities.expand(labels.shape[0], -1, -1) * deviation[:, None]
+    def _sampled(self, scale: Tensor, probabilities: Tensor, labels: Tensor, out: Tensor) -> Tensor:
+        """`sqrt(scale / v) (p - e_y)` at labels `[v m]`, written to `out`, `[v m c]`."""
+        deviation = (scale / labels.shape[0]).sqrt()
+        torch.mul(probabilities.expand_as(out), deviation[:, None], out=out)
         height = -deviation.expand_as(labels)
-        return vectors.scatter_add_(-1, labels[..., None], height[..., None])
+        return out.scatter_add_(-1, labels[..., None], height[..., None])
 
     @property
     def _unweighted(self) -> bool:
@@ -204,13 +209,19 @@ class Categorical(Likelihood):
         labels, logits = target.reshape(-1).long(), layout.rows(prediction)
         live = labels != self.ignore_index
         labels = torch.where(live, labels, 0)
-        if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        outside, all_live = torch.stack([((labels < 0) | (labels >= logits.shape[1])).any(), live.all()]).tolist()
+        if outside:
             raise ValueError(
                 f"target has labels outside 0 … {logits.shape[1] - 1} that are not ignore_index={self.ignore_index}"
             )
         smoothing = Smoothing(self._weights(logits), self.label_smoothing)
-        gradient = smoothing.gradient(logits.softmax(-1), labels)
-        return self._from_labels(layout, logits, gradient, labels, live)
+
+        def gradient(some: slice) -> Tensor:
+            found = smoothing.gradient_(logits[some].softmax(-1), labels[some])
+            return found if all_live else _of_live(found, live[some])
+
+        deferred = DeferredRows(len(logits), logits.dtype, gradient)
+        return self._from_labels(layout, logits, deferred, labels, live)
 
     def _from_gradient(self, prediction: Tensor, gradient: Tensor) -> LossTerms:
         precision = Precision.of(prediction, gradient)
@@ -226,7 +237,7 @@ class Categorical(Likelihood):
                 if not found.recognised:
                     raise ValueError(self._of_others(unused, prediction))
             if found.recognised:
-                return self._from_labels(layout, logits, found.gradient, found.labels, found.live)
+                return self._from_labels(layout, logits, _of_live(found.gradient, found.live), found.labels, found.live)
             doubtful = doubtful or (layout, logits, found.live)
         if doubtful is not None and self._unweighted:
             return self._without_gradient(*doubtful)
@@ -246,7 +257,7 @@ class Categorical(Likelihood):
         return read_labels(layout.rows(gradient).to(logits.dtype), logits.softmax(-1), smoothing, precision), logits
 
     def _from_labels(
-        self, layout: RowLayout, logits: Tensor, gradient: Tensor, labels: Tensor, live: Tensor
+        self, layout: RowLayout, logits: Tensor, gradient: Tensor | DeferredRows, labels: Tensor, live: Tensor
     ) -> LossTerms:
         smoothing = Smoothing(self._weights(logits), self.label_smoothing)
         alive = live.to(logits.dtype)
@@ -255,7 +266,7 @@ class Categorical(Likelihood):
             logits,
             scale=smoothing.curvature(labels, logits) * alive,
             count=(smoothing.label_weight(labels, logits) * alive).sum(),
-            gradient=gradient.mul_(alive[:, None]),
+            gradient=gradient,
             reads_target=True,
         )
 
@@ -292,3 +303,8 @@ class Categorical(Likelihood):
             "for a prediction [n c d1 ...] (or [n ... c]), or probabilities in the prediction's "
             "shape"
         )
+
+
+def _of_live(gradient: Tensor, live: Tensor) -> Tensor:
+    """Gradients `[m c]`, in place zero in the rows that are not part of the loss."""
+    return gradient.mul_(live.to(gradient.dtype)[:, None])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.likelihoods.base import Likelihood, LossTerms
+from kfacopt.likelihoods.deferred import DeferredRows
 from kfacopt.likelihoods.precision import Precision
 from kfacopt.linalg.tensors import row_products
 
@@ -37,12 +38,11 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
     >>> weighed(Categorical(), Categorical().terms(logits, gradient=gradient), gradient).weights
     tensor([5., 1.])
     """
-    if terms.weights is not None or terms.gradient is None or not terms.reads_target or terms.rows is None:
+    own = terms.held_gradient
+    if terms.weights is not None or own is None or not terms.reads_target or terms.rows is None:
         return terms
     precision = Precision.of(terms.parameters.new_empty(0, dtype=gradient.dtype))
-    own, rows = terms.gradient, terms.rows(gradient).to(terms.gradient.dtype)
-    squares, length = (torch.linalg.vector_norm(a, dim=-1).square() for a in (own, rows))
-    along = row_products(rows, own)
+    length, squares, along = row_products(terms.rows(gradient).to(own.dtype), own)
     common, each = along.sum() / squares.sum(), along / squares  # of ignored rows both are zero
     # Rows whose gradient is a small difference of probabilities do not tell their weight, and hardly have curvature.
     size = squares.sqrt()
@@ -65,12 +65,16 @@ def weighed(likelihood: Likelihood, terms: LossTerms, gradient: Tensor) -> LossT
 
 def times(terms: LossTerms, factor: Tensor | float) -> LossTerms:
     """The terms, each counted `factor` (`[m]`, or one number) times as much as it was."""
+    held = terms.held_gradient
     if not isinstance(factor, Tensor):
         if factor == 1.0:
-            return terms if terms.weights is not None else replace(terms, weights=torch.ones_like(terms.scale))
+            ones = torch.ones_like(terms.scale)
+            return terms if terms.weights is not None else replace(terms, weights=ones, gradient=held)
         factor = torch.full_like(terms.scale, factor)
     weights = factor if terms.weights is None else terms.weights * factor
-    gradient = None if terms.gradient is None else terms.gradient * factor[:, None]
+    gradient = (
+        held.times(factor) if isinstance(held, DeferredRows) else None if held is None else held * factor[:, None]
+    )
     return replace(terms, scale=terms.scale * factor, gradient=gradient, weights=weights)
 
 

@@ -87,6 +87,10 @@ class NewtonSchulz:
         """Whether matrices may be treated by their Gram matrices, which square their condition."""
         return matrix.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(matrix.device.type)
 
+    def is_long(self, matrix: Tensor) -> bool:
+        """Whether matrices have so many more rows than columns that they are treated by their Gram matrices anyway."""
+        return self.squares(matrix) and matrix.shape[-1] > 1 and _is_long(matrix.mT)
+
     def inverse_root(self, gram: Tensor) -> Tensor:
         """`B^(-1/2)` of Gram matrices `B = X Xᵀ`, `[*b m m]`: what takes X to its polar factor.
 

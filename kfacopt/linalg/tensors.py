@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Size, Tensor
@@ -53,13 +54,23 @@ def row_pieces(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
 
 
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """The inner product of each row of the one with that of the other, `[m]` from `[m c]`.
+class _HasRows(Protocol):
+    def __getitem__(self, some: slice, /) -> Tensor: ...
+
+
+def row_products(left: Tensor, right: _HasRows) -> tuple[Tensor, Tensor, Tensor]:
+    """`l·l`, `r·r` and `l·r` of each row of two matrices, `[m]` each from `[m c]`; met once, some rows at a time.
 
     >>> row_products(torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    tensor([3., 7.])
+    (tensor([2., 2.]), tensor([ 5., 25.]), tensor([3., 7.]))
     """
-    return torch.cat([torch.linalg.vecdot(left[some], right[some]) for some in row_pieces(left)])
+    found = []
+    for some in row_pieces(left):
+        one, other = left[some], right[some]
+        squares = (torch.linalg.vector_norm(rows, dim=-1).square() for rows in (one, other))
+        found.append((*squares, torch.linalg.vecdot(one, other)))
+    own, others, along = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return own, others, along
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -71,31 +82,41 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return math.isfinite(checksum(tensors))
 
 
-def checksum(tensors: Sequence[Tensor], lengths: Tensor | None = None) -> float:
-    """Sum of the tensors' norms, in float32: finite exactly if every entry is (barring overflow).
-
-    Args:
-        tensors: Of any shapes.
-        lengths: Their `norms`, where they are known.
+def checksum(tensors: Sequence[Tensor]) -> float:
+    """Sum of the tensors' norms: finite exactly if every entry is (barring overflow); one synchronisation.
 
     >>> checksum([torch.tensor([3.0, -4.0])])
     5.0
     """
-    if not tensors:
-        return 0.0
+    return sum(lengths(tensors), 0.0)
+
+
+def lengths(tensors: Sequence[Tensor]) -> list[float]:
+    """The norm of each of some tensors as a number, finite exactly if its entries are; one synchronisation.
+
+    >>> lengths([torch.tensor([3.0, 4.0]), torch.full((2,), 1e30)])[0]
+    5.0
+    """
     # Roots of squares: an eighth of the time that torch takes to sum absolute values. Where squares overflow, but the
-    # entries do not, these are summed after all.
-    found = float((norms(tensors) if lengths is None else lengths).float().sum())
-    return found if math.isfinite(found) else float(norms(tensors, 1).float().sum())
+    # entries do not, they are taken of smaller ones.
+    found: list[float] = norms(tensors).tolist() if tensors else []
+    if all(map(math.isfinite, found)):
+        return found
+    return [own if math.isfinite(own) else _scaled_norm(t) for own, t in zip(found, tensors, strict=True)]
 
 
-def norms(tensors: Sequence[Tensor], power: float = 2) -> Tensor:
+def _scaled_norm(tensor: Tensor) -> float:
+    largest = float(tensor.abs().max())
+    return largest * float(torch.linalg.vector_norm(tensor / largest)) if math.isfinite(largest) else largest
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each of some tensors, `[p]`.
 
     >>> norms([torch.tensor([3.0, 4.0]), torch.ones(1)])
     tensor([5., 1.])
     """
-    return stacked(torch._foreach_norm(list(tensors), power)) if tensors else torch.zeros(0)
+    return stacked(torch._foreach_norm(list(tensors))) if tensors else torch.zeros(0)
 
 
 def stacked(numbers: Sequence[Tensor]) -> Tensor:

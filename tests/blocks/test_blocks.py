@@ -18,7 +18,6 @@ from kfacopt.blocks import (
     EigenBlock,
     KroneckerBlock,
     PartialEigenBlock,
-    eigen,
 )
 from kfacopt.blocks.eigen import squared_coordinates
 from kfacopt.blocks.sides import Diagonals
@@ -463,18 +462,3 @@ def test_retries_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     block.refresh(DAMPING)
     assert block.retries >= 1
     assert block.solve(torch.ones(OUTPUTS, INPUTS, dtype=torch.float64), DAMPING).isfinite().all()
-
-
-@pytest.mark.parametrize(("to", "back"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("batch", [(), (3,)])
-@pytest.mark.parametrize("has_basis", [True, False])
-def test_rows_that_do_not_mix_are_treated_in_pieces(
-    batch: tuple[int, ...], has_basis: bool, to: bool, back: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(eigen, "at_once", lambda device: 4 * 2 * 3)  # two rows, or one of each of three
-    matrix, values = torch.randn(*batch, 5, 3, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0] if has_basis else None
-    q = torch.eye(3, dtype=torch.float64) if basis is None else basis
-    expected = (matrix @ q if to else matrix) * values @ (q.mT if back else torch.eye(3, dtype=torch.float64))
-    found = eigen._times_by_rows(matrix, basis, lambda some: values[some], to, back)
-    torch.testing.assert_close(found, expected)

@@ -86,7 +86,8 @@ def test_categorical_samples_have_the_hessian_as_exact_expectation() -> None:
     probabilities = terms.parameters.softmax(-1)
     expectation = torch.zeros(6, 4, 4, dtype=torch.float64)
     for label in range(4):
-        vector = likelihood._sampled(terms, probabilities, torch.full((1, 6), label))[0]
+        out = torch.empty(1, 6, 4, dtype=torch.float64)
+        vector = likelihood._sampled(terms.scale, probabilities, torch.full((1, 6), label), out)[0]
         expectation += probabilities[:, label, None, None] * vector[:, :, None] * vector[:, None]
     root = likelihood.hessian_sqrt(terms)
     truth = torch.einsum("vmi,vmj->mij", root, root)

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfacopt.layers.base import Structure
 from kfacopt.layers.layer import Layer, by_parameter
-from kfacopt.linalg.tensors import as_statistic
+from kfacopt.linalg.tensors import as_statistic, rows_of
 from kfacopt.optim.memory import Key
 from kfacopt.optim.step.base import ByParameter, Step
 from kfacopt.optim.step.lengths import matrix_length
@@ -129,7 +128,7 @@ def _dtypes(holder: Holder, pieces: Sequence[Tensor]) -> tuple[Any, ...]:
 
 def _matrices(members: Sequence[tuple[Holder, Sequence[Tensor]]], alike: bool) -> Tensor:
     """The matrices `[b *k o i]` of holders, from each one's matrix, or from the parts of layers that are alike."""
-    stacked = [torch.stack(column) for column in zip(*(pieces for _, pieces in members), strict=True)]
+    stacked = [rows_of(column) for column in zip(*(pieces for _, pieces in members), strict=True)]
     first = members[0][0]
     return (
         first.pack(dict(zip(first.parameters, stacked, strict=True)))
