@@ -266,6 +266,32 @@ def frozen_layers_come_back() -> None:
     holds_its_share(made, Teams.of(made._processes))  # type: ignore[attr-defined]
 
 
+def what_is_frozen_as_it_is_saved_begins_anew() -> None:
+    """Its statistics were one process's; after the resume it has curvature from its first update on."""
+    net, made = _half_way("kfac", OWNER)
+    net.inner.requires_grad_(False)
+    made.zero_grad()
+    made.consolidate_state_dict()
+    stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
+    again = make_net()
+    again.inner.requires_grad_(False)
+    again.load_state_dict(stored["net"])
+    resumed = made_by("kfac", OWNER)(again)
+    resumed.load_state_dict(stored["made"])
+    model = DistributedDataParallel(again, find_unused_parameters=True)
+    for step, batch in enumerate(make_batches(5)):
+        if step == 1:
+            again.inner.requires_grad_(True)
+            model = DistributedDataParallel(again)
+        resumed.zero_grad()
+        plain(CE())(model, share(batch))
+        resumed.step()
+        assert same_everywhere(weights_of(again))
+    assert isinstance(resumed, kfacopt.SecondOrderOptimizer)
+    assert "inner" in resumed.backend.blocks  # type: ignore[attr-defined]
+    holds_its_share(resumed, Teams.of(resumed._processes))
+
+
 def a_copy_goes_on() -> None:
     _, made = _half_way("kfac", OWNER)
     copied = copy.deepcopy(made)
@@ -423,6 +449,7 @@ TWO: Mapping[str, Callable[[], None]] = {
             a_basis_that_some_lack_is_refused,
             frozen_layers_come_back,
             what_one_process_sees_all_know,
+            what_is_frozen_as_it_is_saved_begins_anew,
             a_copy_goes_on,
             *TOGETHER,
         )
