@@ -199,7 +199,8 @@ def patches(conv: Convolution, x: Tensor, roles: tuple[str, ...]) -> Tensor:
             source = _windows(conv, x[some].movedim(1, -1).contiguous().movedim(-1, 1))
             here = target[:, some]
             for entry in product(*(range(kernel) for kernel in conv.kernel_size)):
-                here[(..., *entry)] = source[(..., *entry)]
+                place: tuple[Any, ...] = (..., *entry)
+                here[place] = source[place]
     else:
         target.copy_(_windows(conv, x))
     rows[..., length:] = 1
