@@ -7,21 +7,34 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
-FORKED = get_context("forkserver")
-"""New processes are forked from one that has imported other people's packages, which takes seconds, and no more."""
-FORKED.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "einops", "sklearn.datasets"]
-)
+ROOT = Path(__file__).parents[1]
+forkserver.set_forkserver_preload(["tests.imported"])
 
 Check = Callable[[], None]
 Found = dict[str, list[str]]
 """By check, what each process says: "" if it held, else the error."""
+
+
+def started() -> None:
+    """Start the process that new ones are forked from; it finds this kfacopt, whatever else is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        forkserver.ensure_running()
+
+
+def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A new process, not yet started."""
+    started()
+    return get_context("forkserver").Process(target=target, args=arguments)
 
 
 def run_together(checks: Mapping[str, Check], world: int = 2, seconds: float = 100.0) -> Found:
@@ -31,6 +44,7 @@ def run_together(checks: Mapping[str, Check], world: int = 2, seconds: float = 1
     """
     with tempfile.TemporaryDirectory() as folder:
         names = list(checks)
+        started()
         context = multiprocessing.start_processes(
             _work, (world, folder, dict(checks)), nprocs=world, join=False, start_method="forkserver"
         )

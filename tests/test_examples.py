@@ -18,9 +18,8 @@ from torch import nn
 
 import kfacopt
 from tests.example import example
-from tests.processes import FORKED
+from tests.processes import ROOT, forked
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 FRESH = ("-m", "tests.example")
@@ -31,7 +30,7 @@ def run(name: str, launcher: Sequence[str] | None = None, *arguments: str, **env
     """What an example prints, in its short mode.
 
     With a launcher, which comes between Python and the example's path, it has an interpreter of its own; without, a
-    process that is forked from one that has imported torch, which would be half of what an example takes.
+    process that is forked from one that has imported torch and us, which would be half of what an example takes.
     """
     path = str(ROOT / "examples" / f"{name}.py")
     if launcher is not None:
@@ -47,7 +46,7 @@ def run(name: str, launcher: Sequence[str] | None = None, *arguments: str, **env
         return result.stdout
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, stream) for stream in ("stdout", "stderr")]
-        process = FORKED.Process(target=_forked, args=(path, *said))
+        process = forked(_forked, path, *said)
         process.start()
         process.join(300)
         process.kill()
