@@ -50,8 +50,17 @@ def row_pieces(rows: Tensor) -> list[slice]:
     >>> row_pieces(torch.zeros(3, 200_000))
     [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
     """
-    size = max(1, ELEMENTS_IN_CACHE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
-    return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
+    return pieces(len(rows), rows.shape[1], rows.device)
+
+
+def pieces(count: int, elements: int, device: torch.device) -> list[slice]:
+    """Slices of `count` things of so many elements each, of which a temporary stays in a processor's cache.
+
+    >>> pieces(3, 100_000, torch.device("cpu"))
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    size = max(1, ELEMENTS_IN_CACHE // max(1, elements)) if device.type == "cpu" else max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, max(1, count), size)]
 
 
 class _HasRows(Protocol):
