@@ -2,7 +2,8 @@
 
     python -m tests.zoo    writes the table of `kfacopt/docs/pages/guides/models.md` anew (some minutes)
 
-A new model is a class in `tests/zoo_models.py` and a row here; what must hold for it is said once, in `test_zoo.py`.
+A new model is a class in `tests/zoo_models.py` or `zoo_newer.py` and a row here; what must hold for it is said once, in
+`test_zoo.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import kfacopt
 from tests import zoo_models as models
+from tests import zoo_newer as newer
 from tests.cases import natural_direction
 
 PAGE = Path(__file__).parents[1] / "kfacopt" / "docs" / "pages" / "guides" / "models.md"
@@ -129,6 +131,27 @@ def rays() -> Batch:
     return torch.cat([origin, direction], 1), models.rendered(densities.sum(-1), colour, 2 / 48)
 
 
+def noisy() -> Batch:
+    """Patterns of six kinds mixed with noise, and by how much: `([n 1 8 8], [n])`; the noise is what to find."""
+    clean, noise = smooth(6, 1, 8)[torch.randint(6, (BATCH,))], torch.randn(BATCH, 1, 8, 8)
+    angle = 0.5 * torch.pi * torch.rand(BATCH)
+    cosine, sine = (wave[:, None, None, None] for wave in (angle.cos(), angle.sin()))
+    return (cosine * clean + sine * noise, angle), noise
+
+
+def clouds() -> Batch:
+    """Points on a ring, a cross or a bow, turned and blurred: `[n 2 24]` and which it is."""
+    y, t = torch.randint(3, (BATCH,)), 2.0 * torch.rand(BATCH, 24) - 1.0
+    ring = torch.stack([(torch.pi * t).cos(), (torch.pi * t).sin()], dim=1)
+    on_first = (torch.rand(BATCH, 24) < 0.5).float()
+    cross = torch.stack([t * on_first, t * (1 - on_first)], dim=1)
+    bow = torch.stack([t, t.square() - 0.5], dim=1)
+    shapes = torch.stack([ring, cross, bow])[y, torch.arange(BATCH)]
+    angle = 2.0 * torch.pi * torch.rand(BATCH)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    return turn @ shapes + 0.2 * torch.randn(BATCH, 2, 24), y
+
+
 # -- losses of more than one term ------------------------------------------------------------------
 
 
@@ -156,6 +179,11 @@ MODELS = (
     Model("graph network", models.GraphNetwork, CE, graph),
     Model("VAE", models.VAE, nn.BCEWithLogitsLoss(), pixels, evidence, {"prediction": lambda output: output[0]}),
     Model("NeRF", models.NeRFLike, nn.MSELoss(), rays),
+    Model("Mamba", newer.MambaLike, CE, tokens, shifted),
+    Model("mixture of experts", newer.MixtureLike, CE, tokens, shifted),
+    Model("diffusion U-Net", newer.DiffusionUNet, nn.MSELoss(), noisy),
+    Model("PointNet", newer.PointNetLike, CE, clouds),
+    Model("Perceiver", newer.PerceiverLike, CE, images),
 )
 
 

@@ -26,6 +26,7 @@ _LOSSES = {
     *("MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "NllLoss", "NllLoss2D", "SmoothL1Loss"),
     *("HuberLoss", "SoftMarginLoss"),
 }
+_PARTS = {"Index", "IndexSelect", "Select", "Slice"}
 _SCALES = {"Add", "Sub", "Rsub", "Mul", "Div", "Neg"}
 Names = tuple[str, ...]
 """What torch calls nodes of the graph, without \"Backward0\"."""
@@ -140,7 +141,7 @@ class LossGraph:
         return {"MeanBackward0": "mean", "SumBackward0": "sum"}.get(own[0].name()) if len(own) > 1 else None
 
     def is_of_softmax(self, prediction: Node) -> bool:
-        """Whether the loss is of the logarithm of a softmax of a prediction that is at most scaled and shifted.
+        """Whether the loss is of the logarithm of a softmax of a prediction, or a part, at most scaled and shifted.
 
         The gradient of such a loss sums to zero over the classes, whatever its rounding makes of that.
 
@@ -150,12 +151,13 @@ class LossGraph:
         True
         """
         below = prediction
-        for node in reversed(self._path(prediction) or []):
+        while len(above := set(self._above.get(below, ()))) == 1:
+            (node,) = above
             name = _name(node)
             # Of a product with itself both factors are the prediction.
             if name == "LogSoftmax" or [one for one, _ in node.next_functions].count(below) != 1:
                 return name == "LogSoftmax"
-            if name not in _SCALES | _VIEWS:
+            if name not in _SCALES | _PARTS | _VIEWS:
                 return False
             below = node
         return False

@@ -118,7 +118,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     # float16 rounds gradients below its smallest number to zero: that much of the sum is lost.
     allowed = precision.sum * total + precision.quantum * gradient.numel()
     if residual[axes[0]] > allowed and prediction is not None and prediction.shape[axes[0]] > 1:
-        allowed += _rounding(prediction, axes[0], total)
+        allowed += _rounding(prediction, gradient, axes[0], total)
     if residual[axes[0]] > allowed:  # false for numbers that are not finite
         raise ValueError(
             f"the gradient that reached the prediction {list(gradient.shape)} is not that of "
@@ -144,10 +144,13 @@ def unused_outputs(gradient: Tensor, probabilities: Tensor, live: Tensor) -> lis
     return found
 
 
-def _rounding(prediction: Tensor, axis: int, total: float) -> float:
-    """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u| ≈ k Σ 2 (1 - p_max)`."""
-    wide = prediction.detach().double()
-    lack = -torch.expm1(wide.log_softmax(axis).amax(axis)).sum()
+def _rounding(prediction: Tensor, gradient: Tensor, axis: int, total: float) -> float:
+    """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u| ≈ k Σ 2 (1 - p_max)`.
+
+    Sums over the rows that have a gradient: of others, as data that are masked, the model may be as unsure as it likes.
+    """
+    wide, live = prediction.detach().double(), (gradient != 0).any(axis)
+    lack = -torch.expm1(wide.log_softmax(axis).amax(axis))[live].sum()
     factor = total / max(2.0 * float(lack), torch.finfo(torch.float64).tiny)
     return 4.0 * torch.finfo(prediction.dtype).eps * factor * prediction.numel()
 

@@ -571,11 +571,11 @@ def compiled_it_is_the_same() -> None:
 
 def what_works_in_one_process_only_is_refused() -> None:
     refused: dict[str, Callable[[nn.Module], Any]] = {
-        "NaturalGradient with Gram": lambda net: kfacopt.NaturalGradient(net, CE()),
+        "NaturalGradient with Gram under fully_shard": lambda net: kfacopt.NaturalGradient(net, CE()),
         "NaturalGradient with CG under fully_shard": lambda net: kfacopt.NaturalGradient(
             net, CE(), solver=kfacopt.CG()
         ),
-        "TrustRegionNewton": lambda net: kfacopt.TrustRegionNewton(net, CE()),
+        "TrustRegionNewton under fully_shard": lambda net: kfacopt.TrustRegionNewton(net, CE()),
         "QuadraticModel": lambda net: kfacopt.KFAC(net, CE(), lr="auto"),
     }
     for name, make in refused.items():

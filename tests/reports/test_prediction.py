@@ -228,6 +228,7 @@ SURER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a temperature": lambda f, y: F.cross_entropy(f / 0.16, y),
     "a margin": lambda f, y: F.cross_entropy(10.0 * (f - F.one_hot(y, 3)), y),
     "a temperature, written out": lambda f, y: -(6.0 * f).log_softmax(1).gather(1, y[:, None]).mean(),
+    "a temperature, smoothed": lambda f, y: F.cross_entropy(6.0 * f, y, label_smoothing=1e-7),
     "weights": lambda f, y: (F.cross_entropy(6.0 * f, y, reduction="none") * torch.linspace(1.0, 2.0, DATA)).mean(),
 }
 
@@ -264,3 +265,28 @@ def test_what_only_looks_like_a_softmax_outside_is_refused(what: str) -> None:
     with pytest.raises(ValueError, match=r"CrossEntropyLoss.*prediction="):
         loss.backward()
     optimizer.close()
+
+
+def test_a_sure_part_of_the_data_beside_masked_ones_that_are_not_is_no_other_loss() -> None:
+    """The loss of some nodes of a graph, or of masked words: rounding is judged by the data that are part of it."""
+    y, model = torch.arange(DATA) % 3, nn.Linear(3, 3, bias=False)
+    nn.init.eye_(model.weight)
+    x = 14.0 * F.one_hot(y, 3).float() + 0.1 * torch.randn(DATA, 3, generator=generator())
+    x[4:] = 0.0
+    optimizer = kfacopt.KFAC(model, nn.CrossEntropyLoss(), **still(damping=0.1))
+    for loss in (
+        lambda f: F.cross_entropy(f[:4], y[:4]),
+        lambda f: F.cross_entropy(f[torch.arange(DATA) < 4], y[:4]),
+        lambda f: F.cross_entropy(f, torch.where(torch.arange(DATA) < 4, y, -100)),
+        lambda f: (f.logsumexp(1) - f.gather(1, y[:, None])[:, 0])[:4].mean(),
+    ):
+        output = model(x)
+        output.retain_grad()
+        loss(output).backward()
+        assert output.grad is not None
+        assert 1e-3 < output.grad.sum(1).abs().sum() / output.grad.abs().sum() < 0.5
+        optimizer.step()
+        p = output.detach()[:4].double().softmax(1)
+        want = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(0)
+        # What the loss counts a datum is read in gradients of some twenty times the rounding of a probability near one.
+        torch.testing.assert_close(gradient_factors(optimizer), [want.float()], rtol=0.1, atol=1e-12)
