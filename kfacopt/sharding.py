@@ -124,6 +124,15 @@ class Processes:
             result |= dict(zip(bucket, split_like(whole, members), strict=True))
         return [result[place] for place in range(len(tensors))]
 
+    def rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """Everybody's rows below each other, in the order of the ranks; `counts` says how many each has."""
+        if self.size == 1:
+            return own
+        padded = torch.cat([own, own.new_zeros(max(counts) - len(own), *own.shape[1:])])
+        found = [torch.empty_like(padded) for _ in counts]
+        distributed.all_gather(found, padded, group=self._group)
+        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means over the processes of tensors, which all must have in the same shapes; the same in all."""
         if self.size == 1:

@@ -116,7 +116,7 @@ class Holders:
         """Tell all of the mean eigenvalues of layers whose statistics changed."""
         if not self.divides:
             return
-        told = [n for n in names if self.owner_of.get(n, 0) == self.processes.rank and blocks[n].estimated]
+        told = {n for n in names if self.owner_of.get(n, 0) == self.processes.rank and blocks[n].estimated}
         means: list[Tensor | float] = [blocks[n].mean_eigenvalue() if n in told else 0.0 for n in names]
         found = self.processes.sum_vector([*means, *(float(n in told) for n in names)])
         known = zip(names, found[: len(names)], found[len(names) :], strict=True)
@@ -140,7 +140,7 @@ class Holders:
         if not self.divides:
             return {}
         teams = [self.teams.size, self.teams.members]
-        return {"teams": teams, "owners": self.owner_of, "costs": self._costs, "means": self.means}
+        return {"teams": teams, "owners": dict(self.owner_of), "costs": dict(self._costs), "means": dict(self.means)}
 
     def load_state_dict(self, state: Mapping[str, Any], blocks: Mapping[str, Block]) -> None:
         """Take over what `state_dict` returned, or of a state that had none what its blocks say.
@@ -157,7 +157,8 @@ class Holders:
         elif state:
             if state["teams"] == [self.teams.size, self.teams.members]:
                 self.owner_of, self._costs = dict(state["owners"]), dict(state["costs"])
-            self.means = dict(state["means"])
+            # Layers that are frozen here begin anew: of what waits for them, others may have it.
+            self.means = {name: mean for name, mean in state["means"].items() if name in blocks}
         else:
             self.means = means_of(estimated)
         self.assign(estimated)
@@ -203,8 +204,8 @@ class Holders:
         holders = {n: self.teams.holders(self.owner_of[n]) if n in self.owner_of else everybody for n in known}
         if missing := [n for n in known if any(n not in told[rank].estimated for rank in holders[n])]:
             raise RuntimeError(_missing(missing))
-        for name in known:
-            if self.teams.rank not in holders[name]:
+        for name, owner in self.owner_of.items():
+            if name in blocks and not self.teams.holds(owner):
                 leave(blocks[name])
 
     def _settle_caches(self, blocks: Mapping[str, Block], told: Sequence[_Told]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.base import LayerHandler, input_tensor, with_ones
 from kfacopt.likelihoods import KFACType
+from kfacopt.linalg.tensors import pieces
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -185,29 +186,33 @@ def averaged_patches(conv: Convolution, x: Tensor) -> Tensor:
 def patches(conv: Convolution, x: Tensor, roles: tuple[str, ...]) -> Tensor:
     """`[n (k c) ...] -> [k n s i]`, the patches of all output places, and ones for a bias."""
     x = _padded(conv, x, _paddings(conv))
-    entrywise = x.device.type == "cpu" and torch.Size(conv.kernel_size).numel() <= _ENTRYWISE_KERNEL
-    if entrywise:
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    windows = x
-    spatial = len(conv.kernel_size)
+    spatial, data, channels = len(conv.kernel_size), len(x), conv.in_channels // conv.groups
+    outputs = _windows(conv, x).shape[2 : 2 + spatial]
+    if "weight" not in roles:
+        return with_ones(x.new_empty(()).expand(conv.groups, data, outputs.numel(), 0), roles)
+    length = channels * torch.Size(conv.kernel_size).numel()
+    rows = x.new_empty(conv.groups, data, *outputs, length + ("bias" in roles))
+    target = rows[..., :length].unflatten(-1, (channels, *conv.kernel_size))
+    if x.device.type == "cpu" and torch.Size(conv.kernel_size).numel() <= _ENTRYWISE_KERNEL:
+        # Each entry's copy meets all of the target: it had better be in the cache.
+        for some in pieces(data, rows[:, :1].numel(), x.device):
+            source = _windows(conv, x[some].movedim(1, -1).contiguous().movedim(-1, 1))
+            here = target[:, some]
+            for entry in product(*(range(kernel) for kernel in conv.kernel_size)):
+                place: tuple[Any, ...] = (..., *entry)
+                here[place] = source[place]
+    else:
+        target.copy_(_windows(conv, x))
+    rows[..., length:] = 1
+    return rows.reshape(conv.groups, data, outputs.numel(), rows.shape[-1])
+
+
+def _windows(conv: Convolution, x: Tensor) -> Tensor:
+    """Of padded inputs `[n (k c) ...]`, `[k n outputs c kernel]`: a view."""
     for axis, (kernel, stride, dilation) in enumerate(
         zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
     ):
-        windows = windows.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    data, channels = windows.shape[0], conv.in_channels // conv.groups
-    outputs = windows.shape[2 : 2 + spatial]
-    if "weight" not in roles:
-        return with_ones(x.new_empty(()).expand(conv.groups, data, outputs.numel(), 0), roles)
-
-    # [n (k c) outputs kernel] -> [k n outputs c kernel]
-    source = windows.unflatten(1, (conv.groups, channels)).movedim(1, 0).movedim(2, 2 + spatial)
-    length = source.shape[2 + spatial :].numel()
-    rows = x.new_empty(conv.groups, data, *outputs, length + ("bias" in roles))
-    target = rows[..., :length].unflatten(-1, (channels, *conv.kernel_size))
-    if entrywise:
-        for entry in product(*(range(kernel) for kernel in conv.kernel_size)):
-            target[(..., *entry)] = source[(..., *entry)]
-    else:
-        target.copy_(source)
-    rows[..., length:] = 1
-    return rows.reshape(conv.groups, data, outputs.numel(), rows.shape[-1])
+        x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    grouped: Tensor = x.unflatten(1, (conv.groups, conv.in_channels // conv.groups))
+    grouped = grouped.movedim(1, 0).movedim(2, 2 + len(conv.kernel_size))
+    return grouped

@@ -50,8 +50,17 @@ def row_pieces(rows: Tensor) -> list[slice]:
     >>> row_pieces(torch.zeros(3, 200_000))
     [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]
     """
-    size = max(1, ELEMENTS_IN_CACHE // max(1, rows.shape[1])) if rows.device.type == "cpu" else max(1, len(rows))
-    return [slice(start, min(start + size, len(rows))) for start in range(0, max(1, len(rows)), size)]
+    return pieces(len(rows), rows.shape[1], rows.device)
+
+
+def pieces(count: int, elements: int, device: torch.device) -> list[slice]:
+    """Slices of `count` things of so many elements each, of which a temporary stays in a processor's cache.
+
+    >>> pieces(3, 100_000, torch.device("cpu"))
+    [slice(0, 2, None), slice(2, 3, None)]
+    """
+    size = max(1, ELEMENTS_IN_CACHE // max(1, elements)) if device.type == "cpu" else max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, max(1, count), size)]
 
 
 class _HasRows(Protocol):
@@ -82,31 +91,41 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return math.isfinite(checksum(tensors))
 
 
-def checksum(tensors: Sequence[Tensor], lengths: Tensor | None = None) -> float:
-    """Sum of the tensors' norms, in float32: finite exactly if every entry is (barring overflow).
-
-    Args:
-        tensors: Of any shapes.
-        lengths: Their `norms`, where they are known.
+def checksum(tensors: Sequence[Tensor]) -> float:
+    """Sum of the tensors' norms: finite exactly if every entry is (barring overflow); one synchronisation.
 
     >>> checksum([torch.tensor([3.0, -4.0])])
     5.0
     """
-    if not tensors:
-        return 0.0
+    return sum(lengths(tensors), 0.0)
+
+
+def lengths(tensors: Sequence[Tensor]) -> list[float]:
+    """The norm of each of some tensors as a number, finite exactly if its entries are; one synchronisation.
+
+    >>> lengths([torch.tensor([3.0, 4.0]), torch.full((2,), 1e30)])[0]
+    5.0
+    """
     # Roots of squares: an eighth of the time that torch takes to sum absolute values. Where squares overflow, but the
-    # entries do not, these are summed after all.
-    found = float((norms(tensors) if lengths is None else lengths).float().sum())
-    return found if math.isfinite(found) else float(norms(tensors, 1).float().sum())
+    # entries do not, they are taken of smaller ones.
+    found: list[float] = norms(tensors).tolist() if tensors else []
+    if all(map(math.isfinite, found)):
+        return found
+    return [own if math.isfinite(own) else _scaled_norm(t) for own, t in zip(found, tensors, strict=True)]
 
 
-def norms(tensors: Sequence[Tensor], power: float = 2) -> Tensor:
+def _scaled_norm(tensor: Tensor) -> float:
+    largest = float(tensor.abs().max())
+    return largest * float(torch.linalg.vector_norm(tensor / largest)) if math.isfinite(largest) else largest
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each of some tensors, `[p]`.
 
     >>> norms([torch.tensor([3.0, 4.0]), torch.ones(1)])
     tensor([5., 1.])
     """
-    return stacked(torch._foreach_norm(list(tensors), power)) if tensors else torch.zeros(0)
+    return stacked(torch._foreach_norm(list(tensors))) if tensors else torch.zeros(0)
 
 
 def stacked(numbers: Sequence[Tensor]) -> Tensor:

@@ -72,8 +72,8 @@ def check_processes(processes: Processes, alone: Callable[[], str | None]) -> No
         raise RuntimeError(
             f"{processes.size} processes train together, but {one} knows the data of one only, and their weights "
             f"would drift apart: it works in one process so far. KFAC, EKFAC and SpectralDescent with a learning rate "
-            f"work in several; under DistributedDataParallel so do lr='auto', GridLineSearch, and NaturalGradient with "
-            f"solver=CG()"
+            f"work in several; under DistributedDataParallel so do lr='auto', GridLineSearch, NaturalGradient and "
+            f"TrustRegionNewton"
         )
     if processes.joins:
         raise RuntimeError(

@@ -44,8 +44,8 @@ class NaturalGradient(CapturingOptimizer):
     A constant factor of the loss and weights of its data are in the curvature as in the gradient, as far as they are
     told (see `SecondOrderOptimizer`); a loss whose value contradicts that there is none that is not told is refused.
 
-    Several processes under `torch.nn.parallel.DistributedDataParallel` take one step together with `solver=CG()`:
-    products with the curvature and losses are means over all of them, and each needs data in every step.
+    Several processes under `torch.nn.parallel.DistributedDataParallel` take one step together, of all their data: each
+    needs some in every step.
 
     A loss of several terms, as of a physics-informed network, is a dict: the model returns a dict of tensors, and
     `loss_func={"interior": nn.MSELoss(), "boundary": (10.0, nn.MSELoss())}` names the loss of each and its weight.
@@ -68,8 +68,8 @@ class NaturalGradient(CapturingOptimizer):
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
-        RuntimeError: In `step`, a loss with weights or a factor that cannot be told. Of several processes, with another
-            solver than `CG`, or parameters sharded by `fully_shard`.
+        RuntimeError: In `step`, a loss with weights or a factor that cannot be told. Of several processes, with a
+            solver of one's own that does not say `shares_replays`, or parameters sharded by `fully_shard`.
 
     >>> model = torch.nn.Linear(3, 1)
     >>> optimizer = NaturalGradient(model, torch.nn.MSELoss(), damping=1e-6)
@@ -134,7 +134,7 @@ class NaturalGradient(CapturingOptimizer):
         return True
 
     def _alone(self) -> str | None:
-        if self._sharded or not self.solver.products_only:
+        if self._sharded or not self.solver.shares_replays:
             under = " under fully_shard" if self._sharded else ""
             return f"{type(self).__name__} with {type(self.solver).__name__}{under}"
         return None

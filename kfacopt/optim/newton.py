@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.capture.records import Replay
+from kfacopt.fsdp import ShardedModel
 from kfacopt.likelihoods import Likelihood
 from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.linalg.tensors import flat, split_like
 from kfacopt.operators.chain.hessian import ChainHessian
-from kfacopt.operators.chain.loss import TermsLoss
+from kfacopt.operators.chain.loss import AtOutput, OutputDerivatives, TermsLoss
 from kfacopt.operators.chain.parse import elements_of
 from kfacopt.optim.capturing import CapturingOptimizer
 from kfacopt.optim.checks import check_model, check_processes
@@ -47,6 +48,9 @@ class TrustRegionNewton(CapturingOptimizer):
     For deep, narrow chains and small, fixed batches (see `ChainHessian` for what they cost and which layers fit). The
     loop is torch's: the batch and its targets are read from the forward and the backward before `step()`, and one more
     forward judges each step. There is no learning rate: the radius is the length of the step.
+
+    Several processes under `torch.nn.parallel.DistributedDataParallel` take the step of one with all their data: inputs
+    and derivatives at the predictions are gathered, and each factors the whole, in the time that one would take.
 
     Args:
         model: The chain, all of whose trainable parameters are trained.
@@ -84,6 +88,7 @@ class TrustRegionNewton(CapturingOptimizer):
     ) -> None:
         model, processes = unwrapped(model)
         check_model(model)
+        self._sharded = ShardedModel(model)
         check_processes(processes, self._alone)
         elements_of(model, torch.float64)
         strategies = (strategies,) if isinstance(strategies, TrustRegionStrategy) else tuple(strategies)
@@ -115,6 +120,9 @@ class TrustRegionNewton(CapturingOptimizer):
 
     def _wants_replays(self) -> bool:
         return True
+
+    def _alone(self) -> str | None:
+        return f"{type(self).__name__} under fully_shard" if self._sharded else None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; refused but for the first: a trust region is one for all parameters.
@@ -151,21 +159,23 @@ class TrustRegionNewton(CapturingOptimizer):
         self._report |= {"accepted": 0.0, "attempts": 0.0, "cost": 0.0, "rho": math.nan}
         if not any(bool(g.any()) for g in gradients.values()):
             return
-        replay, undone = _only(self._open_capture().tally.replays, self.model), self._settle_scale()
+        replays = self._open_capture().tally.replays
+        replay, undone = self._processes.together(lambda: _only(replays, self.model)), self._settle_scale()
         if len(gradients) < len(parameters):
             raise RuntimeError("a parameter of the chain has no gradient: call backward before step")
         gradient = flat([gradients[p].double() for p in parameters])
         # What the loop's loss counts a term, beside the weights that the terms have.
         scale = self._estimator.likelihood.term_share(float(replay.terms.count))
         scale = scale if replay.terms.weights is None else undone * scale
-        at_output = TermsLoss(self._estimator.likelihood, replay.terms, undone * replay.gradient, scale)
+        own = TermsLoss(self._estimator.likelihood, replay.terms, undone * replay.gradient, scale)
+        inputs, at_output = self._of_all(replay.call.inputs[0], own, replay.gradient.double())
 
         def make(kind: type[ChainHessian]) -> ChainHessian:
-            return kind.at_output(self.model, at_output, replay.call.inputs[0], tolerance=1e-3)
+            return kind.at_output(self.model, at_output, inputs, tolerance=1e-3)
 
         curvatures, best = Curvatures(make), _Trial(0.0, None)
         before = [p.clone() for p in group["params"]]
-        per_mean = self._estimator.likelihood.gradient_scale(float(replay.terms.count))  # the loop's loss may be a sum
+        per_mean = self._estimator.likelihood.gradient_scale(self._agreed.terms)  # the loop's loss may be a sum
         for place, strategy in enumerate(self.strategies):
             curvature = strategy.curvature(curvatures)
             if place == 0:
@@ -178,6 +188,21 @@ class TrustRegionNewton(CapturingOptimizer):
         if best.step is not None:
             self._write(before, best.step)
             self._report["accepted"] = 1.0
+
+    def _of_all(self, inputs: Tensor, own: AtOutput, like: Tensor) -> tuple[Tensor, AtOutput]:
+        """The inputs of all processes, and the derivatives of the mean of their losses at the predictions.
+
+        Args:
+            inputs: Of this process, data first.
+            own: Derivatives of its loss.
+            like: Of the shape of its prediction, in the precision of the chain's operators.
+        """
+        processes = self._processes
+        if processes.size == 1:
+            return inputs, own
+        counts = [int(count) for (count,) in processes.table([float(len(inputs))])]
+        found = [processes.rows(part.contiguous(), counts) / processes.size for part in own(like)]
+        return processes.rows(inputs.contiguous(), counts), lambda prediction: OutputDerivatives(*found)
 
     def _search(
         self,
@@ -227,8 +252,9 @@ class TrustRegionNewton(CapturingOptimizer):
     def _loss_change(self, replay: Replay) -> float:
         """Of the mean loss; infinite where a prediction is not finite."""
         estimator = self._estimator
-        scale = self._scaling.undone * estimator.likelihood.gradient_scale(float(replay.terms.count))
-        return loss_change(parts_of([replay], estimator, scale), estimator).total
+        scale = self._scaling.undone * estimator.likelihood.gradient_scale(self._agreed.terms)
+        parts = parts_of([replay], estimator, scale, self._processes)
+        return self._processes.mean([loss_change(parts, estimator).total])[0]
 
 
 class _Trial(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfacopt.capture.listener import Capture
 from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer
-from kfacopt.linalg.tensors import checksum, norms
+from kfacopt.linalg.tensors import checksum, lengths
 from kfacopt.sharding import Processes, shard_of
 
 _SAME = 1e-5
@@ -32,7 +32,7 @@ class Agreement:
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         reached: Names of the layers whose rows were delivered.
         used_elsewhere: The layers that act on the loss outside their module, by name how.
-        norms: Of the gradients, in their order, `[p]`; None: some are sharded.
+        norms: Of the gradients, in their order; None: some are sharded.
     """
 
     finite: bool = True
@@ -44,7 +44,7 @@ class Agreement:
     verified: bool = True
     reached: frozenset[str] = frozenset()
     used_elsewhere: Mapping[str, str] = field(default_factory=dict)
-    norms: Tensor | None = None
+    norms: Sequence[float] | None = None
 
 
 def agreed(
@@ -77,8 +77,8 @@ def agreed(
     parted = [g for g in gradients.values() if is_sharded(g)]
     sharded = checksum([shard_of(g) for g in parted])
     whole = [g for g in gradients.values() if not is_sharded(g)] if parted else list(gradients.values())
-    lengths = norms(whole)
-    size = checksum(whole, lengths)
+    norms = lengths(whole)
+    size = sum(norms, 0.0)
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     rows = processes.table(
         [
@@ -121,7 +121,7 @@ def agreed(
         verified=all(verified),
         reached=frozenset(reached),
         used_elsewhere=elsewhere,
-        norms=None if parted else lengths,
+        norms=None if parted else norms,
     )
 
 

@@ -62,8 +62,8 @@ class Solver(ABC):
     records: ClassVar[bool] = False
     """Whether the forwards are to be run again with recorded products."""
 
-    products_only: ClassVar[bool] = False
-    """Whether all it asks of the curvature are products, which several processes average."""
+    shares_replays: ClassVar[bool] = False
+    """Whether of several processes, each with forwards of its own, it finds the solution for all their data."""
 
     backend: CurvatureBackend | None = None
     """Fed with rows as a layer-wise optimizer's, if the solver has one: its preconditioner."""

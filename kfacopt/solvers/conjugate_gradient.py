@@ -40,7 +40,7 @@ class CG(Solver):
         TypeError, ValueError: If an argument is out of range, by name.
     """
 
-    products_only = True
+    shares_replays = True
 
     def __init__(
         self,

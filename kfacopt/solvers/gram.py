@@ -27,6 +27,9 @@ class Gram(Solver):
 
     Where there are fewer parameters than samples, `(J̃ᵀ J̃ + damping I)⁻¹ g` is the same at less cost.
 
+    Of several processes the samples are those of all: rows of `J̃` go to every process, some columns at a time, each
+    makes its own rows of the kernel, and all factor the whole.
+
     Args:
         momentum: Of the solution, in the directions that the batch says nothing of (SPRING, Goldshlager et al. 2024):
             `x_t` is the least squares solution nearest to `momentum · x_{t-1}`; 0: to zero.
@@ -38,6 +41,7 @@ class Gram(Solver):
     """
 
     records = True
+    shares_replays = True
 
     def __init__(self, momentum: float = 0.0, max_bytes: int = 2**31) -> None:
         if not 0.0 <= momentum < 1.0:

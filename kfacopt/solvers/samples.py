@@ -3,6 +3,10 @@
 `J̃ = Sᵀ J` has a row for every loss term and every column of the square root of its Hessian, scaled so that `J̃ᵀ J̃` is
 the curvature of the mean loss. Samples are ordered piece by piece, in each `(k t n)`: columns `k`, positions `t` of a
 datum, data `n`.
+
+Of several processes each has the rows of its own data, and samples are those of all, one process after the other: what
+is as long as the samples is the same in all of them. The curvature is the mean of the processes' curvatures, so that
+the rows of each are divided by the root of their number.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class RecordedBlock:
 
 
 class SampleSpace:
-    """Products with `J̃`, and its kernel `J̃ J̃ᵀ`.
+    """Products with `J̃`, and its kernel `J̃ J̃ᵀ`. Of several processes all must ask for the same.
 
     Args:
         metric: Of the step.
@@ -45,20 +49,33 @@ class SampleSpace:
     def __init__(self, metric: Metric, max_bytes: int) -> None:
         self.metric, self.linearization = metric, metric.linearization
         self.max_bytes = max_bytes
+        self._processes = self.linearization.processes
+        self._number = self._processes.size
         self._columns = [self._by_position(i, piece) for i, piece in enumerate(self.linearization.pieces)]
         self.sizes = [v.shape[:-1].numel() for v in self._columns]
-        self.size = sum(self.sizes)
+        self._everybodys = self._processes.gathered(sum(self.sizes))
+        self.size, self._before = sum(self._everybodys), sum(self._everybodys[: self._processes.rank])
         self.dimension = sum(p.numel() for p in self.linearization.parameters)
         self.dtype = torch.promote_types(self._columns[0].dtype, self.linearization.parameters[0].dtype)
 
     def _by_position(self, index: int, piece: Piece) -> Tensor:
         """Cotangents `[k t n c]`."""
-        return rearrange(self.metric.columns(index), "k (n t) c -> k t n c", t=piece.terms.terms_per_datum)
+        columns = self.metric.columns(index)
+        own = columns if self._number == 1 else columns / self._number**0.5
+        return rearrange(own, "k (n t) c -> k t n c", t=piece.terms.terms_per_datum)
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        """From the rows of this process' samples, `[m ...]`, those of all."""
+        return self._processes.rows(own, self._everybodys)
 
     # -- products --------------------------------------------------------------------------------------------------
 
     def project(self, rows: Tensors) -> Tensor:
         """`Sᵀ w`, for rows `[m c]` of each piece."""
+        return self._of_all(self._projected(rows))
+
+    def _projected(self, rows: Tensors) -> Tensor:
+        """The same of this process' samples."""
         parts = []
         for v, w in zip(self._columns, rows, strict=True):
             parts.append(torch.einsum("ktnc,ntc->ktn", v, w.unflatten(0, (-1, v.shape[1]))).flatten())
@@ -66,14 +83,15 @@ class SampleSpace:
 
     def spread(self, samples: Tensor) -> list[Tensor]:
         """`S x` as rows `[m c]` of each piece."""
-        parts = []
-        for v, x in zip(self._columns, samples.split(self.sizes), strict=True):
+        parts, own = [], samples.narrow(0, self._before, sum(self.sizes))
+        for v, x in zip(self._columns, own.split(self.sizes), strict=True):
             parts.append(torch.einsum("ktnc,ktn->ntc", v, x.view(v.shape[:-1]).to(v.dtype)).flatten(0, 1))
         return parts
 
     def transposed(self, samples: Tensor) -> list[Tensor]:
         """`J̃ᵀ x`, shaped as the parameters."""
-        return self.linearization.transposed(self.spread(samples))
+        found = self.linearization.transposed(self.spread(samples))  # a mean over the processes
+        return found if self._number == 1 else list(torch._foreach_mul(found, float(self._number)))
 
     def jacobian(self, vectors: Tensors) -> Tensor:
         """`J̃ v`."""
@@ -83,15 +101,20 @@ class SampleSpace:
         """The shortest `r` for which `S r` is as near as can be to the loss' gradient at the predictions."""
         parts = []
         for v, piece in zip(self._columns, self.linearization.pieces, strict=True):
-            u = piece.gradient.unflatten(0, (-1, v.shape[1]))
+            u = (piece.gradient / self._number).unflatten(0, (-1, v.shape[1]))
             roots = rearrange(v, "k t n c -> n t c k")
             parts.append(rearrange(_shortest(roots, u), "n t k -> (k t n)"))
-        return torch.cat(parts).to(self.dtype)
+        return self._of_all(torch.cat(parts).to(self.dtype))
 
     # -- the Jacobian itself ---------------------------------------------------------------------------------------
 
     def kernel(self) -> Tensor:
-        """`J̃ J̃ᵀ`, `[N N]`."""
+        """`J̃ J̃ᵀ`, `[N N]`; each process makes its own rows of it, from some columns of everybody's `J̃` at a time."""
+        if self._number > 1:
+            mine = torch.zeros(sum(self.sizes), self.size, dtype=self.dtype, device=self._columns[0].device)
+            for chunk in (*self._recorded_columns(), *self._other_columns()):
+                mine.addmm_(chunk, self._of_all(chunk).T)
+            return self._of_all(mine)
         result = torch.zeros(self.size, self.size, dtype=self.dtype, device=self._columns[0].device)
         for blocks in self._recorded_blocks():
             for per_piece in blocks:
@@ -102,6 +125,9 @@ class SampleSpace:
 
     def rows(self) -> Tensor:
         """`J̃`, `[N P]`: parameters in their order."""
+        return self._of_all(self._own_rows())
+
+    def _own_rows(self) -> Tensor:
         parts: dict[int, Tensor] = {}
         for indices, blocks in zip(self._groups, self._recorded_blocks(), strict=True):
             for index, per_piece in zip(indices, blocks, strict=True):
@@ -126,10 +152,20 @@ class SampleSpace:
                     if p != q:
                         kernel[starts[q] : starts[q + 1], starts[p] : starts[p + 1]] += block.T
             return
+        for chunk in self._explicit(per_piece):
+            kernel.addmm_(chunk, chunk.T)
+
+    def _recorded_columns(self) -> Iterator[Tensor]:
+        """Columns of this process' rows for the parameters that have recorded ones."""
+        for blocks in self._recorded_blocks():
+            for per_piece in blocks:
+                yield from self._explicit(per_piece)
+
+    def _explicit(self, per_piece: Sequence[RecordedBlock]) -> Iterator[Tensor]:
+        outputs, inputs = per_piece[0].g.shape[-1], per_piece[0].a.shape[-1]
         step = max(1, self._columns_at_once() // inputs)
         for start in range(0, outputs, step):
-            chunk = torch.cat([block.explicit(slice(start, start + step)) for block in per_piece]).to(self.dtype)
-            kernel.addmm_(chunk, chunk.T)
+            yield torch.cat([block.explicit(slice(start, start + step)) for block in per_piece]).to(self.dtype)
 
     def _columns_at_once(self) -> int:
         return max(1, self.max_bytes // (3 * self.size * torch.finfo(self.dtype).bits // 8))
@@ -140,6 +176,9 @@ class SampleSpace:
         """Find the parameters whose rows recorded products give, and check that they do."""
         parameters = self.linearization.parameters
         exact, needed = self._check()
+        told = self._processes.gathered((exact, needed))  # all take the same columns at a time
+        exact = set.intersection(*(recorded for recorded, _ in told))
+        needed = [max(of_all) for of_all in zip(*(bytes_ for _, bytes_ in told), strict=True)]
         self._others = [i for i in range(len(parameters)) if i not in exact]
         self._groups: list[list[int]] = []
         budget, held = self.max_bytes / 2, math.inf
@@ -223,9 +262,8 @@ class SampleSpace:
         for i in self._others:
             for start in range(0, parameters[i].numel(), step):
                 columns = self.linearization.jacobian_columns(i, slice(start, start + step))
-                yield torch.stack([self.project(list(rows)) for rows in zip(*columns, strict=True)], dim=1).to(
-                    self.dtype
-                )
+                projected = [self._projected(list(rows)) for rows in zip(*columns, strict=True)]
+                yield torch.stack(projected, dim=1).to(self.dtype)
 
     def _rows_one_by_one(self) -> Tensor:
         chosen = [self.linearization.parameters[i] for i in self._others]

@@ -23,6 +23,7 @@ from tests.optim.test_processes import (
     make_net,
     optimizer,
     plain,
+    seeded,
     share,
     squared,
     train,
@@ -71,6 +72,20 @@ REPLAYED: dict[str, tuple[Make, Callable[[nn.Module, Batch], None]]] = {
         natural(solver=lambda: kfacopt.CG(5, 1e-14, None, warm_start=0.95, backtracking=1.3)),
         plain(CE()),
     ),
+    "gram": (natural(solver=kfacopt.Gram), plain(CE())),
+    "gram-remembering": (natural(solver=lambda: kfacopt.Gram(momentum=0.9), weight_decay=0.1), weighted),
+    "gram-of-parameters": (natural(solver=kfacopt.Gram), plain(CE())),
+    "gram-accumulation": (natural(solver=kfacopt.Gram), in_halves),
+    "gram-searched": (
+        natural(
+            MSE(),
+            solver=kfacopt.Gram,
+            line_search=kfacopt.GridLineSearch,
+            acceleration=kfacopt.GeodesicAcceleration,
+            damping_rule=lambda: kfacopt.LevenbergMarquardt(every=1),
+        ),
+        squared,
+    ),
     "auto": (optimizer(lr="auto", damping=0.1), plain(CE())),
     "auto-ekfac": (optimizer(kfacopt.EKFAC, lr="auto", damping=0.1), plain(CE())),
     "line-search": (optimizer(step_length=kfacopt.GridLineSearch, lr=1.0, damping=0.1), plain(CE())),
@@ -79,20 +94,75 @@ REPLAYED: dict[str, tuple[Make, Callable[[nn.Module, Batch], None]]] = {
 
 def replays_equal_one_process(name: str) -> None:
     make, backward = REPLAYED[name]
-    batches = make_batches(4)
+    batches = make_batches(4, 96 if name == "gram-of-parameters" else 8)
     one, reference = train(make, batches, backward, alone())
     two, made = train(make, [share(batch) for batch in batches], backward, None)
     torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
     assert float((weights_of(two) - weights_of(make_net())).norm()) > 1e-3
     # Not the number of iterations: at the end of the tolerance that is rounding's to say.
-    for key in ("damping", "rho", "step_size", "alpha", "mu", "kl", "backtracked"):
+    for key in ("damping", "rho", "step_size", "alpha", "mu", "kl", "backtracked", "samples", "parameter_space"):
         if key in reference.health():
             assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-8), key
 
 
+def chain() -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+
+
+def half_the_sum(model: nn.Module, batch: Batch) -> None:
+    """What the engine's mean over two processes is."""
+    (0.5 * nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")).backward()
+
+
+# What is trained, the backward in one process and in two, and which share of a batch a process has.
+Trained = tuple[Make, Callable[[nn.Module, Batch], None], Callable[[nn.Module, Batch], None], Callable[[Batch], Batch]]
+NEWTON: dict[str, Trained] = {
+    "exact": (
+        lambda model: kfacopt.TrustRegionNewton(model, CE(), kfacopt.ExactTrustRegion()),
+        plain(CE()),
+        plain(CE()),
+        share,
+    ),
+    "default": (lambda model: kfacopt.TrustRegionNewton(model, MSE(), radius=0.5), squared, squared, share),
+    "weighted": (lambda model: kfacopt.TrustRegionNewton(model, CE(), radius=0.5), weighted, weighted, share),
+    "uneven": (lambda model: kfacopt.TrustRegionNewton(model, SUMS), half_the_sum, plain(SUMS), uneven),
+}
+
+
+def newton_equals_one_process() -> None:
+    for name, (make, in_one, in_two, own) in NEWTON.items():
+        batches = make_batches(3)
+        one, reference = train(make, batches, in_one, alone(), net_of=chain)
+        two, made = train(make, [own(batch) for batch in batches], in_two, None, net_of=chain)
+        torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12, msg=name)
+        assert float((weights_of(two) - weights_of(chain())).norm()) > 1e-2
+        for key in ("radius", "rho", "accepted", "strategy"):
+            assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-6), (name, key)
+
+
+def a_second_backward_of_one_process_is_refused_by_all() -> None:
+    net = chain()
+    model = DistributedDataParallel(net)
+    made, batch = kfacopt.TrustRegionNewton(model, CE()), share(make_batches(1)[0])
+    model.require_backward_grad_sync = False
+    for _ in range(1 + distributed.get_rank()):
+        plain(CE())(model, batch)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    before = weights_of(net)
+    with pytest.raises(RuntimeError, match="2 backwards have reached the model"):
+        made.step()
+    assert torch.equal(weights_of(net), before)
+
+
 def sums_may_be_of_unlike_many_data() -> None:
-    for loss, backward in ((SUMS, plain(SUMS)), (MSE(reduction="sum"), squared_sum)):
-        make, batches = natural(loss), make_batches(4)
+    squares = MSE(reduction="sum")
+    for loss, backward, options in (
+        (SUMS, plain(SUMS), {}),
+        (squares, squared_sum, {}),
+        (squares, squared_sum, {"solver": kfacopt.Gram}),
+    ):
+        make, batches = natural(loss, **options), make_batches(4)
         one, _ = train(make, batches, backward, alone())
         two, _ = train(make, [uneven(batch) for batch in batches], backward, None)
         torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
@@ -166,6 +236,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{
         check.__name__: check
         for check in (
+            newton_equals_one_process,
+            a_second_backward_of_one_process_is_refused_by_all,
             sums_may_be_of_unlike_many_data,
             labels_are_drawn_by_every_process_anew,
             a_preconditioner_is_of_all_data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -265,6 +266,32 @@ def frozen_layers_come_back() -> None:
     holds_its_share(made, Teams.of(made._processes))  # type: ignore[attr-defined]
 
 
+def what_is_frozen_as_it_is_saved_begins_anew() -> None:
+    """Its statistics were one process's; after the resume it has curvature from its first update on."""
+    net, made = _half_way("kfac", OWNER)
+    net.inner.requires_grad_(False)
+    made.zero_grad()
+    made.consolidate_state_dict()
+    stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
+    again = make_net()
+    again.inner.requires_grad_(False)
+    again.load_state_dict(stored["net"])
+    resumed = made_by("kfac", OWNER)(again)
+    resumed.load_state_dict(stored["made"])
+    model = DistributedDataParallel(again, find_unused_parameters=True)
+    for step, batch in enumerate(make_batches(5)):
+        if step == 1:
+            again.inner.requires_grad_(True)
+            model = DistributedDataParallel(again)
+        resumed.zero_grad()
+        plain(CE())(model, share(batch))
+        resumed.step()
+        assert same_everywhere(weights_of(again))
+    assert isinstance(resumed, kfacopt.SecondOrderOptimizer)
+    assert "inner" in resumed.backend.blocks  # type: ignore[attr-defined]
+    holds_its_share(resumed, Teams.of(resumed._processes))
+
+
 def a_copy_goes_on() -> None:
     _, made = _half_way("kfac", OWNER)
     copied = copy.deepcopy(made)
@@ -279,6 +306,41 @@ def a_copy_goes_on() -> None:
 
 def _broken(damping: float) -> None:
     raise RuntimeError("out of luck")
+
+
+def what_one_process_sees_all_know() -> None:
+    """A layer that one process does not use, curvature of one that is not finite; and one alone asks."""
+    net, alone_net = make_net(gated=True), make_net(gated=True)
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    made = optimizer(sharding=OWNER)(model)
+    reference = optimizer()(DistributedDataParallel(alone_net, process_group=alone()))
+    assert isinstance(made, kfacopt.SecondOrderOptimizer)
+    assert isinstance(reference, kfacopt.SecondOrderOptimizer)
+    rank = distributed.get_rank()
+    for step, (x, y) in enumerate(make_batches(4)):
+        signs = (1.0, -1.0) if step % 2 else (-1.0, 1.0)
+        halves = [(sign * part.abs(), own) for sign, part, own in zip(signs, x.chunk(2), y.chunk(2), strict=True)]
+        made.zero_grad()
+        reference.zero_grad()
+        plain(CE())(model, halves[rank])
+        for half in halves:
+            (0.5 * nn.functional.cross_entropy(alone_net(half[0]), half[1])).backward()
+        if step == 2:
+            for one, broken in ((made, rank == 1), (reference, True)):
+                if broken:
+                    one.backend.blocks["head"].input_factor.pending.fill_(float("inf"))  # type: ignore[attr-defined]
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            made.step()
+            reference.step()
+        assert same_everywhere(weights_of(net))
+    torch.testing.assert_close(weights_of(net), weights_of(alone_net), rtol=1e-12, atol=1e-12)
+    assert made.health()["dropped_updates/head"] == reference.health()["dropped_updates/head"] == 1.0
+    holds_its_share(made, Teams.of(made._processes))
+    if rank == 0:
+        assert made.state_dict()["curvature"]["backend"]["holders"]["means"].keys() == made.backend.blocks.keys()  # type: ignore[attr-defined]
+        assert made.health()["skipped_steps"] == 0.0
+        assert "KFAC" in str(made.coverage())
 
 
 def a_failing_owner_ends_all() -> None:
@@ -386,6 +448,8 @@ TWO: Mapping[str, Callable[[], None]] = {
             a_refused_state_changes_nothing,
             a_basis_that_some_lack_is_refused,
             frozen_layers_come_back,
+            what_one_process_sees_all_know,
+            what_is_frozen_as_it_is_saved_begins_anew,
             a_copy_goes_on,
             *TOGETHER,
         )

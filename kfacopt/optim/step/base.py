@@ -61,7 +61,7 @@ class Step:
             divergences are those of the plain one.
         plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter.
         processes: Those that train together; gradients and curvature are of all of them.
-        norms: Of the gradients, in their order, `[p]`, where they are known.
+        norms: Of the gradients, in their order, where they are known.
     """
 
     number: int
@@ -78,7 +78,7 @@ class Step:
     loss_factor: float = 1.0
     plain: Mapping[nn.Parameter, PlainMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
-    norms: Tensor | None = None
+    norms: Sequence[float] | None = None
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)

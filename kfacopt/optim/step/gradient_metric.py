@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.symmetric import damped_inverse_power
 from kfacopt.linalg.tensors import held_as_rows
-from kfacopt.optim.memory import State
 from kfacopt.optim.rule import next_weight
 from kfacopt.optim.step.base import Step
 from kfacopt.optim.step.stacks import Stack
 
-# On a physics-informed network the running averages hardly matter (0.8 to 0.99), nor does it whether roots are of each
-# step or of one in ten; damping does: from 0.3 of the mean eigenvalue to 0.03 the loss halved.
-_DECAY = 0.95
-_REFRESH_EVERY = 10
+# On a physics-informed network the running averages hardly matter (0.8 to 0.99 of the gradient of each step), nor does
+# it whether roots are of each step or of one in ten; damping does: from 0.3 of the mean to 0.03 the loss halved.
+_DECAY = 0.8
+_GRADIENT_EVERY = 4
+_REFRESH_EVERY = 12
 _ALL_UNTIL = 5
 _DAMPING = 0.03
 _WIDEST = 1024
@@ -42,10 +42,15 @@ def steepest_by_gradients(step: Step, stack: Stack, polar: PolarFactor) -> Tenso
         polar: The polar factor of a batch of matrices.
     """
     holders = [holder for holder in stack.holders if isinstance(holder, nn.Parameter)]
-    shape = stack.matrices.shape[1:]
-    gradients = torch.stack([step.gradients[p].reshape(shape) for p in holders]).to(stack.matrices.dtype)
-    left = _root(step.state, holders, "left", gradients, shape[-2])
-    right = _root(step.state, holders, "right", gradients.mT, shape[-1])
+    owns = [step.state[parameter] for parameter in holders]
+    new = any(own.get("left_moments", 0) < _ALL_UNTIL or "right_root" not in own for own in owns)
+    if new or step.number % _GRADIENT_EVERY == 0:
+        shape = stack.matrices.shape[1:]
+        gradients = torch.stack([step.gradients[p].reshape(shape) for p in holders]).to(stack.matrices.dtype)
+        for side, matrices in (("left", gradients), ("right", gradients.mT)):
+            if matrices.shape[-2] <= _WIDEST:
+                _renew(owns, side, matrices @ matrices.mT, holders[0].dtype, step.number)
+    left, right = (_root(owns, side, stack.matrices.dtype) for side in ("left", "right"))
     return _between(left, polar(_between(left, stack.matrices, right)), right)
 
 
@@ -54,38 +59,39 @@ def _between(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Ten
     return product if right is None else product @ right
 
 
-def _root(state: State, holders: Sequence[nn.Parameter], side: str, gradients: Tensor, size: int) -> Tensor | None:
-    """Moves the moments `[b *k d d]` of one side on; the inverse root of some step, or None for too long a side."""
-    if size > _WIDEST:
-        return None
-    moments = gradients @ gradients.mT
-    owns = [state[parameter] for parameter in holders]
-    dtype = holders[0].dtype  # which is what torch makes of a state that is loaded; holders of one stack have one
-    average = _together(owns, f"{side}_moment", moments, dtype)
+def _root(owns: Sequence[dict[str, Any]], side: str, dtype: torch.dtype) -> Tensor | None:
+    """The inverse roots `[b *k d d]` of one side, or None for too long a side."""
+    return _together(owns, f"{side}_root").to(dtype) if f"{side}_root" in owns[0] else None
+
+
+def _renew(owns: Sequence[dict[str, Any]], side: str, moments: Tensor, dtype: torch.dtype, number: int) -> None:
+    """Moves the moments `[b *k d d]` of one side on, and renews the inverse roots that are due."""
+    for own in owns:
+        for name in (f"{side}_moment", f"{side}_root"):
+            if name not in own:
+                own[name] = torch.zeros_like(moments[0], dtype=dtype)
+    average, roots = _together(owns, f"{side}_moment"), _together(owns, f"{side}_root")
     average.lerp_(moments.to(dtype), 1.0 - _DECAY)
     due: list[int] = []
     for place, own in enumerate(owns):
         seen: int = own.get(f"{side}_moments", 0)
         own[f"{side}_weight"] = next_weight(_DECAY, own.get(f"{side}_weight", 0.0))
         own[f"{side}_moments"] = seen + 1
-        if seen < _ALL_UNTIL or seen % _REFRESH_EVERY == 0:
+        if seen < _ALL_UNTIL or number % _REFRESH_EVERY == 0:
             due.append(place)
-    roots = _together(owns, f"{side}_root", moments, dtype)
     if due:
         weights = moments.new_tensor([owns[place][f"{side}_weight"] for place in due])
         mean = average[due].to(moments.dtype) / weights.view(-1, *[1] * (moments.ndim - 1))
         # The tiny number is for gradients of zero, whose root would not be finite.
         damping = _DAMPING * mean.diagonal(dim1=-2, dim2=-1).mean(-1) + torch.finfo(mean.dtype).tiny ** 0.5
         roots[due] = damped_inverse_power(mean, damping, 0.5).value.to(dtype)
-    return roots.to(moments.dtype)
 
 
-def _together(owns: Sequence[dict[str, Any]], name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of each parameter's state as one, of which they hold views, zeros shaped as a row of `like` at first."""
-    for own in owns:
-        if name not in own:
-            own[name] = torch.zeros_like(like[0], dtype=dtype)
-    whole, views = held_as_rows([own[name] for own in owns])
-    for own, view in zip(owns, views, strict=True):
-        own[name] = view
+def _together(owns: Sequence[dict[str, Any]], name: str) -> Tensor:
+    """A tensor of each parameter's state as one, of which they hold views."""
+    held = [own[name] for own in owns]
+    whole, views = held_as_rows(held)
+    if views is not held:
+        for own, view in zip(owns, views, strict=True):
+            own[name] = view
     return whole

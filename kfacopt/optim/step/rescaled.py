@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import PlainMatrix
-from kfacopt.linalg.tensors import norms
+from kfacopt.linalg.tensors import lengths
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 
 
@@ -35,7 +35,7 @@ class RescaledGradients(Direction):
 
     @abstractmethod
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients of some parameters, rescaled; they are not to be written to.
+        """The gradients of some parameters, rescaled, or `gradients` itself; they are not to be written to.
 
         Packed parameters have one number together: a key's bias, on which no output depends, has rounding for gradient,
         and would be as long as the others.
@@ -57,8 +57,10 @@ class RescaledGradients(Direction):
         stepped = [p for p in step.stepped if p in step.gradients]
         if not stepped:
             return self.direction.updates(step)
-        changed = self.rescaled(step, stepped, [step.gradients[p] for p in stepped])
-        seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))}, norms=None)
+        gradients = [step.gradients[p] for p in stepped]
+        changed, seen = self.rescaled(step, stepped, gradients), step
+        if changed is not gradients:
+            seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))}, norms=None)
         # The image of a direction, where it has one, is what it was told, not the gradient: nobody is to trust it.
         return replace(self.direction.updates(seen), image=None)
 
@@ -70,20 +72,6 @@ class RescaledGradients(Direction):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.direction.load_state_dict(state)
-
-
-class _Places:
-    """At which places of one list the members of another are; the answer is kept while both stay the same."""
-
-    def __init__(self) -> None:
-        self._known: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
-
-    def of(self, chosen: tuple[int, ...], held: tuple[int, ...], device: torch.device) -> Tensor:
-        """The places of `chosen` in `held`."""
-        if self._known is None or self._known[:2] != (chosen, held) or self._known[2].device != device:
-            places = {member: place for place, member in enumerate(held)}
-            self._known = chosen, held, torch.tensor([places[member] for member in chosen], device=device)
-        return self._known[2]
 
 
 class UnitGradients(RescaledGradients):
@@ -139,39 +127,39 @@ class ClippedGradients(RescaledGradients):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         self._limit, self._decay = limit, decay
-        self._usual = torch.zeros(0)
-        self._among_held, self._among_gradients = _Places(), _Places()
+        self._usual: list[float] = []  # by place among the parameters of all groups, 0 where none is known
 
     def __repr__(self) -> str:
         return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
 
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        stepped = tuple(map(id, parameters))
+        # On the host, from norms that are there anyway: most steps clip nothing, and touch no gradient.
         if step.norms is None:
-            lengths = norms(gradients).float()
+            norms = lengths(gradients)
         else:
-            among = self._among_gradients.of(stepped, tuple(map(id, step.gradients)), step.norms.device)
-            lengths = step.norms.index_select(0, among).float()
-        held = tuple(id(p) for group in step.groups for p in group["params"])
-        self._usual = self._usual.to(lengths)  # a state that was loaded may lie on another device
-        if (missing := len(held) - len(self._usual)) > 0:
-            self._usual = torch.cat([self._usual, lengths.new_zeros(missing)])
-        chosen = self._among_held.of(stepped, held, lengths.device)
-        usual = self._usual.index_select(0, chosen)
-        known = usual > 0.0  # a parameter that never had a gradient has no usual length yet
-        clipped = torch.where(known, torch.minimum(lengths, self._limit * usual), lengths)
-        self._usual.index_copy_(0, chosen, torch.where(known, usual.lerp_(clipped, 1.0 - self._decay), lengths))
-        factors = torch.where(lengths > 0.0, clipped / lengths, 1.0)
-        if len({g.dtype for g in gradients}) == 1:
-            return torch._foreach_mul(list(gradients), factors.to(gradients[0].dtype).unbind())
-        return torch._foreach_mul(
-            list(gradients), [f.to(g.dtype) for f, g in zip(factors.unbind(), gradients, strict=True)]
-        )
+            known = dict(zip(map(id, step.gradients), step.norms, strict=True))
+            norms = [known[id(p)] for p in parameters]
+        places = {id(p): place for place, p in enumerate(p for group in step.groups for p in group["params"])}
+        usual, factors = self._usual, dict[int, float]()
+        usual += [0.0] * (len(places) - len(usual))
+        for number, (parameter, norm) in enumerate(zip(parameters, norms, strict=True)):
+            place = places[id(parameter)]
+            bound = self._limit * usual[place]
+            # A parameter that never had a gradient has no usual length yet.
+            clipped = min(norm, bound) if bound > 0.0 else norm
+            usual[place] = usual[place] + (1.0 - self._decay) * (clipped - usual[place]) if bound > 0.0 else norm
+            if clipped < norm:
+                factors[number] = clipped / norm
+        if not factors:
+            return gradients
+        shortened = torch._foreach_mul([gradients[number] for number in factors], list(factors.values()))
+        found = dict(zip(factors, shortened, strict=True))
+        return [found.get(number, gradient) for number, gradient in enumerate(gradients)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"direction": self.direction.state_dict(), "usual_norms": self._usual.clone()}
+        return {"direction": self.direction.state_dict(), "usual_norms": torch.tensor(self._usual, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             self.direction.load_state_dict(state["direction"])
-            self._usual = state["usual_norms"].clone()
+            self._usual = state["usual_norms"].tolist()

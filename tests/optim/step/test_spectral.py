@@ -722,10 +722,10 @@ def test_usual_norms_belong_to_their_parameters_whichever_have_a_gradient() -> N
             if place in without:
                 p.grad = None
             elif p.grad is not None:
-                norm = p.grad.norm().float()
+                norm = p.grad.norm()
                 usual[p] = usual[p].lerp(norm, 0.5) if p in usual else norm
         made.step()
-        expected = torch.stack([usual.get(p, torch.zeros(())) for p in model.parameters()])
+        expected = torch.stack([usual.get(p, torch.zeros(()).double()) for p in model.parameters()])
         torch.testing.assert_close(made.state_dict()["curvature"]["direction"]["usual_norms"], expected)
 
 
