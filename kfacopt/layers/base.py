@@ -97,6 +97,12 @@ class Rows:
         """Loss terms that no earlier chunk has counted."""
         return self.terms if self.first else 0.0
 
+    @property
+    def new_rows(self) -> int:
+        """Rows that no earlier chunk has counted, but at least one: of each datum one for each place."""
+        data, places = self.gradients.shape[-3:-1]
+        return max(1, data * places) if self.first else 0
+
     def __post_init__(self) -> None:
         if isinstance(self.inputs, OneHot) and self.inputs.mask is not None:
             masked = self.gradients * self.inputs.mask.unsqueeze(-1).to(self.gradients.dtype)

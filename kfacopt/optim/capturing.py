@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from kfacopt.likelihoods.estimator import FisherEstimator
 from kfacopt.optim import carried, checks, memory, stored
 from kfacopt.optim.chosen_layers import ChosenLayers
 from kfacopt.optim.groups import dense_gradients
+from kfacopt.optim.reached import Reached
 from kfacopt.optim.scaling import LossScaling
 from kfacopt.optim.sightings import OF_ANOTHER_GRADIENT, uses_out_of_sight
 from kfacopt.optim.together import Agreement, agreed
@@ -79,7 +79,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._rest: list[CoverageRow] = []
         self._report: dict[str, float] = {"skipped_steps": 0.0}
-        self._reached: Counter[str] = Counter()
+        self._reached = Reached()
         self._scaling = LossScaling()
         self._expected: set[str] = set()
         self._unseen_uses: dict[nn.Parameter, str] = {}
@@ -117,7 +117,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     def _attach(self) -> None:
         """Find the layers anew and hook them; blocks of layers that stay keep their statistics."""
         self._chosen = ChosenLayers(self.param_groups, self._unseen_uses)
-        self._delivered = True  # for all that is known: what waits may come from a state
+        self._reached.waiting = True  # for all that is known: what waits may come from a state
         self._sharded = ShardedModel(self.model)
         self._sharded.reshard()
         self._named = dict(self.model.named_parameters())
@@ -145,16 +145,14 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _deliver(self, layer: Layer, rows: Rows) -> None:
         assert self._fed is not None
-        self._delivered = True
         self._fed.update(layer, rows)
-        self._reached[layer.name] += rows.first
+        self._reached.add(layer, rows)
 
     def _discard(self) -> None:
         """Forget the rows that were delivered since the last step."""
-        if self._fed is not None and self._delivered:
+        if self._fed is not None and self._reached.waiting:
             self._fed.discard()
         self._reached.clear()
-        self._delivered = False
 
     def _arm(self) -> None:
         """Tell the capture what the coming step needs."""
@@ -173,10 +171,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         return [p for g in self.param_groups if g.get("curvature", True) is curvature for p in g["params"]]
 
     def _follow_changes(self) -> None:
-        """Attach anew where parameters were frozen, unfrozen, found to be used elsewhere or held otherwise since.
-
-        What was captured for this step stays.
-        """
+        """Attach anew where parameters train, are used or are held otherwise than before; what was captured stays."""
         if not self._chosen.hold(self.param_groups, self._unseen_uses):
             tally, expected = self._open_capture().tally, self._expected
             self._attach()
@@ -260,8 +255,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
                 loss = closure()
         gradients, solves = dense_gradients(self.param_groups), self._solves_on_replays()
         self._agreed = agreed(
-            self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check, solves
+            self._processes, self._open_capture(), self._layers, self._reached.rows, gradients, self._check, solves
         )
+        self._reached.settle(self._agreed.rows)
         if self._agreed.in_the_loss:
             if solves:
                 raise RuntimeError(OF_ANOTHER_GRADIENT)
@@ -298,10 +294,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
         tally = self._open_capture().tally
         solves, parameters = self._solves_on_replays(), self.model.parameters()
         self._scaling.settle(tally, self._estimator, parameters, solves, self._processes, self._agreed.passes)
-        if self._fed is not None and tally.passes:
-            reached = {layer: self._reached[layer.name] for layer in self._layers if layer.name in self._reached}
-            if lacking := self._scaling.rescaling(tally, self._estimator, reached):
-                self._fed.rescale(lacking)
+        batches = self._reached.batches_of(self._layers) if tally.passes else {}
+        if self._fed is not None and batches and (lacking := self._scaling.rescaling(tally, self._estimator, batches)):
+            self._fed.rescale(lacking)
         return self._scaling.undone
 
     @abstractmethod
@@ -331,15 +326,18 @@ class CapturingOptimizer(torch.optim.Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         """What `curvature` holds; a subclass adds to it."""
-        return self._open_capture().tally.state_dict() | {
-            "estimator": self._estimator.state_dict(),
-            "processes": self._processes.size,
-            "step": self._step,
-            "skipped_steps": self._report["skipped_steps"],
-            "pending_reached": dict(self._reached),
-            "loss_factor": self._scaling.factor,
-            "unseen_uses": {n: why for n, p in self._named.items() if (why := self._unseen_uses.get(p))},
-        }
+        return (
+            self._open_capture().tally.state_dict()
+            | self._reached.state_dict()
+            | {
+                "estimator": self._estimator.state_dict(),
+                "processes": self._processes.size,
+                "step": self._step,
+                "skipped_steps": self._report["skipped_steps"],
+                "loss_factor": self._scaling.factor,
+                "unseen_uses": {n: why for n, p in self._named.items() if (why := self._unseen_uses.get(p))},
+            }
+        )
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         """Take over what `_own_state` returned, or raise a ValueError before anything is changed."""
@@ -348,7 +346,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         self._open_capture().reset()
         self._open_capture().tally.load_state_dict(own)
-        self._reached, self._delivered = Counter(own.get("pending_reached", {})), True
+        self._reached.load_state_dict(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.

@@ -26,7 +26,7 @@ def descend(
     tensors, steps, rest, decayed = list[Tensor](), list[Tensor](), list[nn.Parameter](), dict[int, float]()
     for p in group["params"]:
         if (update := updates.tensors.get(p)) is None:
-            rest += [p] if p in gradients else []
+            rest += [p] if p in gradients and p not in updates.resting else []
             continue
         if updates.decays and (decay := updates.decays.get(p)) is not None:
             decayed[len(tensors)] = float(group["lr"]) * decay

@@ -263,8 +263,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         theirs (`coverage()` says which); `dropped_updates` how many updates of a layer's statistics were not finite.
         """
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
-        unseen = float(len(self._sightings.unseen))
-        return self._report | {"unseen_layers": unseen} | self.backend.health(settings)
+        return self._report | {"unseen_layers": float(len(self._sightings.unseen))} | self.backend.health(settings)
 
     # -- the step --------------------------------------------------------------------------------------------------
 
@@ -286,7 +285,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             self.backend.refresh(self._step, settings)
         refreshed = time.perf_counter()
         expected = [layer for layer in self._layers if layer.name in self._expected] if self._expected else []
-        self._sightings.note(expected, self._agreed.reached, found, self.backend)
+        self._sightings.note(expected, self._agreed.rows, found, self.backend)
         step = Step(
             self._step,
             found,
@@ -302,6 +301,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             plain=self._plain,
             processes=self._processes,
             norms=self._agreed.norms if scale == 1.0 else None,
+            rows=self._reached.most,
             _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self.direction.updates(step))

@@ -115,7 +115,7 @@ def uses_out_of_sight(
         return {}
     found = {layer: how for layer in layers if (how := seen.used_elsewhere.get(layer.name)) is not None}
     if seen.in_the_loss and not seen.verified:
-        found |= dict.fromkeys((layer for layer in layers if layer.name in seen.reached), DERIVATIVE)
+        found |= dict.fromkeys((layer for layer in layers if layer.name in seen.rows), DERIVATIVE)
     new = {layer: why for layer, why in found.items() if not any(p in known for p in layer.parameters.values())}
     for why in dict.fromkeys(new.values()):
         names = ", ".join(repr(layer.name) for layer in new if new[layer] == why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Agreement:
         replayed_by_all: Whether each process has a forward to run again.
         in_the_loss: Whether a loss is of a derivative of the model.
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
-        reached: Names of the layers whose rows were delivered.
+        rows: How many rows were delivered of each layer, by name.
         used_elsewhere: The layers that act on the loss outside their module, by name how.
         norms: Of the gradients, in their order; None: some are sharded.
     """
@@ -42,7 +42,7 @@ class Agreement:
     replayed_by_all: bool = False
     in_the_loss: bool = False
     verified: bool = True
-    reached: frozenset[str] = frozenset()
+    rows: Mapping[str, float] = field(default_factory=dict)
     used_elsewhere: Mapping[str, str] = field(default_factory=dict)
     norms: Sequence[float] | None = None
 
@@ -51,7 +51,7 @@ def agreed(
     processes: Processes,
     capture: Capture,
     layers: Sequence[Layer],
-    reached: Collection[str],
+    rows: Mapping[str, float],
     gradients: Mapping[nn.Parameter, Tensor],
     check: Callable[[], None],
     solves: bool,
@@ -62,7 +62,7 @@ def agreed(
         processes: Those that train together.
         capture: Of this one.
         layers: The covered ones; the same in all processes.
-        reached: Names of those whose rows were delivered.
+        rows: How many were delivered of each, by name.
         gradients: Of the step.
         check: Raises an error if this process cannot take the step.
         solves: Whether the step goes where forwards that are run again say.
@@ -80,7 +80,7 @@ def agreed(
     norms = lengths(whole)
     size = sum(norms, 0.0)
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
-    rows = processes.table(
+    table = processes.table(
         [
             float(refusal is not None),
             float(len(gradients)),
@@ -95,7 +95,7 @@ def agreed(
             float(len(elsewhere)),
         ]
     )
-    refused, counts, sizes, parts, *told = zip(*rows, strict=True)
+    refused, counts, sizes, parts, *told = zip(*table, strict=True)
     passes, terms, replays, replayable, derived, verified, others = told
     if any(refused):
         processes.raise_together(refusal)
@@ -106,8 +106,8 @@ def agreed(
     if solves and any(replays) and not all(replays):
         raise RuntimeError(_NOT_ALL_REPLAY)
     if processes.size > 1 and any(passes) and layers:
-        seen = processes.sum_vector([float(layer.name in reached) for layer in layers])
-        reached = [layer.name for layer, times in zip(layers, seen, strict=True) if times]
+        totals = processes.sum_vector([rows.get(layer.name, 0.0) for layer in layers])
+        rows = {layer.name: total for layer, total in zip(layers, totals, strict=True) if total}
     if max(others) > 0 and processes.size > 1:
         elsewhere = {name: how for seen_by_one in processes.gathered(elsewhere) for name, how in seen_by_one.items()}
     return Agreement(
@@ -119,7 +119,7 @@ def agreed(
         replayed_by_all=min(replays) > 0.0,
         in_the_loss=any(derived),
         verified=all(verified),
-        reached=frozenset(reached),
+        rows=dict(rows),
         used_elsewhere=elsewhere,
         norms=None if parted else norms,
     )

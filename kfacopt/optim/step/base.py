@@ -62,6 +62,7 @@ class Step:
         plain: Matrices without curvature that the direction may step (`Direction.plain_treatment`), by parameter.
         processes: Those that train together; gradients and curvature are of all of them.
         norms: Of the gradients, in their order, where they are known.
+        rows: How many rows a layer's products have in a step of all processes together, by name; the most so far.
     """
 
     number: int
@@ -79,6 +80,7 @@ class Step:
     plain: Mapping[nn.Parameter, PlainMatrix] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
     norms: Sequence[float] | None = None
+    rows: Mapping[str, float] = field(default_factory=dict)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
@@ -210,6 +212,7 @@ class Updates:
         check: A number that is finite exactly if all of `tensors` are, where the direction knows one.
         decays: By parameter, which part of it is taken off at learning rate one, of those entries that the update makes
             smaller anyway (`rule.decay_cautiously`).
+        resting: Parameters that stay as they are in this step.
     """
 
     tensors: dict[nn.Parameter, Tensor]
@@ -218,6 +221,7 @@ class Updates:
     bend: list[Tensor] | None = None
     check: Tensor | None = None
     decays: Mapping[nn.Parameter, float] = field(default_factory=dict)
+    resting: frozenset[nn.Parameter] = frozenset()
 
     @property
     def finite(self) -> bool:

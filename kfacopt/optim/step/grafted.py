@@ -78,7 +78,8 @@ class Grafted(Direction):
     def updates(self, step: Step) -> Updates:
         found = self.direction.updates(step)
         steps = step.by_layer(found.tensors)
-        lengths = self._lengths(step, list(steps))
+        lengths, resting = self._lengths(step, list(steps))
+        found = replace(found, resting=found.resting | resting)
         steps = {layer: parts for layer, parts in steps.items() if layer in lengths}
         factors = {layer: lengths[layer] / norm for layer, norm in norms(steps).items()}
         tensors = times(factors, steps)
@@ -89,12 +90,15 @@ class Grafted(Direction):
         bends = times({layer: f * f for layer, f in factors.items()}, step.by_layer(_named(found)))
         return replace(found, tensors=tensors, image=image, check=None, bend=[bends[p] for p in tensors])
 
-    def _lengths(self, step: Step, layers: list[Layer]) -> Mapping[Layer, float | Tensor]:
+    def _lengths(
+        self, step: Step, layers: list[Layer]
+    ) -> tuple[Mapping[Layer, float | Tensor], frozenset[nn.Parameter]]:
         if not isinstance(self.length_of, Direction):
             kept = shrunk(step.number, self._full_steps)
-            return {layer: kept * self.length_of(layer) for layer in layers}
+            return {layer: kept * self.length_of(layer) for layer in layers}, frozenset()
         other = self.length_of.updates(step)
-        return {layer: other.scale * norm for layer, norm in norms(step.by_layer(other.tensors)).items()}
+        found = norms(step.by_layer(other.tensors))
+        return {layer: other.scale * norm for layer, norm in found.items()}, other.resting
 
     def health(self) -> dict[str, float]:
         return {name: value for part in self._parts().values() for name, value in part.health().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from kfacopt.optim.step.gradient_metric import steepest_by_gradients
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
 from kfacopt.optim.step.rows import Evening
 from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
+from kfacopt.optim.step.turns import Turns
 from kfacopt.sharding import Processes
 
 # From this length of the shorter side on, products in half precision repay the conversions; shorter ones are slower.
@@ -108,6 +109,8 @@ class Spectral(Direction):
             entries that the step makes smaller anyway is taken off as well, and less as steps grow shorter
             (`full_steps`). Not of biases, and not where the model is differentiated in its own forward: such a network
             solves an equation, and a smaller weight is no better there.
+        turns: A layer whose step takes longer than its gradients, as its sides are long for the rows that a batch has,
+            moves at least every so many steps, 1 to 3, and as much further (`Turns`). 1: all layers in each step.
 
     Raises:
         ValueError: If a number is out of range.
@@ -128,6 +131,7 @@ class Spectral(Direction):
         warmup: int = 300,
         full_steps: int | None = FULL_STEPS,
         decay: float = DECAY,
+        turns: int = 3,
     ) -> None:
         check_number("momentum", momentum)
         check_number("cautious_decay", decay)
@@ -137,7 +141,7 @@ class Spectral(Direction):
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
         check_full_steps(full_steps)
         self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
-        self._evening = Evening(row_decay)
+        self._evening, self._turns = Evening(row_decay), Turns(turns)
         self._momentum, self._decay, self._layers = momentum, decay, layers
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
@@ -167,7 +171,8 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
-        updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged)
+        strides = self._turns.strides(step.number, step.layers, step.rows)
+        updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)
         for stack in stacked:
             with self._precision(stack.matrices, step.processes):
                 found.append(self._orthogonalized(step, stack).to(stack.matrices.dtype))
@@ -175,12 +180,15 @@ class Spectral(Direction):
         factors, norms = self._evening.factors(step.state, stacked, found, length)
         for stack, matrices, factor in zip(stacked, found, factors, strict=True):
             updates.add(stack, matrices * factor)
-        weights = (p for stack in stacked if not stack.differentiated for p in stack.weights)
+        # Whoever rests as it is due decays as it moves next.
+        since = (step.number + 1) % _DECAY_EVERY
+        weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
         check = torch.cat(norms).sum() if norms else None
-        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights))
+        resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
+        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights), resting=resting)
 
-    def _decays(self, step: Step, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
-        if (step.number + 1) % _DECAY_EVERY:
+    def _decays(self, step: Step, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
+        if not parameters:
             return {}
         times = _DECAY_EVERY * shrunk(step.number, self._full_steps)
         rates = {p: times * float(group.get("cautious_decay", 0.0)) for group in step.groups for p in group["params"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class Stack:
         matrices: In their order; in float32 at least.
         curved: Whether they are of layers that have curvature.
         differentiated: Whether they have none as derivatives are taken of the model (`PlainMatrix`).
+        stride: How many times as far as otherwise they move (`Turns`).
         structure: Of the layers, all of one (`LayerHandler.structure`); plain matrices have a linear layer's.
     """
 
@@ -36,6 +37,7 @@ class Stack:
     curved: bool
     structure: Structure = "outer"
     differentiated: bool = False
+    stride: int = 1
 
     @property
     def inputs(self) -> int:
@@ -45,7 +47,7 @@ class Stack:
     @property
     def length(self) -> float:
         """The Frobenius norm of each holder's step: `layer_length`, and of a plain matrix likewise."""
-        return matrix_length(self.structure, self.matrices.shape[1:])
+        return self.stride * matrix_length(self.structure, self.matrices.shape[1:])
 
     @property
     def layers(self) -> list[Layer]:
@@ -96,17 +98,19 @@ class Unstacked:
         return by_parameter(self._shares) | self._plain
 
 
-def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
-    """All layers and plain matrices of which there are tensors, stacked; those with and without curvature apart."""
+def stacks(step: Step, tensors: ByParameter, strides: Mapping[Layer, int]) -> list[Stack]:
+    """All layers that move, and plain matrices, of which there are tensors; those with and without curvature apart."""
     found: dict[tuple[Any, ...], list[tuple[Holder, Sequence[Tensor]]]] = {}
     for layer, parts in step.by_layer(tensors).items():
+        if not strides[layer]:
+            continue
         pieces = (layer.pack(parts),) if layer.alike is None else tuple(parts.values())
-        kind = layer.alike, structure_of(layer), step.ready(layer), False, _dtypes(layer, pieces)
+        kind = layer.alike, structure_of(layer), step.ready(layer), False, strides[layer], _dtypes(layer, pieces)
         found.setdefault(kind, []).append((layer, pieces))
     for parameter, plain in step.plain.items():
         if parameter in tensors:
             pieces = (tensors[parameter].reshape(plain.shape),)
-            kind = None, structure_of(parameter), False, plain.differentiated, _dtypes(parameter, pieces)
+            kind = None, structure_of(parameter), False, plain.differentiated, 1, _dtypes(parameter, pieces)
             found.setdefault(kind, []).append((parameter, pieces))
     return [
         Stack(
@@ -115,8 +119,9 @@ def stacks(step: Step, tensors: ByParameter) -> list[Stack]:
             curved,
             structure,
             differentiated,
+            stride,
         )
-        for (alike, structure, curved, differentiated, _), members in found.items()
+        for (alike, structure, curved, differentiated, stride, _), members in found.items()
     ]
 
 
