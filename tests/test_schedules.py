@@ -188,7 +188,7 @@ def test_an_optimizer_with_max_overhead_stays_within_it(
     for _ in range(100):
         clock.now += 1.0
         train_step(made, model, loss, x, y)
-    settled = 600
+    settled = 300
     start, before = clock.now, dict(spent)
     for _ in range(settled):
         clock.now += 1.0

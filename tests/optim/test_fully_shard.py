@@ -176,8 +176,8 @@ def there_may_be_fewer_rows_than_processes() -> None:
         make = optimizer(kind, loss=nn.MSELoss())
         for net_of in (partial(seeded, Narrow), partial(seeded, Dot)):
             for backward in (first_number, twice_scaled):
-                one, _ = train(make, make_batches(), backward, alone(), net_of=net_of)
-                batches = [share(batch) for batch in make_batches()]
+                one, _ = train(make, make_batches(3), backward, alone(), net_of=net_of)
+                batches = [share(batch) for batch in make_batches(3)]
                 for shard in (per_block, root_only):
                     two, _ = train_sharded(make, batches, backward, shard, net_of)
                     equals(two, one)
@@ -219,9 +219,9 @@ def unusual_layers_equal_one_process() -> None:
 
     # EKFAC's basis of a repeated eigenvalue is another in one process: it is compared with two that hold everything.
     cases: list[tuple[Make, Any, list[Batch], Any]] = [
-        (optimizer(), plain(CE()), make_batches(), alone()),
-        (optimizer(kfacopt.SpectralDescent), plain(CE()), make_batches(), alone()),
-        (optimizer(kfacopt.EKFAC), plain(CE()), make_batches(), None),
+        (optimizer(), plain(CE()), make_batches(3), alone()),
+        (optimizer(kfacopt.SpectralDescent), plain(CE()), make_batches(3), alone()),
+        (optimizer(kfacopt.EKFAC), plain(CE()), make_batches(3), None),
         (OF_SUMS, SUMMED, batches_without_terms(), None),
     ]
     with kfacopt.register_handler(Gated, ProductsHandler(linear=["pair.1"], matmul=["pair.0"])):
@@ -297,9 +297,9 @@ def words_equal_one_process() -> None:
         return fully_shard(net)
 
     for make in (optimizer(), optimizer(kfacopt.EKFAC), optimizer(kfacopt.SpectralDescent)):
-        one, reference = train(make, words(), plain(CE()), alone(), net_of=partial(seeded, Words))
+        one, reference = train(make, words(3), plain(CE()), alone(), net_of=partial(seeded, Words))
         for shard in (by_module, root_only):
-            batches = [share(b) for b in words()]
+            batches = [share(b) for b in words(3)]
             two, made = train_sharded(make, batches, plain(CE()), shard, partial(seeded, Words))
             assert "mixed.q_proj" in made.backend.blocks
             assert made.health()["unseen_layers"] == reference.health()["unseen_layers"]

@@ -763,6 +763,7 @@ def labels_of_two_processes_have_half_the_variance() -> None:
         drawn.append(average.pending / average.count)
         if step == 0:
             exact.step()
+            exact.close()  # type: ignore[attr-defined]
         sampled.step()
     mine = torch.stack(drawn)
     both = mine.clone()

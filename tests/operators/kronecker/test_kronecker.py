@@ -48,17 +48,18 @@ def dense(linear: Any) -> Tensor:
 
 def layer_matrix(linear: Any, layer: Any) -> Tensor:
     """The operator restricted to a layer's matrix, `[(k o i) (k o i)]`."""
-    shape = layer.pack(layer.values()).shape
-    columns = []
+    shape, vectors = layer.pack(layer.values()).shape, []
     for unit in torch.eye(shape.numel(), dtype=linear.dtype):
         parts = layer.unpack(unit.reshape(shape))
         vector = [torch.zeros_like(p) for p in linear._params]
         of = dict(zip(linear._params, vector, strict=True))
         for role, share in layer.share(of).items():
             share.copy_(parts[role])
-        product = dict(zip(linear._params, linear @ vector, strict=True))
-        columns.append(layer.pack(layer.share(product)).flatten())
-    return torch.stack(columns, dim=1)
+        vectors.append(vector)
+    products = linear @ [torch.stack(units, dim=-1) for units in zip(*vectors, strict=True)]
+    columns = zip(*(product.unbind(-1) for product in products), strict=True)
+    shares = [layer.share(dict(zip(linear._params, column, strict=True))) for column in columns]
+    return torch.stack([layer.pack(share).flatten() for share in shares], dim=1)
 
 
 def scale_of(loss: nn.Module, x: Any) -> float:
