@@ -70,8 +70,8 @@ class _HasRows(Protocol):
 def row_products(left: Tensor, right: _HasRows) -> tuple[Tensor, Tensor, Tensor]:
     """`l·l`, `r·r` and `l·r` of each row of two matrices, `[m]` each from `[m c]`; met once, some rows at a time.
 
-    >>> row_products(torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    (tensor([2., 2.]), tensor([ 5., 25.]), tensor([3., 7.]))
+    >>> row_products(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]]))
+    (tensor([25.]), tensor([4.]), tensor([8.]))
     """
     found = []
     for some in row_pieces(left):
