@@ -11,8 +11,6 @@ from kfacopt.layers.layer import Layer
 
 FIRST = 50
 """For so many steps all layers move in each: training changes fast then."""
-_SHARE = 1.5
-"""Up to so many times as long as its gradients a layer's step may take on average."""
 _PERIOD = 6  # which one, two and three divide
 
 
@@ -74,7 +72,7 @@ class Turns:
             # What several layers hold is moved by all of them together.
             shared = any(holders[id(p)] > 1 for p in layer.parameters.values())
             ratio = cost(layer.shape, count) if count > 0.0 and not shared else 0.0
-            every[layer] = max(1, min(self._longest, round(ratio / _SHARE)))
+            every[layer] = max(1, min(self._longest, round(ratio)))
             work[layer] = ratio * count * layer.shape.numel()
         load, turns = [0.0] * _PERIOD, dict[Layer, tuple[int, int]]()
         for layer in sorted(layers, key=lambda layer: -work[layer]):

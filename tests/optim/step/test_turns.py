@@ -98,7 +98,7 @@ def test_a_layer_rests_or_moves_as_many_times_as_far() -> None:
                 lengths.setdefault(name, []).append(float(moved) / whole)
     for name, found in lengths.items():
         outputs, inputs = model.get_submodule(name).weight.shape
-        every = max(1, min(3, round(cost(torch.Size([outputs, inputs + 1]), ROWS) / 1.5)))
+        every = max(1, min(3, round(cost(torch.Size([outputs, inputs + 1]), ROWS))))
         own = [float(every), *[0.0] * (every - 1)]
         assert [round(length, 6) for length in found[:3]] == [1.0] * 3
         assert sorted(round(length, 6) for length in found[3:]) == sorted(9 // every * own)
