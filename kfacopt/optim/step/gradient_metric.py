@@ -43,25 +43,22 @@ def steepest_by_gradients(step: Step, stack: Stack, polar: PolarFactor) -> Tenso
     """
     holders = [holder for holder in stack.holders if isinstance(holder, nn.Parameter)]
     owns = [step.state[parameter] for parameter in holders]
-    new = any(own.get("left_moments", 0) < _ALL_UNTIL or "right_root" not in own for own in owns)
+    shape = stack.matrices.shape[1:]
+    sides = [side for side, size in (("left", shape[-2]), ("right", shape[-1])) if size <= _WIDEST]
+    new = any(own.get(f"{side}_moments", 0) < _ALL_UNTIL for own in owns for side in sides)
     if new or step.number % _GRADIENT_EVERY == 0:
-        shape = stack.matrices.shape[1:]
         gradients = torch.stack([step.gradients[p].reshape(shape) for p in holders]).to(stack.matrices.dtype)
-        for side, matrices in (("left", gradients), ("right", gradients.mT)):
-            if matrices.shape[-2] <= _WIDEST:
-                _renew(owns, side, matrices @ matrices.mT, holders[0].dtype, step.number)
-    left, right = (_root(owns, side, stack.matrices.dtype) for side in ("left", "right"))
+        for side in sides:
+            matrices = gradients if side == "left" else gradients.mT
+            _renew(owns, side, matrices @ matrices.mT, holders[0].dtype, step.number)
+    dtype = stack.matrices.dtype
+    left, right = (_together(owns, f"{side}_root").to(dtype) if side in sides else None for side in ("left", "right"))
     return _between(left, polar(_between(left, stack.matrices, right)), right)
 
 
 def _between(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
     product = matrices if left is None else left @ matrices
     return product if right is None else product @ right
-
-
-def _root(owns: Sequence[dict[str, Any]], side: str, dtype: torch.dtype) -> Tensor | None:
-    """The inverse roots `[b *k d d]` of one side, or None for too long a side."""
-    return _together(owns, f"{side}_root").to(dtype) if f"{side}_root" in owns[0] else None
 
 
 def _renew(owns: Sequence[dict[str, Any]], side: str, moments: Tensor, dtype: torch.dtype, number: int) -> None:

@@ -81,6 +81,9 @@ class Spectral(Direction):
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
     of how outputs go together stays.
 
+    **Who moves when.** A layer whose step takes longer than its gradients, as its sides are long for a batch's rows,
+    moves every second or third step only, and as much further (`kfacopt.optim.step.turns`); its momentum misses none.
+
     It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults). Layers
     of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it refreshes.
     A matrix that has no curvature, or none yet, is stepped with S = I: recurrent layers with dropout, layers whose use
@@ -110,7 +113,7 @@ class Spectral(Direction):
             (`full_steps`). Not of biases, and not where the model is differentiated in its own forward: such a network
             solves an equation, and a smaller weight is no better there.
         turns: A layer whose step takes longer than its gradients, as its sides are long for the rows that a batch has,
-            moves at least every so many steps, 1 to 3, and as much further (`Turns`). 1: all layers in each step.
+            moves at least every so many steps, 1 to 3. 1: all layers in each step.
 
     Raises:
         ValueError: If a number is out of range.

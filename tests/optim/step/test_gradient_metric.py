@@ -137,6 +137,20 @@ def test_long_sides_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ["right_moment" in made.state[p] for p in (first, middle, last)] == [True, False, True]
 
 
+@pytest.mark.parametrize("widest", [1024, 4])
+@pytest.mark.filterwarnings("ignore:.*a derivative of the model is taken in its forward")
+def test_every_fourth_gradient_counts_after_the_first_ones(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_metric, "_WIDEST", widest)
+    model, loss, x, y = sloped()
+    made = kfacopt.SpectralDescent(model, loss, lr=1e-2)
+    for _ in range(10):
+        train_step(made, model, loss, x, y)
+    # Those of five steps in a row, and of step 8.
+    sides = [f"{side}_moments" for side in ("left", "right")]
+    counts = {made.state[p][name] for p in matrices(model) for name in sides if name in made.state[p]}
+    assert counts == {6}
+
+
 @pytest.mark.filterwarnings("ignore:.*a derivative of the model is taken in its forward")
 def test_gradients_of_zero_leave_the_weights() -> None:
     model, loss, x, _ = sloped()
