@@ -224,9 +224,9 @@ class Categorical(Likelihood):
         return self._from_labels(layout, logits, deferred, labels, live)
 
     def _from_gradient(self, prediction: Tensor, gradient: Tensor) -> LossTerms:
-        precision = Precision.of(prediction, gradient)
+        precision, smoothing = Precision.of(prediction, gradient), Smoothing(self.class_weights, self.label_smoothing)
         doubtful = None
-        for axis in class_axes(gradient, precision, prediction):
+        for axis in class_axes(gradient, precision, prediction, smoothing):
             layout = RowLayout.of(prediction, axis)
             found, logits = self._read(layout, prediction, gradient, precision)
             if not found.recognised and (

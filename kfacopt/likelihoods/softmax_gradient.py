@@ -66,6 +66,10 @@ class Smoothing:
         constant = height * (height + 2.0 * part * weights) + part**2 * weights.square().sum()
         return dot, (curvature.square() * length - 2.0 * curvature * cross + constant).clamp_min(0)
 
+    def fits(self, classes: int) -> bool:
+        """Whether the weights, if there are any, are of so many classes."""
+        return self.weights is None or len(self.weights) == classes
+
     def double(self) -> Smoothing:
         """The same in float64."""
         weights = None if self.weights is None else self.weights.double()
@@ -95,7 +99,9 @@ class ReadLabels:
     recognised: bool
 
 
-def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None = None) -> list[int]:
+def class_axes(
+    gradient: Tensor, precision: Precision, prediction: Tensor | None = None, smoothing: Smoothing | None = None
+) -> list[int]:
     """The axes that may be that of the classes, 1 or the last, the likeliest first.
 
     It is the one along which the gradient sums to zero; both do so only by rare coincidence. The gradients of a
@@ -118,7 +124,7 @@ def class_axes(gradient: Tensor, precision: Precision, prediction: Tensor | None
     # float16 rounds gradients below its smallest number to zero: that much of the sum is lost.
     allowed = precision.sum * total + precision.quantum * gradient.numel()
     if residual[axes[0]] > allowed and prediction is not None and prediction.shape[axes[0]] > 1:
-        allowed += _rounding(prediction, gradient, axes[0], total)
+        allowed += _rounding(prediction, gradient, axes[0], total, smoothing)
     if residual[axes[0]] > allowed:  # false for numbers that are not finite
         raise ValueError(
             f"the gradient that reached the prediction {list(gradient.shape)} is not that of "
@@ -144,14 +150,20 @@ def unused_outputs(gradient: Tensor, probabilities: Tensor, live: Tensor) -> lis
     return found
 
 
-def _rounding(prediction: Tensor, gradient: Tensor, axis: int, total: float) -> float:
-    """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u| ≈ k Σ 2 (1 - p_max)`.
+def _rounding(prediction: Tensor, gradient: Tensor, axis: int, total: float, smoothing: Smoothing | None) -> float:
+    """What the gradients' sum may have lost to rounding, from their factor k: `Σ|u|` over what it would be for k = 1.
 
+    That is `Σ 2 (1 - p_max)`, or with label smoothing the length of `s_y p - t_y∘w` for the label y that is nearest.
     Sums over the rows that have a gradient: of others, as data that are masked, the model may be as unsure as it likes.
     """
     wide, live = prediction.detach().double(), (gradient != 0).any(axis)
-    lack = -torch.expm1(wide.log_softmax(axis).amax(axis))[live].sum()
-    factor = total / max(2.0 * float(lack), torch.finfo(torch.float64).tiny)
+    if smoothing is not None and smoothing.label_smoothing > 0 and smoothing.fits(prediction.shape[axis]):
+        probabilities = wide.softmax(axis).movedim(axis, -1)[live]
+        squares = smoothing.double().products(torch.zeros_like(probabilities), probabilities)[1]
+        lack = squares.amin(-1).sqrt().sum()
+    else:
+        lack = -2.0 * torch.expm1(wide.log_softmax(axis).amax(axis))[live].sum()
+    factor = total / max(float(lack), torch.finfo(torch.float64).tiny)
     return 4.0 * torch.finfo(prediction.dtype).eps * factor * prediction.numel()
 
 
@@ -170,7 +182,14 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
         labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
         found = _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
         if not found.recognised:
-            labels = _nearest_labels(gradient, probabilities, smoothing)
+            nearest = _nearest_labels(gradient, probabilities, smoothing)
+            found = _fitted(gradient, inverse, probabilities, nearest, size, quantum, smoothing, precision)
+        if not found.recognised:
+            # A fit that is exact leaves rounding, which points anywhere: its labels make the least of it.
+            exact = smoothing.products(torch.zeros_like(gradient), probabilities)[1].argmin(-1)
+            fitted = _fitted(gradient, inverse, probabilities, exact, size, quantum, smoothing, precision)
+            found = fitted if fitted.recognised else found
+        return found
     return _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
 
 

@@ -349,3 +349,21 @@ def test_labels_are_read_where_rounding_leaves_no_gradient_at_them(
     likelihood = Categorical(label_smoothing=smoothing)
     found = likelihood.terms(logits, gradient=gradient)
     assert_same(found, likelihood.terms(logits, target=labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_of_an_exact_fit_with_weights_and_smoothing(dtype: torch.dtype, seed: int) -> None:
+    """The gradient is rounding, of any direction, and sums to anything: the labels make the least of it."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.rand(4, generator=generator) + 0.5).to(dtype)
+    labels = torch.randint(4, (12,), generator=generator)
+    weighted = (0.9 * nn.functional.one_hot(labels, 4) + 0.1 / 4) * weights.float()
+    scale = weighted.sum(-1)
+    shift = torch.randn(12, 1, generator=generator)
+    logits = ((weighted / scale[:, None]).log() + shift).to(dtype).requires_grad_()
+    loss = nn.functional.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    terms = Categorical(class_weights=weights.float(), label_smoothing=0.1).terms(logits, gradient=gradient)
+    live = (gradient != 0).any(-1)
+    torch.testing.assert_close(terms.scale[live].float(), scale[live], rtol=1e-2, atol=0.0)
