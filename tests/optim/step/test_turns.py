@@ -56,6 +56,14 @@ def test_a_weight_of_two_layers_moves_in_each_step() -> None:
     assert [sorted(strides[one] for strides in found) for one in layers] == [[1, 1, 1], [1, 1, 1], [0, 0, 3]]
 
 
+def test_a_dear_layer_moves_in_each_step_where_gradients_take_longer_anyway() -> None:
+    layers = [layer("a", nn.Linear(64, 64)), layer("b", nn.Linear(64, 64))]
+    for many, strides in ((1.0, {0, 3}), (1e4, {1})):
+        taken = Turns(3)
+        found = [taken.strides(FIRST + step, layers, {"a": 1.0, "b": many})[layers[0]] for step in range(3)]
+        assert set(found) == strides
+
+
 @pytest.mark.parametrize("longest", [0, 4])
 def test_what_cannot_be_is_refused(longest: int) -> None:
     with pytest.raises(ValueError, match="turns must be 1, 2 or 3"):
