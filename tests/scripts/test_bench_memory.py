@@ -20,8 +20,8 @@ def test_copies_of_square_layers(name: str) -> None:
     assert found == pytest.approx(COPIES[name], abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["SpectralDescent", "KFAC", "EKFAC"])
-def test_many_words_are_no_square(name: str) -> None:
-    """Momentum, EKFAC's second moments, and little that is not along the words."""
+@pytest.mark.parametrize(("name", "copies"), [("SpectralDescent", 2.5), ("KFAC", 2.5), ("EKFAC", 3.0)])
+def test_many_words_are_no_square(name: str, copies: float) -> None:
+    """Momentum, EKFAC's second moments and the roots of the head's, and little that is not along the words."""
     torch.manual_seed(0)
-    assert bench_memory.held(bench_memory.OPTIMIZERS[name], *bench_memory.words(WIDEST + 1)) < 2.5
+    assert bench_memory.held(bench_memory.OPTIMIZERS[name], *bench_memory.words(WIDEST + 1)) < copies
