@@ -7,7 +7,6 @@ ranks is nothing to be sent at a step; teams of one are least memory (KAISA: Pau
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,7 +17,7 @@ from torch import Tensor, distributed
 
 from kfacopt.fsdp import ShardedModel
 from kfacopt.linalg.tensors import flat, split_like
-from kfacopt.sharding import BUCKET, UNDER_WAY, Processes, buckets, unwrapped
+from kfacopt.sharding import BUCKET, Message, Processes, buckets, in_messages, unwrapped
 
 
 @dataclass(frozen=True)
@@ -184,25 +183,13 @@ def summed_at(processes: Processes, tensors: Sequence[Sequence[Tensor]]) -> list
         processes: Several, which all give contiguous tensors of the same shapes for every rank.
         tensors: By rank.
     """
-    found = [list(of_rank) for of_rank in tensors]
-    under_way: deque[tuple[Any, int, list[int], Tensor]] = deque()
 
-    def arrive() -> None:
-        work, owner, places, whole = under_way.popleft()
-        work.wait()
-        for place, tensor in zip(places, split_like(whole, [tensors[owner][place] for place in places]), strict=True):
-            found[owner][place] = tensor
+    def launched(owner: int, places: list[int], members: list[Tensor]) -> Message:
+        whole = flat(members)
+        work = distributed.reduce(whole, group=processes.group, group_dst=owner, async_op=True)
+        return Message(owner, places, members, whole, work)
 
-    for owner, of_rank in enumerate(tensors):
-        for places in buckets(of_rank):
-            whole = flat([of_rank[place] for place in places])
-            work = distributed.reduce(whole, group=processes.group, group_dst=owner, async_op=True)
-            under_way.append((work, owner, places, whole))
-            if len(under_way) == UNDER_WAY:
-                arrive()
-    while under_way:
-        arrive()
-    return found
+    return in_messages(tensors, launched)
 
 
 def _places(tensors: Sequence[Tensor], dtype: torch.dtype, size: int) -> list[tuple[int, ...]]:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 BUCKET = 2**23
 """Elements that travel at once: 32 MiB in float32. Long enough to run at the network's speed, little memory."""
 
-UNDER_WAY = 4
+_UNDER_WAY = 4
 """Buckets that are under way at once: enough to keep both ends busy."""
 
 
@@ -168,19 +168,10 @@ class Processes:
     def sent(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """What every rank sends to all: `tensors[rank]`, contiguous, of which the others need only have the shapes.
 
-        Several messages are under way at a time, whoever they are from. What comes back are views of them, for the
-        sender too, with the same strides for all: products may round otherwise with others.
+        What comes back are views of messages, for the sender too, with the same strides for all: products may round
+        otherwise with others.
         """
-        arrived = [list(of_rank) for of_rank in tensors]
-        under_way: deque[_Message] = deque()
-        for source, of_rank in enumerate(tensors):
-            for bucket in buckets(of_rank):
-                under_way.append(self._launched(source, bucket, [of_rank[place] for place in bucket]))
-                if len(under_way) == UNDER_WAY:
-                    under_way.popleft().arrive(arrived)
-        for message in under_way:
-            message.arrive(arrived)
-        return arrived
+        return in_messages(tensors, self._launched)
 
     def exchanged(self, outgoing: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """What each rank sends to this one.
@@ -194,15 +185,12 @@ class Processes:
         distributed.all_to_all_single(arrived, torch.cat(list(outgoing)), list(counts), lengths, group=self._group)
         return list(arrived.split(list(counts)))
 
-    def _launched(self, source: int, bucket: list[int], members: list[Tensor]) -> _Message:
-        if source == self.rank:
-            whole = flat(members)
-        else:
-            whole = members[0].new_empty(sum(tensor.numel() for tensor in members))
-        work = (
-            distributed.broadcast(whole, group=self._group, group_src=source, async_op=True) if self.size > 1 else None
-        )
-        return _Message(source, bucket, members, whole, work)
+    def _launched(self, source: int, bucket: list[int], members: list[Tensor]) -> Message:
+        own = source == self.rank
+        whole = flat(members) if own else members[0].new_empty(sum(tensor.numel() for tensor in members))
+        alone = self.size == 1
+        work = None if alone else distributed.broadcast(whole, group=self._group, group_src=source, async_op=True)
+        return Message(source, bucket, members, whole, work)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled: where this is read again there is another.
@@ -216,8 +204,8 @@ class Processes:
         return self
 
 
-class _Message(NamedTuple):
-    """Tensors of one rank on their way to all."""
+class Message(NamedTuple):
+    """Tensors of one rank on their way, from it to all or the other way."""
 
     source: int
     places: list[int]
@@ -231,6 +219,22 @@ class _Message(NamedTuple):
             self.work.wait()
         for place, tensor in zip(self.places, split_like(self.whole, self.members), strict=True):
             arrived[self.source][place] = tensor
+
+
+def in_messages(
+    tensors: Sequence[Sequence[Tensor]], launched: Callable[[int, list[int], list[Tensor]], Message]
+) -> list[list[Tensor]]:
+    """What comes of `launched(rank, places, members)` for `tensors[rank]`; several are under way at a time."""
+    arrived = [list(of_rank) for of_rank in tensors]
+    under_way: deque[Message] = deque()
+    for source, of_rank in enumerate(tensors):
+        for bucket in buckets(of_rank):
+            under_way.append(launched(source, bucket, [of_rank[place] for place in bucket]))
+            if len(under_way) == _UNDER_WAY:
+                under_way.popleft().arrive(arrived)
+    for message in under_way:
+        message.arrive(arrived)
+    return arrived
 
 
 def unwrapped(model: Any) -> tuple[Any, Processes]:

@@ -177,20 +177,15 @@ def read_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, p
     inverse = largest_magnitude(lowest.amin(), size.amax()).reciprocal()
     # Multiplied with it, so that loss scaling does not over- or underflow squares.
     size, quantum = size * inverse, precision.quantum * inverse
+    candidates = iter([labels])
     if smoothing.label_smoothing > 0:
         gradient, inverse = gradient * inverse, torch.ones_like(inverse)
-        labels = _smoothed_labels(gradient, probabilities, smoothing, precision)
+        candidates = _smoothed_candidates(gradient, probabilities, smoothing, precision)
+    for labels in candidates:
         found = _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
-        if not found.recognised:
-            nearest = _nearest_labels(gradient, probabilities, smoothing)
-            found = _fitted(gradient, inverse, probabilities, nearest, size, quantum, smoothing, precision)
-        if not found.recognised:
-            # A fit that is exact leaves rounding, which points anywhere: its labels make the least of it.
-            exact = smoothing.products(torch.zeros_like(gradient), probabilities)[1].argmin(-1)
-            fitted = _fitted(gradient, inverse, probabilities, exact, size, quantum, smoothing, precision)
-            found = fitted if fitted.recognised else found
-        return found
-    return _fitted(gradient, inverse, probabilities, labels, size, quantum, smoothing, precision)
+        if found.recognised:
+            break
+    return found
 
 
 def _fitted(
@@ -236,6 +231,16 @@ def _compared(gradient: Tensor, inverse: Tensor, expected: Tensor) -> Iterator[t
     for some in row_pieces(gradient):
         scaled = gradient[some] * inverse
         yield torch.linalg.vecdot(scaled, expected[some]), torch.linalg.vector_norm(scaled, dim=-1)
+
+
+def _smoothed_candidates(
+    gradient: Tensor, probabilities: Tensor, smoothing: Smoothing, precision: Precision
+) -> Iterator[Tensor]:
+    """The labels that a gradient under label smoothing may be of, the likeliest first."""
+    yield _smoothed_labels(gradient, probabilities, smoothing, precision)
+    yield _nearest_labels(gradient, probabilities, smoothing)
+    # A fit that is exact leaves rounding, which points anywhere: its labels make the least of it.
+    yield smoothing.products(torch.zeros_like(gradient), probabilities)[1].argmin(-1)
 
 
 def _nearest_labels(gradient: Tensor, probabilities: Tensor, smoothing: Smoothing) -> Tensor:
