@@ -16,10 +16,13 @@ from kfacopt.blocks.squares import squared_matrices
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.alignment import missing
 from kfacopt.linalg.gram import gram
 from kfacopt.linalg.kronecker import Spectrum
 from kfacopt.linalg.symmetric import Eigendecomposition
 from kfacopt.linalg.thin_basis import orthonormal, thin_basis
+
+_SMALLEST_CUT = 128
 
 
 class DataSetEigenBlock(EigenBlock):
@@ -31,7 +34,7 @@ class DataSetEigenBlock(EigenBlock):
 
     Args:
         budget: Elements that a temporary may have.
-        corrected: Average of E, `[*k o r]`; r is the rank of A, or its size.
+        corrected: Average of E, `[*k o r]`; r is the size of A, or its rank but for rounding, if that is less.
     """
 
     title = "EKFAC"
@@ -103,7 +106,9 @@ class DataSetEigenBlock(EigenBlock):
         few = self._few_inputs
         if few is None:
             values_right, right, _ = spectra["input"]
+            values_right, right = _without_rounding(values_right, right)
             self._change_basis(left, right, values_left, values_right)
+            self._polished = True  # LAPACK's columns are orthonormal as they are
             return
         whole = spectra["input"]
         assert whole.vectors is not None
@@ -207,6 +212,19 @@ def _few(kept: Sequence[Rows]) -> Tensor | None:
     if not plain or len(plain) < len(inputs) or sum(a.shape[0] for a in plain) >= plain[0].shape[-1]:
         return None
     return torch.cat(plain)
+
+
+def _without_rounding(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors but those that are rounding of the largest, as of pixels that are always black.
+
+    Products along an eigenbasis are the shorter for it. Small matrices are left whole, where it would spare nothing.
+    """
+    size = values.shape[-1]
+    if basis is None or basis.ndim > 2 or size < _SMALLEST_CUT:
+        return values, basis
+    count = int((values > size * torch.finfo(values.dtype).eps * values[-1]).sum())
+    count = max(1, count + missing(count))
+    return (values, basis) if count >= size else (values[-count:].clone(), basis[:, -count:].clone())
 
 
 def _terms(chunks: Sequence[Rows]) -> Tensor | float:
