@@ -119,6 +119,19 @@ def state_is_everywhere() -> None:
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
 
 
+def an_outlier_is_clipped_as_in_one_process() -> None:
+    """By the norms of whole gradients, of which no process has one."""
+    batches = [(50.0 * x if number == 2 else x, y) for number, (x, y) in enumerate(make_batches(4))]
+    found = []
+    for direction in (kfacopt.Spectral, lambda: kfacopt.ClippedGradients(kfacopt.Spectral())):
+        make = optimizer(kfacopt.SpectralDescent, direction=direction)
+        one, _ = train(make, batches, plain(CE()), alone())
+        two, _ = train_sharded(make, [share(batch) for batch in batches], plain(CE()))
+        equals(two, one, 1e-10)
+        found.append(whole_weights(two))
+    assert float((found[0] - found[1]).norm()) > 1e-4
+
+
 class Doubled(kfacopt.Spectral):
     """A user's own, which says nothing of whether it goes by layers, and looks at all of them."""
 
@@ -217,6 +230,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
         check.__name__: check
         for check in (
             state_is_everywhere,
+            an_outlier_is_clipped_as_in_one_process,
             what_says_nothing_has_everything,
             layers_that_share_a_parameter_are_of_one_owner,
             a_bound_without_an_image,
