@@ -252,6 +252,21 @@ def test_two_processes(found: Found, name: str) -> None:
         assert said == "", f"process {rank}: {said}"
 
 
+class Solving(kfacopt.KFACBackend):
+    """One that solves in its own way, and may ask all for that."""
+
+    def solve(self, gradients: Any, settings: Any) -> Any:
+        return super().solve(gradients, settings)
+
+
+def test_who_does_otherwise_says_anew_whether_it_can_be_divided() -> None:
+    assert kfacopt.KFACBackend(1, 1).solvers([]) == {}
+    assert Solving(1, 1).solvers([]) is None
+    assert Root(1, 1).solvers([]) == {}
+    assert (TrustRegion.reads_shards, Shortened.reads_shards) == (True, False)
+    assert Doubled.by_layers is kfacopt.Direction.by_layers
+
+
 def test_layers_go_to_who_can_solve_for_them() -> None:
     """The longest first; what shares a parameter together, or not at all; matrices without curvature where least is."""
     model = nn.ModuleList([nn.MultiheadAttention(4, 2, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(2, 2)])
