@@ -132,6 +132,24 @@ def an_outlier_is_clipped_as_in_one_process() -> None:
     assert float((found[0] - found[1]).norm()) > 1e-4
 
 
+def layers_may_have_no_gradient() -> None:
+    """Some of them, of a layer one parameter, and in the end all: what is left trains by AdamW."""
+    for make in (MADE["spectral"], MADE["natural"]):
+        found = []
+        for net in (make_net(), per_block(make_net())):
+            model: Any = net if found else nn.parallel.DistributedDataParallel(net, process_group=alone())
+            made = make(model)
+            for number, batch in enumerate(make_batches(3)):
+                made.zero_grad()
+                plain(CE())(model, share(batch) if found else batch)
+                for name, p in net.named_parameters():
+                    if (number == 1 and name in ("head.bias", "expert.weight")) or (number == 2 and "norm" not in name):
+                        p.grad = None
+                made.step()
+            found.append(net)
+        equals(found[1], found[0], 1e-10)
+
+
 class Doubled(kfacopt.Spectral):
     """A user's own, which says nothing of whether it goes by layers, and looks at all of them."""
 
@@ -231,6 +249,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
         for check in (
             state_is_everywhere,
             an_outlier_is_clipped_as_in_one_process,
+            layers_may_have_no_gradient,
             what_says_nothing_has_everything,
             layers_that_share_a_parameter_are_of_one_owner,
             a_bound_without_an_image,
