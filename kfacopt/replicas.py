@@ -7,10 +7,10 @@ ranks is nothing to be sent at a step; teams of one are least memory (KAISA: Pau
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -201,7 +201,15 @@ def _places(tensors: Sequence[Tensor], dtype: torch.dtype, size: int) -> list[tu
     ]
 
 
-def owners(costs: Mapping[str, float], size: int, known: Mapping[str, int] | None = None) -> dict[str, int]:
+K = TypeVar("K", bound=Hashable)
+
+
+def owners(
+    costs: Mapping[K, float],
+    size: int,
+    known: Mapping[K, int] | None = None,
+    among: Mapping[K, Collection[int]] | None = None,
+) -> dict[K, int]:
     """Which of `size` processes does which work: the longest first, each to whoever has least (LPT; Graham 1969).
 
     The busiest has at most 4/3 of what the best assignment gives it, if nothing is known before.
@@ -210,20 +218,23 @@ def owners(costs: Mapping[str, float], size: int, known: Mapping[str, int] | Non
         costs: By name.
         size: How many processes there are.
         known: Whose some of the work is already, and stays.
+        among: Which processes can do some of it; of what is not named all can.
 
     >>> owners({"a": 1.0, "b": 5.0, "c": 2.0, "d": 3.0}, 2)
     {'b': 0, 'd': 1, 'c': 1, 'a': 0}
     >>> owners({"a": 1.0, "b": 5.0}, 2, known={"a": 0})
     {'b': 1, 'a': 0}
+    >>> owners({"a": 1.0, "b": 5.0, "c": 4.0}, 3, among={"b": [1, 2], "c": [1, 2]})
+    {'b': 1, 'c': 2, 'a': 0}
     """
-    loads, result, known = [0.0] * size, dict[str, int](), known or {}
+    loads, result, known, among = [0.0] * size, dict[K, int](), known or {}, among or {}
     for name, rank in known.items():
         loads[rank] += costs.get(name, 0.0)
     for name in sorted(costs, key=lambda name: -costs[name]):
         if name in known:
             result[name] = known[name]
             continue
-        rank = loads.index(min(loads))
+        rank = min(among.get(name, range(size)), key=loads.__getitem__)
         result[name] = rank
         loads[rank] += costs[name]
     return result

@@ -279,67 +279,6 @@ def laid_out_as(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
-def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of which each process has its shard, laid out as a parameter; all processes are asked."""
-    if not is_sharded(parameter):
-        return shard
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    shape, stride = parameter.shape, parameter.stride()
-    laid = DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return laid.full_tensor()
-
-
-def whole_of_each(shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """`whole_of` each, many together where the engine divides them by rows; all processes are asked.
-
-    >>> whole_of_each([torch.ones(1)], [torch.ones(1)])
-    [tensor([1.])]
-    """
-    result = list(shards)
-    by_group: dict[Any, list[int]] = {}
-    for place, parameter in enumerate(parameters):
-        if is_sharded(parameter):
-            by_group.setdefault(_dividing(parameter), []).append(place)
-    for dividing, places in by_group.items():
-        if dividing is None:
-            for place in places:
-                result[place] = whole_of(shards[place], parameters[place])
-            continue
-        mesh, axis = dividing
-        for bucket in buckets([parameters[place] for place in places]):  # whole sizes: all make the same buckets
-            members = [places[index] for index in bucket]
-            found = _gathered_rows([shards[p] for p in members], [parameters[p].shape for p in members], mesh, axis)
-            for place, whole in zip(members, found, strict=True):
-                result[place] = whole
-    return result
-
-
-def _dividing(parameter: Tensor) -> tuple[Any, int] | None:
-    """The mesh and its axis along which a sharded parameter's rows are divided; None: it lies otherwise."""
-    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    axes = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    rows = len(axes) == 1 and placements[axes[0]].is_shard(0) and type(placements[axes[0]]).__name__ == "Shard"
-    return (mesh, axes[0]) if rows and parameter.is_contiguous() else None
-
-
-def _gathered_rows(shards: Sequence[Tensor], shapes: Sequence[torch.Size], mesh: Any, axis: int) -> list[Tensor]:
-    """Tensors whose rows are divided as by `torch.chunk`: the first processes have the more, the last may have none."""
-    size = mesh.size(axis)
-    rows = [-(-shape[0] // size) for shape in shapes]
-    lengths = [of_one * shape[1:].numel() for of_one, shape in zip(rows, shapes, strict=True)]
-    own = shards[0].new_zeros(sum(lengths))
-    for room, shard in zip(own.split(lengths), shards, strict=True):
-        room[: shard.numel()] = shard.reshape(-1)
-    everybodys = own.new_empty(size, own.numel())
-    # Its name until torch 2.13 was another, which warns since.
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(everybodys.view(-1), own, group=mesh.get_group(axis))
-    found = everybodys.split(lengths, dim=1)
-    return [part.reshape(-1)[: shape.numel()].view(shape) for part, shape in zip(found, shapes, strict=True)]
-
-
 class Whole(Mapping[nn.Parameter, Tensor]):
     """Sharded tensors by parameter, each gathered when it is first asked for: all processes must ask for the same.
 

@@ -2,10 +2,12 @@
 
     scripts/environment chrt -r 1 python scripts/bench_operators.py [--seconds 8] [--only KFAC]
     scripts/bench operators --growth growth.png [--largest 1e7]
+    scripts/bench operators --floor --threads 1
 
 The first way measures construction and one product, of ours and of curvlinops if it is installed. Gradient, ours and
 theirs take turns, so that noise of the machine hits all alike; the table gives medians. The second measures time and
-memory of matrix-free products while the parameters grow, prints them and draws them.
+memory of matrix-free products while the parameters grow, prints them and draws them. The third counts the products
+that EKFAC of the MLP cannot do without and measures how fast they and its eigendecompositions can be.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from floor import floor_table, measured
 from progress import counted, output
 from rich.table import Table
 from torch import Tensor, nn
@@ -292,6 +295,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: with one thread, on a busy machine")
     parser.add_argument("--growth", type=Path, help="measure growing models instead, and draw them to this file")
     parser.add_argument("--largest", type=float, default=1e7, help="parameters of the largest of them")
+    parser.add_argument("--floor", action="store_true", help="measure what EKFAC of the MLP takes at least, instead")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = output()
@@ -301,6 +305,12 @@ def main() -> None:
         sizes = grow(widths, arguments.seconds)
         console.print(growth_table(sizes))
         draw(sizes, arguments.growth)
+        return
+    if arguments.floor:
+        kinds = counted(("mc", "type-2"), str, console)
+        floors = {kind: measured(MLP.make(), kind, arguments.seconds) for kind in kinds}
+        console.print(floor_table(floors))
+        console.print(f"Shortest of alternate turns, processor time, {arguments.threads} thread(s).")
         return
     works = [work for work in WORKS if work.name.startswith(tuple(arguments.only))]
     races = counted(works, lambda work: f"{work.name}, {arguments.seconds:g} s", console)

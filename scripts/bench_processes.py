@@ -29,18 +29,18 @@ TITLES = (
 )
 
 
-def natural(size: int, tokens: int, replicas: int | None) -> Plan:
+def natural(size: int, tokens: int, replicas: int | None, sharded: bool) -> Plan:
     """KFAC with the natural gradient."""
-    return plan(language_model(), KFACBackend(), tokens, size, replicas=replicas)
+    return plan(language_model(), KFACBackend(), tokens, size, replicas=replicas, sharded=sharded)
 
 
-def spectral(size: int, tokens: int, replicas: int | None) -> Plan:
+def spectral(size: int, tokens: int, replicas: int | None, sharded: bool) -> Plan:
     """SpectralDescent."""
-    own = Spectral().refusal
-    return plan(language_model(), OneSidedKFACBackend(), tokens, size, own, spectral=True, replicas=replicas)
+    own, backend = Spectral().refusal, OneSidedKFACBackend()
+    return plan(language_model(), backend, tokens, size, own, spectral=True, replicas=replicas, sharded=sharded)
 
 
-OPTIMIZERS: dict[str, Callable[[int, int, int | None], Plan]] = {
+OPTIMIZERS: dict[str, Callable[[int, int, int | None, bool], Plan]] = {
     "KFAC, natural gradient": natural,
     "SpectralDescent": spectral,
 }
@@ -51,12 +51,11 @@ def table(sizes: Sequence[int], tokens: int, factor_every: int, refresh_every: i
     lines = [TITLES, ("---:", "---", "---", *["---:"] * (len(TITLES) - 3))]
     for size in sizes:
         for name, make in OPTIMIZERS.items():
-            planned = make(size, tokens, replicas)
             for engine in ("DDP", "fully_shard"):
-                sharded = engine == "fully_shard"
+                planned = make(size, tokens, replicas, engine == "fully_shard")
                 numbers = (
-                    planned.engine_traffic(sharded) / 1e9,
-                    planned.traffic(factor_every, refresh_every, sharded) / 1e9,
+                    planned.engine_traffic / 1e9,
+                    planned.traffic(factor_every, refresh_every) / 1e9,
                     planned.training / 1e12,
                     planned.flops(factor_every, refresh_every) / 1e12,
                     planned.solve / 1e12,

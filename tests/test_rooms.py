@@ -20,6 +20,7 @@ ROOMS = [
     "linalg",
     "fsdp",
     "sharding",
+    "exchange",
     "replicas",
     "likelihoods",
     "layers",
@@ -87,7 +88,18 @@ def test_files_are_short(path: Path) -> None:
 
 def test_the_top_level_holds_rooms() -> None:
     files = {path.stem for path in PACKAGE.glob("*.py")}
-    top = {"__init__", "checkpoints", "schedules", "damping", "optional", "run_report", "sharding", "replicas", "fsdp"}
+    top = {
+        "__init__",
+        "checkpoints",
+        "schedules",
+        "damping",
+        "optional",
+        "run_report",
+        "sharding",
+        "exchange",
+        "replicas",
+        "fsdp",
+    }
     assert files <= top
     # docs/ holds the pages of the documentation and no Python.
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"} <= {*ROOMS, "docs"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,6 +52,12 @@ class CurvatureBackend(ABC):
 
     needs_inputs: ClassVar[bool] = True
     """Whether rows' inputs are read; where not, `inputs` of layers with outer products have no columns, at no cost."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Who solves otherwise than the class below says anew who can.
+        if not {"solve", "steepest", "whiten", "unwhiten"}.isdisjoint(vars(cls)) and "solvers" not in vars(cls):
+            cls.solvers = CurvatureBackend.solvers  # type: ignore[method-assign]
 
     newton: bool = True
     """Whether `solve` is `(C + damping I)⁻¹`: a trust region then takes `uᵀm` for `uᵀ (C + damping I) u`."""
@@ -120,6 +127,18 @@ class CurvatureBackend(ABC):
     def ready(self, layer: Layer) -> bool:
         """Whether `layer` has curvature to solve with; without it takes AdamW's step."""
         return True
+
+    def solvers(self, layers: Sequence[Layer]) -> Mapping[Layer, Collection[int]] | None:
+        """By layer, the ranks of the processes that can solve for it with what they have, within `by_itself()`.
+
+        Where parameters are sharded, a layer's momentum is then brought to one of these alone. None, as here: nobody
+        can, all have to be asked together.
+        """
+        return None
+
+    def by_itself(self) -> AbstractContextManager[None]:
+        """Within it each process asks for layers of its own, as `solvers` says, and nothing is sent."""
+        raise NotImplementedError(f"{type(self).__name__} has solvers(), but no by_itself()")
 
     def whiten(self, tensors: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         """`Sᵀ tensors` for each layer, with any S such that `S Sᵀ = (C + damping I)⁻¹`; unready layers are left out."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from kfacopt.backends.parts import Part, kind_of, sent
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.statistics import RunningAverage
-from kfacopt.linalg.triangles import pack_triangle, packed_shape, unpack_triangle
-from kfacopt.replicas import Readers, delivered
+from kfacopt.replicas import Readers
 from kfacopt.sharding import Processes
 
 
@@ -48,28 +48,14 @@ def fetched_averages(
         processes: Those that train together; all must ask.
         readers: By rank, to whom it sends.
     """
-    nowhere, here = torch.device("meta"), processes.rank
     own = {(n, key): a for n, block in mine.items() for key, a in averages_of_team(block).items() if a.known}
     values = {at: value for at, average in own.items() if (value := average.value) is not None}
-    kinds = processes.gathered({at: (tuple(v.shape), v.dtype, own[at].weight) for at, v in values.items()})
-
-    def is_half(at: tuple[str, str], shape: tuple[int, ...]) -> bool:
-        return at[1] in blocks[at[0]].symmetric and len(shape) > 1
-
-    tensors = []
-    for rank, of_rank in enumerate(kinds):
-        if rank == here:
-            tensors.append([pack_triangle(v) if is_half(at, v.shape) else v.contiguous() for at, v in values.items()])
-            continue
-        sizes = [(packed_shape(shape) if is_half(at, shape) else shape, d) for at, (shape, d, _) in of_rank.items()]
-        tensors.append([torch.empty(size, dtype=dtype, device=nowhere) for size, dtype in sizes])
-    arrived = delivered(processes, tensors, readers)
+    kinds = processes.gathered({at: (kind_of(value), own[at].weight) for at, value in values.items()})
+    parts = [[Part.of(*at, kind, blocks[at[0]].symmetric) for at, (kind, _) in of_rank.items()] for of_rank in kinds]
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for rank, (of_rank, got) in enumerate(zip(kinds, arrived, strict=True)):
-        if rank == here or here not in readers(rank):
+    for rank, got in enumerate(sent(parts, list(values.values()), processes, readers)):
+        if rank == processes.rank or got is None:
             continue
-        for (at, (shape, _, weight)), tensor in zip(of_rank.items(), got, strict=True):
-            whole = unpack_triangle(tensor) if is_half(at, shape) else tensor.clone()
-            kept = {"value": whole.cpu(), "weight": weight, "sum": None, "count": 0.0}
-            found.setdefault(at[0], {})[at[1]] = kept
+        for ((layer, key), (_, weight)), whole in zip(kinds[rank].items(), got, strict=True):
+            found.setdefault(layer, {})[key] = {"value": whole.cpu(), "weight": weight, "sum": None, "count": 0.0}
     return found

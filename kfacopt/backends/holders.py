@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +61,7 @@ class Holders:
         self.elsewhere: set[str] = set()
         self.means: dict[str, float] = {}
         self._may_divide, self._costs = divides, dict[str, float]()
-        self._settled = False
+        self._settled = self._alone = False
 
     @property
     def teams(self) -> Teams:
@@ -86,7 +88,34 @@ class Holders:
 
     def solves(self, name: str) -> bool:
         """Whether this process solves for a layer."""
-        return not self.apart or name not in self.owner_of or self.teams.holds(self.owner_of[name])
+        return not self._asks or name not in self.owner_of or self.teams.holds(self.owner_of[name])
+
+    def solvers(self, layers: Sequence[Layer]) -> dict[Layer, Collection[int]]:
+        """By layer, the ranks that can solve for it: its team, or all."""
+        everybody, apart = range(self.processes.size), self.apart
+        own = {la: self.owner_of[la.name] for la in layers if apart and la.name in self.owner_of}
+        return {la: self.teams.holders(own[la]) if la in own else everybody for la in layers}
+
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """Within it what is asked for is of layers that this process can solve for, and stays here."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+    @property
+    def _asks(self) -> bool:
+        """Whether what is solved in one team is for all."""
+        return self.apart and not self._alone
+
+    def longest(self, seconds: Mapping[str, float]) -> float:
+        """What the owner that worked longest took, of seconds by layer name."""
+        by_owner: defaultdict[int, float] = defaultdict(float)
+        for name, took in seconds.items():
+            by_owner[self.owner_of.get(name, 0)] += took
+        return max(by_owner.values(), default=0.0)
 
     def assign(self, blocks: Mapping[str, Block]) -> None:
         """Give each of these blocks an owner."""
@@ -244,7 +273,7 @@ class Holders:
             found: By layer and role, of those that this process solves for.
             given: Of all, tensors that are shaped alike.
         """
-        if not self.apart:
+        if not self._asks:
             return {layer: dict(found[layer]) for layer in given}
         held = [layer for layer in given if layer.name in self.owner_of]
         kinds = {(la, role): (t.shape, _dtype(given[la].values())) for la in held for role, t in given[la].items()}
@@ -253,11 +282,15 @@ class Holders:
         brought = {layer: {role: everywhere[layer, role] for role in given[layer]} for layer in held}
         return {layer: brought[layer] if layer in brought else dict(found[layer]) for layer in given}
 
-    def steppers(self, layers: Sequence[Layer]) -> dict[Layer, int]:
+    def steppers(self, layers: Sequence[Layer]) -> dict[Layer, int] | None:
         """By layer, a rank whose team takes its step where that is far more than a solve, of layers of one shape.
+
+        None: each process takes those that it is asked for.
 
         That is its owner; of layers that all can solve for, as they have none, each team's ranks in turn.
         """
+        if not self._asks:
+            return None
         count, members = self.teams.size // self.teams.members, self.teams.members
         free = [layer for layer in layers if layer.name not in self.owner_of]
         in_turn = {layer: members * (count - 1 - place % count) for place, layer in enumerate(free)}

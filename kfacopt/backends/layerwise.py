@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ class LayerwiseBackend(CurvatureBackend):
         self._settle()
         took = self._taken_over(step) | self._renewed(step, settings)
         self._refresh_seconds |= took
-        self._last_refresh_seconds = self._longest(took)
+        self._last_refresh_seconds = self._holders.longest(took)
 
     def _taken_over(self, step: int) -> dict[str, float]:
         """What was decomposed beside the training and is due, taken over; what that took, by name."""
@@ -234,12 +235,11 @@ class LayerwiseBackend(CurvatureBackend):
         """Whether there is a cache of a layer, be it in other processes."""
         return self._holders.ready(name, self.blocks[name].ready)
 
-    def _longest(self, seconds: Mapping[str, float]) -> float:
-        """What the owner that worked longest took."""
-        by_owner: defaultdict[int, float] = defaultdict(float)
-        for name, took in seconds.items():
-            by_owner[self._owner_of.get(name, 0)] += took
-        return max(by_owner.values(), default=0.0)
+    def solvers(self, layers: Sequence[Layer]) -> Mapping[Layer, Collection[int]] | None:
+        return self._holders.solvers(layers)
+
+    def by_itself(self) -> AbstractContextManager[None]:
+        return self._holders.by_itself()
 
     def ready(self, layer: Layer) -> bool:
         return self._has_cache(layer.name)
@@ -270,9 +270,8 @@ class LayerwiseBackend(CurvatureBackend):
         own = type(self)
         if own.whiten is not LayerwiseBackend.whiten or own.unwhiten is not LayerwiseBackend.unwhiten:
             return super().steepest(layers, matrices, settings, polar)
-        if not self._holders.apart:
+        if (steppers := self._holders.steppers(layers)) is None:
             return self._steepest(layers, matrices, settings, polar)
-        steppers = self._holders.steppers(layers)
         here = [place for place, layer in enumerate(layers) if self._holders.teams.holds(steppers[layer])]
         held = [layers[place] for place in here]
         found = self._steepest(held, matrices[here], settings, polar) if held else matrices[:0]
@@ -311,7 +310,7 @@ class LayerwiseBackend(CurvatureBackend):
         if not any(isinstance(schedule, MaxOverhead) for schedule in self._schedules()):
             return
         # All have to do the same in the same step, and the slowest is waited for.
-        times = [factor_seconds, step_seconds, self._longest(self._refresh_seconds), self._last_refresh_seconds]
+        times = [factor_seconds, step_seconds, self._holders.longest(self._refresh_seconds), self._last_refresh_seconds]
         factor_seconds, step_seconds, whole, self._last_refresh_seconds = self._processes.largest(times)
         if isinstance(self._factor_interval, MaxOverhead) and factor_seconds > 0.0:
             self._factor_interval.observe("factors", factor_seconds, step_seconds)

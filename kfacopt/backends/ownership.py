@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from kfacopt.backends.parts import Kind, Part, kind_of, sent
 from kfacopt.blocks.base import Block
-from kfacopt.linalg.triangles import pack_triangle, packed_shape, unpack_triangle
-from kfacopt.replicas import Readers, Teams, delivered, owners
+from kfacopt.replicas import Readers, Teams, owners
 from kfacopt.sharding import Processes
 
 Work = Callable[[str, Block], None]
@@ -81,43 +80,19 @@ def done_by_owners(blocks: Mapping[str, Block], owner_of: Mapping[str, int], pro
     return Done(seconds | found.seconds, found.elsewhere)
 
 
-_Kind = tuple[tuple[int, ...], torch.dtype] | None
-
-
-class _Sent(NamedTuple):
-    """One tensor of a block's cache: its half where it is symmetric."""
-
-    name: str
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    is_half: bool
-
-    def packed(self, tensor: Tensor) -> Tensor:
-        return pack_triangle(tensor) if self.is_half else tensor
-
-    def empty(self, device: torch.device) -> Tensor:
-        shape = packed_shape(self.shape) if self.is_half else self.shape
-        return torch.empty(shape, dtype=self.dtype, device=device)
-
-    def unpacked(self, arrived: Tensor) -> Tensor:
-        # A view would keep, and save, all that came with it.
-        return unpack_triangle(arrived) if self.is_half else arrived.clone()
-
-
 def message_bytes(block: Block) -> int:
     """Bytes that a block's owner sends to each other process when it has renewed the block."""
-    return sum(part.empty(torch.device("meta")).nbytes for part in _parts({"": block}, {"": kinds_of(block)}))
+    return sum(part.nbytes for part in _parts({"": block}, {"": kinds_of(block)}))
 
 
-def kinds_of(block: Block) -> dict[str, _Kind]:
+def kinds_of(block: Block) -> dict[str, Kind | None]:
     """Shape and dtype of each tensor that a block's refresh writes; None where there is none."""
-    return {key: None if t is None else (tuple(t.shape), t.dtype) for key, t in block.renewed().items()}
+    return {key: None if t is None else kind_of(t) for key, t in block.renewed().items()}
 
 
-def _parts(blocks: Mapping[str, Block], kinds: Mapping[str, Mapping[str, _Kind]]) -> list[_Sent]:
+def _parts(blocks: Mapping[str, Block], kinds: Mapping[str, Mapping[str, Kind | None]]) -> list[Part]:
     return [
-        _Sent(name, key, *kind, key in blocks[name].symmetric_cache and len(kind[0]) > 1)
+        Part.of(name, key, kind, blocks[name].symmetric_cache)
         for name, of_block in kinds.items()
         for key, kind in of_block.items()
         if kind is not None
@@ -153,7 +128,7 @@ def in_teams(block: Block, teams: Teams) -> bool:
 
 def sent_caches(
     blocks: Mapping[str, Block],
-    kinds: Sequence[Mapping[str, Mapping[str, _Kind]]],
+    kinds: Sequence[Mapping[str, Mapping[str, Kind | None]]],
     processes: Processes,
     readers: Readers | None,
 ) -> dict[str, dict[str, Tensor | None]]:
@@ -165,25 +140,16 @@ def sent_caches(
         processes: Those that train together.
         readers: By rank, to whom it sends; None: to all.
     """
-    parts, here = [_parts(blocks, of_rank) for of_rank in kinds], processes.rank
-    read = [readers is None or rank == here or here in readers(rank) for rank in range(processes.size)]
-    held = {name: blocks[name].renewed() for name in kinds[here]}
-    nowhere = torch.device("meta")
-    tensors = [[p.empty(processes.device if r else nowhere) for p in own] for own, r in zip(parts, read, strict=True)]
-    tensors[here] = [part.packed(_there(held[part.name][part.key])) for part in parts[here]]
-    arrived = processes.sent(tensors) if readers is None else delivered(processes, tensors, readers)
+    parts = [_parts(blocks, of_rank) for of_rank in kinds]
+    held = {name: blocks[name].renewed() for name in kinds[processes.rank]}
+    own = [tensor for part in parts[processes.rank] if (tensor := held[part.layer][part.key]) is not None]
     values: dict[str, dict[str, Tensor | None]] = {}
-    for of_rank, sent, got, reads in zip(kinds, parts, arrived, read, strict=True):
-        if reads:
+    for of_rank, of_parts, got in zip(kinds, parts, sent(parts, own, processes, readers), strict=True):
+        if got is not None:
             values |= {name: dict.fromkeys(kind) for name, kind in of_rank.items()}
-            for part, tensor in zip(sent, got, strict=True):
-                values[part.name][part.key] = part.unpacked(tensor)
+            for part, tensor in zip(of_parts, got, strict=True):
+                values[part.layer][part.key] = tensor
     return values
-
-
-def _there(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
 
 
 def decomposition_cost(block: Block) -> float:

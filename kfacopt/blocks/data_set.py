@@ -10,14 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from kfacopt.blocks.base import ELEMENTS_AT_ONCE, input_covariance
-from kfacopt.blocks.eigen import EigenBlock, of_squares, squared_coordinates
+from kfacopt.blocks.coordinates import of_squares, squared_coordinates_of_chunks
+from kfacopt.blocks.eigen import EigenBlock
+from kfacopt.blocks.squares import squared_matrices
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
+from kfacopt.linalg.alignment import missing
 from kfacopt.linalg.gram import gram
 from kfacopt.linalg.kronecker import Spectrum
 from kfacopt.linalg.symmetric import Eigendecomposition
 from kfacopt.linalg.thin_basis import orthonormal, thin_basis
+
+_SMALLEST_CUT = 128
 
 
 class DataSetEigenBlock(EigenBlock):
@@ -29,7 +34,7 @@ class DataSetEigenBlock(EigenBlock):
 
     Args:
         budget: Elements that a temporary may have.
-        corrected: Average of E, `[*k o r]`; r is the rank of A, or its size.
+        corrected: Average of E, `[*k o r]`; r is the size of A, or its rank but for rounding, if that is less.
     """
 
     title = "EKFAC"
@@ -68,8 +73,8 @@ class DataSetEigenBlock(EigenBlock):
             average.merge(other.averages()[name])
 
     def feed(self, kept: Sequence[Rows]) -> None:
-        """Take in all rows there are: into the factors, or, where they are few, keep the inputs in place of A."""
-        inputs = _few(kept)
+        """Take in all rows that `update` has not: into the factors, or, where they are few, keep them in place of A."""
+        inputs = _few(kept) if self.input_factor.pending is None else None
         for rows in kept:
             if inputs is None:
                 self.update(rows)
@@ -101,7 +106,9 @@ class DataSetEigenBlock(EigenBlock):
         few = self._few_inputs
         if few is None:
             values_right, right, _ = spectra["input"]
+            values_right, right = _without_rounding(values_right, right)
             self._change_basis(left, right, values_left, values_right)
+            self._polished = True  # LAPACK's columns are orthonormal as they are
             return
         whole = spectra["input"]
         assert whole.vectors is not None
@@ -127,19 +134,23 @@ class DataSetEigenBlock(EigenBlock):
     def refresh(self, damping: float) -> None:
         refresh_together([self])
 
-    def correct(self, rows: Rows, left: Tensor | None, right: Tensor | None) -> None:
+    def correct(self, chunks: Sequence[Rows], left: Tensor | None, right: Tensor | None) -> None:
         """Add the rows' squared coordinates to the corrected eigenvalues.
 
         Args:
-            rows: Rows as in `update`, or coordinates.
+            chunks: Rows as in `update`, or coordinates, of one batch.
             left: Q_G; None if the gradients are coordinates.
             right: Q_A; None if the inputs are coordinates.
         """
-        self.corrected.add(squared_coordinates(rows, left, right, self._budget), rows.new_terms)
+        self.corrected.add(squared_coordinates_of_chunks(chunks, left, right, self._budget), _terms(chunks))
 
-    def correct_by_squares(self, squares: Tensor, rows: Rows, right: Tensor | None) -> None:
+    def correct_by_squares(self, squares: Tensor, chunks: Sequence[Rows], right: Tensor | None) -> None:
         """As `correct`, for rows without weight sharing whose `squared_gradients` are there already, `[*k n 1 o]`."""
-        self.corrected.add(of_squares(squares, rows.inputs, right), rows.new_terms)
+        self.corrected.add(of_squares(squares, chunks[0].inputs, right), _terms(chunks))
+
+    def correct_by_datum(self, gradients: Tensor, terms: Tensor | float) -> None:
+        """As `correct`, by per-datum gradients themselves, `[*k n o i]`, and the loss terms they count for."""
+        self.corrected.add(squared_matrices(gradients, *self.basis(), self._budget), terms)
 
     def drop_corrections(self) -> None:
         """Forget basis and corrected eigenvalues: the factors have changed."""
@@ -201,6 +212,23 @@ def _few(kept: Sequence[Rows]) -> Tensor | None:
     if not plain or len(plain) < len(inputs) or sum(a.shape[0] for a in plain) >= plain[0].shape[-1]:
         return None
     return torch.cat(plain)
+
+
+def _without_rounding(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues and eigenvectors but those that are rounding of the largest, as of pixels that are always black.
+
+    Products along an eigenbasis are the shorter for it. Small matrices are left whole, where it would spare nothing.
+    """
+    size = values.shape[-1]
+    if basis is None or basis.ndim > 2 or size < _SMALLEST_CUT:
+        return values, basis
+    count = int((values > size * torch.finfo(values.dtype).eps * values[-1]).sum())
+    count = max(1, count + missing(count))
+    return (values, basis) if count >= size else (values[-count:].clone(), basis[:, -count:].clone())
+
+
+def _terms(chunks: Sequence[Rows]) -> Tensor | float:
+    return next((rows.terms for rows in chunks if rows.first), 0.0)
 
 
 def _equal(first: Tensor | None, second: Tensor | None) -> bool:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import ELEMENTS_AT_ONCE, Block, Renewal, at_once, chunks_of_data
+from kfacopt.blocks.base import Block, Renewal
 from kfacopt.blocks.by_rows import in_pieces, steepest_by_rows, times_by_rows
+from kfacopt.blocks.coordinates import squared_coordinates
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
-from kfacopt.blocks.squares import products_of_squares, squared_one_hot, squared_sums
 from kfacopt.blocks.statistics import RunningAverage
-from kfacopt.blocks.tied import squared_tied_coordinates
-from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.moved import along_basis
 from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
@@ -302,89 +301,3 @@ def _refined(factor: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor | Non
         return factor.clamp_min(0.0), None
     better = refine_basis(factor, basis)
     return (better * (factor @ better)).sum(-2), better
-
-
-def squared_coordinates(
-    rows: Rows, left: Tensor | None, right: Tensor | None, budget: int = ELEMENTS_AT_ONCE
-) -> Tensor:
-    """Sum over cotangents and data of the squared coordinates of per-datum gradients in an eigenbasis, `[*k o i]`.
-
-    Without weight sharing no per-datum gradient is formed: `((g Q_G)²)ᵀ (a Q_A)²` (George et al. 2018, section 3.1).
-    With it, the cheapest of three: all pairs of places (few of them), per-datum gradients of rotated rows, or rotated
-    per-datum gradients (many places); in chunks that bound the memory.
-
-    Args:
-        rows: Inputs `[*k n s i]` or one-hot, gradients `[v *k n s o]`.
-        left: Q_G, `[*k o q]`, or None for the identity, or if the gradients are coordinates already.
-        right: Q_A, `[*k i r]`, or None for the identity.
-        budget: Elements that a temporary may have.
-    """
-    if rows.transposed is not None:
-        return squared_tied_coordinates(rows, left, right, budget)
-    if isinstance(rows.inputs, OneHot):
-        return squared_one_hot(_times_basis(rows.gradients, left), rows.inputs)
-    places, outputs, columns = rows.gradients.shape[-2], rows.gradients.shape[-1], rows.inputs.shape[-1]
-    # Rotating rows takes s (o² + i²) products a datum, rotating its gradient o i (o + i); the identity takes none.
-    on_left, on_right = outputs * (left is not None), columns * (right is not None)
-    late = places > 3 and places * (on_left**2 + on_right**2) > outputs * columns * (on_left + on_right)
-    if late:
-        parts = [_squared_by_datum(g, rows.inputs, left, right, budget) for g in rows.gradients]
-        return sum(parts[1:], start=parts[0])
-    if places == 1 and left is None:
-        return products_of_squares(rows.gradients, _times_basis(rows.inputs, right).square(), budget)
-    if places == 1:
-        return of_squares(squared_gradients(rows.gradients, left), rows.inputs, right)
-    gradients, inputs = _times_basis(rows.gradients, left), _times_basis(rows.inputs, right)
-    # Pairs of places cost s(s+1)/2 products against s and two passes over the per-datum gradients.
-    if places <= 3:
-        parts = [_squared_by_pairs(g, inputs) for g in gradients]
-    else:
-        parts = [squared_sums(g, inputs, budget) for g in gradients]
-    return sum(parts[1:], start=parts[0])
-
-
-def squared_gradients(gradients: Tensor, left: Tensor | None) -> Tensor:
-    """`Σ_v (g Q_G)²`, `[*k n s o]`, of gradients `[v *k n s o]`; one cotangent at a time, which the cache can hold."""
-    total = _times_basis(gradients[0], left).square()
-    for one in gradients[1:]:
-        rotated = _times_basis(one, left)
-        total.addcmul_(rotated, rotated)
-    return total
-
-
-def of_squares(squares: Tensor, inputs: Tensor | OneHot, right: Tensor | None) -> Tensor:
-    """`squaresᵀ (a Q_A)²`, `[*k o i]`, of squares `[*k n 1 o]` and inputs `[*k n 1 i]`."""
-    assert isinstance(inputs, Tensor)
-    return squares.squeeze(-2).mT @ _times_basis(inputs, right).square().squeeze(-2)
-
-
-def _times_basis(rows: Tensor, basis: Tensor | None) -> Tensor:
-    if basis is None:
-        return rows
-    return rows @ (basis if basis.ndim == 2 else basis.unsqueeze(-3))  # [*k n s d] @ [*k 1 d d]
-
-
-def _squared_by_pairs(gradients: Tensor, inputs: Tensor) -> Tensor:
-    first, second = torch.triu_indices(gradients.shape[-2], gradients.shape[-2], device=gradients.device)
-    weight = torch.where(first == second, 1.0, 2.0).to(gradients.dtype).unsqueeze(-1)
-    left = gradients[..., first, :] * gradients[..., second, :] * weight
-    right = inputs[..., first, :] * inputs[..., second, :]
-    return left.flatten(-3, -2).mT @ right.flatten(-3, -2)
-
-
-def _squared_by_datum(
-    gradients: Tensor, inputs: Tensor, left: Tensor | None, right: Tensor | None, budget: int
-) -> Tensor:
-    """As `_squared_sums`, of rows that are not coordinates yet: the per-datum gradients are rotated."""
-    outputs, columns = (
-        rows.shape[-1] if q is None else q.shape[-1] for rows, q in ((gradients, left), (inputs, right))
-    )
-    leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
-    total = gradients.new_zeros(*leading, outputs, columns)
-    elements = leading.numel() * gradients.shape[-1] * inputs.shape[-1]
-    for part in chunks_of_data(gradients.shape[-3], elements, at_once(gradients.device, budget)):
-        per_datum = gradients[..., part, :, :].mT @ inputs[..., part, :, :]
-        if left is not None:
-            per_datum = (left if left.ndim == 2 else left.unsqueeze(-3)).mT @ per_datum
-        total += _times_basis(per_datum, right).square_().sum(-3)
-    return total

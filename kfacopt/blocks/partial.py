@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kfacopt.blocks.base import Renewal
-from kfacopt.blocks.eigen import squared_coordinates
+from kfacopt.blocks.coordinates import squared_coordinates
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows

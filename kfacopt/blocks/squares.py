@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,49 +11,117 @@ from kfacopt.blocks.base import at_once, chunks_of_data
 from kfacopt.layers.base import OneHot
 
 
-def squared_sums(gradients: Tensor, inputs: Tensor, budget: int) -> Tensor:
-    """`Σ_n (Σ_s g aᵀ)²` of gradients `[*k n s o]` and inputs `[*k n s i]`; data and outputs in pieces.
+def squared_sums(
+    gradients: Sequence[Tensor], inputs: Tensor, budget: int, left: Tensor | None = None, right: Tensor | None = None
+) -> Tensor:
+    """`Σ_vn (Q_Gᵀ (Σ_s g aᵀ) Q_A)²`, `[*k o i]`; data and outputs in pieces.
+
+    Each side is rotated where that takes fewer products: the rows (`s o²` a datum and cotangent, `s i²` a datum, as
+    cotangents share the inputs), or the per-datum gradient (`o² i` and `o i²`, both for each cotangent).
 
     Args:
-        gradients: g.
-        inputs: a.
+        gradients: g, `[*k n s o]` a cotangent.
+        inputs: a, `[*k n s i]`.
         budget: Elements that a temporary may have.
+        left: Q_G, `[*k o q]`, or None for the identity.
+        right: Q_A, `[*k i r]`, or None for the identity.
 
-    >>> squared_sums(torch.ones(3, 2, 1), torch.ones(3, 2, 4), budget=2)
+    >>> squared_sums([torch.ones(3, 2, 1)], torch.ones(3, 2, 4), budget=2)
     tensor([[12., 12., 12., 12.]])
     """
-    if gradients.shape[-2] == 1:  # no places to sum over: a square of a product is a product of squares
-        return products_of_squares(gradients.unsqueeze(0), inputs.square(), budget)
-    leading = torch.broadcast_shapes(gradients.shape[:-3], inputs.shape[:-3])
-    outputs, columns = gradients.shape[-1], inputs.shape[-1]
-    total = gradients.new_zeros(*leading, outputs, columns)
-    budget = at_once(gradients.device, budget)
-    for some in chunks_of_data(outputs, leading.numel() * columns, budget):
-        own, places = gradients[..., some], total[..., some, :]
-        for part in chunks_of_data(gradients.shape[-3], places.numel(), budget):
-            places += (own[..., part, :, :].mT @ inputs[..., part, :, :]).square_().sum(-3)
+    (data, places, outputs), columns = gradients[0].shape[-3:], inputs.shape[-1]
+    if places == 1 and left is None and right is None:  # a square of a product is a product of squares
+        return products_of_squares(gradients, inputs.square(), budget)
+    leading = torch.broadcast_shapes(gradients[0].shape[:-3], inputs.shape[:-3])
+    on_gradients = None if places > columns else left
+    on_inputs = None if places > outputs * len(gradients) else right
+    then_left, then_right = (None if on_gradients is not None else left), (None if on_inputs is not None else right)
+    sizes = [d if q is None else q.shape[-1] for q, d in ((left, outputs), (right, columns))]
+    total = inputs.new_zeros(*leading, *sizes)
+    rotated = places * max(outputs * (on_gradients is not None), columns * (on_inputs is not None))
+    budget, each = at_once(inputs.device, budget), leading.numel() * max(outputs * columns, rotated)
+    for part in chunks_of_data(data, each, budget):
+        a = times_basis(inputs[..., part, :, :], on_inputs)
+        for one in gradients:
+            g = times_basis(one[..., part, :, :], on_gradients)
+            if then_left is not None:  # it needs all outputs
+                total += _squares(per_datum(g, a), then_left, then_right)
+                continue
+            for some in chunks_of_data(g.shape[-1], leading.numel() * g.shape[-3] * columns, budget):
+                total[..., some, :] += _squares(per_datum(g[..., some], a), None, then_right)
     return total
 
 
-def products_of_squares(gradients: Tensor, squares: Tensor, budget: int) -> Tensor:
+def squared_matrices(matrices: Tensor, left: Tensor | None, right: Tensor | None, budget: int) -> Tensor:
+    """`Σ_n (Q_Gᵀ M_n Q_A)²`, `[*k o i]`, of per-datum gradients M `[*k n o i]`; data in pieces.
+
+    Args:
+        matrices: M.
+        left: Q_G, `[*k o q]`, or None for the identity.
+        right: Q_A, `[*k i r]`, or None for the identity.
+        budget: Elements that a temporary may have.
+
+    >>> squared_matrices(torch.ones(3, 2, 1), None, torch.tensor([[2.0]]), budget=2)
+    tensor([[12.],
+            [12.]])
+    """
+    if matrices.shape[-1] == 1:  # rows, which need no product for each datum
+        squares = times_basis(matrices.mT, left).square().sum(-3).mT
+        return squares if right is None else squares * right.square()
+    parts = chunks_of_data(matrices.shape[-3], matrices[..., 0, :, :].numel(), at_once(matrices.device, budget))
+    pieces = (matrices[..., part, :, :] for part in parts)
+    same = left is None and right is None
+    first, *others = (_squares(piece.clone() if same else piece, left, right) for piece in pieces)
+    return sum(others, start=first)
+
+
+def per_datum(gradients: Tensor, inputs: Tensor) -> Tensor:
+    """`Σ_s g aᵀ`, `[*k n o i]`, of gradients `[*k n s o]` and inputs `[*k n s i]`.
+
+    >>> per_datum(torch.ones(1, 3, 2), torch.ones(()).expand(1, 3, 1)).tolist()
+    [[[3.0], [3.0]]]
+    """
+    if inputs.shape[-1] > 1:
+        return gradients.mT @ inputs
+    same = inputs.numel() > 0 and not any(inputs.stride())  # one number everywhere, as a bias has
+    summed = gradients.sum(-2) * inputs.flatten()[:1] if same else (gradients * inputs).sum(-2)
+    return summed.unsqueeze(-1)
+
+
+def times_basis(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """`rows @ basis` of `[*k n s d]` and `[*k d r]`, or None for the identity."""
+    if basis is None:
+        return rows
+    return rows @ (basis if basis.ndim == 2 else basis.unsqueeze(-3))  # [*k n s d] @ [*k 1 d r]
+
+
+def _squares(matrices: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """`squared_matrices`, all at once; where both are the identity, what is given is written to."""
+    turned = times_basis(matrices, right)
+    if left is not None:
+        turned = (left if left.ndim == 2 else left.unsqueeze(-3)).mT @ turned
+    return turned.square_().sum(-3)
+
+
+def products_of_squares(gradients: Sequence[Tensor], squares: Tensor, budget: int) -> Tensor:
     """`Σ_vn g² (a²)ᵀ`, `[*k o i]`; outputs in pieces, so that of a vocabulary's nothing else is held.
 
     Args:
-        gradients: g, `[v *k n 1 o]`.
+        gradients: g, `[*k n 1 o]` a cotangent.
         squares: a², `[*k n 1 i]`.
         budget: Elements that a temporary may have.
 
-    >>> products_of_squares(torch.full((2, 3, 1, 1), 2.0), torch.ones(3, 1, 4), budget=1)
+    >>> products_of_squares([torch.full((3, 1, 1), 2.0)] * 2, torch.ones(3, 1, 4), budget=1)
     tensor([[24., 24., 24., 24.]])
     """
-    across, own = squares.squeeze(-2).mT, gradients.squeeze(-2)  # [*k i n], [v *k n o]
-    leading, outputs = torch.broadcast_shapes(own.shape[1:-2], across.shape[:-2]), own.shape[-1]
-    total = own.new_empty(*leading, outputs, across.shape[-2])
-    for some in chunks_of_data(outputs, own.shape[:-1].numel(), at_once(own.device, budget)):
-        first, *others = own[..., some]
-        summed = first.square()
+    across = squares.squeeze(-2).mT  # [*k i n]
+    first, *others = (one.squeeze(-2) for one in gradients)  # [*k n o]
+    leading, outputs = torch.broadcast_shapes(first.shape[:-2], across.shape[:-2]), first.shape[-1]
+    total = first.new_empty(*leading, outputs, across.shape[-2])
+    for some in chunks_of_data(outputs, first.shape[:-1].numel() * len(gradients), at_once(first.device, budget)):
+        summed = first[..., some].square()
         for other in others:
-            summed.addcmul_(other, other)
+            summed.addcmul_(other[..., some], other[..., some])
         total[..., some, :] = (across @ summed).mT
     return total
 

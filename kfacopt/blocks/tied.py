@@ -101,7 +101,7 @@ def _along_words(rows: Rows, words: OneHot, heads: Rows, left: Tensor | None, bu
     together = rows.gradients.shape[1] == heads.gradients.shape[1]
     places = words.indices.shape[1] * (heads.gradients.shape[-2] + 2 * inputs.shape[-1])
     for own, head in zip(looked_up, heads.gradients, strict=True):
-        by_word += squared_sums(head, inputs, budget)
+        by_word += squared_sums([head], inputs, budget)
         for part in chunks_of_data(len(head), places, budget) if together else ():
             index = words.indices[part]
             at_words = head[part].gather(-1, index.unsqueeze(1).expand(-1, head.shape[-2], -1))

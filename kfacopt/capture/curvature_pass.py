@@ -21,13 +21,14 @@ from kfacopt.capture.records import Forward, Replay, Site, Tally
 from kfacopt.capture.roots import refuse_reduced
 from kfacopt.capture.scaling import OTHER_LAYERS, own_terms, terms_of
 from kfacopt.capture.tensor_hooks import HooksSince
+from kfacopt.exchange import whole_of_each
 from kfacopt.fsdp import ShardedModel, is_sharded, lent
 from kfacopt.layers.base import Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import DIFFERENTIATED, RECOMPUTED, USED_ELSEWHERE
 from kfacopt.likelihoods import FisherType, LossTerms
 from kfacopt.likelihoods.estimator import FisherEstimator
-from kfacopt.sharding import shard_of, whole_of_each
+from kfacopt.sharding import shard_of
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ called. Not counted: attention and elementwise operations, and the some hundred 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,14 @@ from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.kronecker import KroneckerBlock
 from kfacopt.blocks.outputs import OutputBlock
+from kfacopt.exchange import chunks
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.coverage import find_layers
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
+from kfacopt.optim.step.by_owners import takers
+from kfacopt.optim.step.turns import FIRST, Turns
 from kfacopt.replicas import Teams
 from kfacopt.sharding import Processes
 
@@ -73,50 +76,51 @@ class Plan:
 
     Attributes:
         size: How many processes there are.
+        sharded: Whether `fully_shard` keeps the parameters; else `DistributedDataParallel`.
         parameters: Numbers in the model's parameters.
         statistics: Bytes that are summed over the processes, for all of them, when statistics are due.
         divided: Bytes of those that are summed in their owner alone, which sends them on to its team, by rank.
         members: How many processes hold the same layers' statistics and inverses, a team (`kfacopt.Sharding`).
         caches: Bytes that each owner sends to the others of these after a refresh of all layers, by rank.
-        updates: Bytes of the other layers' steps that a process receives in each step, of the one with most.
-        momentum: Bytes of the layers' whole momentum, which `fully_shard`'s processes gather in each step.
+        exchanged: Bytes that a process receives in each step for its direction, of the one with most: other layers'
+            steps; of sharded parameters the momentum of those whose step it takes, and its shards of the others' steps.
         held: Bytes of statistics and caches, with the roots of a spectral step, of the process with most.
         training: Flops of forward and backward.
         rows: Flops of the curvature's own pass and of the products of its rows.
         inverses: Flops of the inverses of all layers, of the owner with most.
-        solve: Flops of a step's direction, of the process with most.
+        solve: Flops of a step's direction, of the process with most, averaged over steps.
     """
 
     size: int
+    sharded: bool
     parameters: int
     statistics: int
     divided: tuple[int, ...]
     members: int
     caches: tuple[int, ...]
-    updates: int
-    momentum: int
+    exchanged: int
     held: int
     training: float
     rows: float
     inverses: float
     solve: float
 
-    def engine_traffic(self, sharded: bool) -> float:
+    @property
+    def engine_traffic(self) -> float:
         """Bytes that a process receives in a step without us: gradients all-reduced, or `fully_shard`'s three ways.
 
         Rings: of S bytes an all-gather or a reduce-scatter brings each process S (W - 1) / W, an all-reduce twice that.
         """
-        return (3 if sharded else 2) * self._ring(FLOAT32 * self.parameters)
+        return (3 if self.sharded else 2) * self._ring(FLOAT32 * self.parameters)
 
-    def traffic(self, factor_every: int, refresh_every: int, sharded: bool) -> float:
+    def traffic(self, factor_every: int, refresh_every: int) -> float:
         """Bytes that a process receives for the curvature, a step, averaged over the intervals."""
-        of_passes = self._ring(FLOAT32 * self.parameters) if sharded else 0.0  # our pass fetches parameters once more
+        # Our pass fetches sharded parameters once more.
+        of_passes = self._ring(FLOAT32 * self.parameters) if self.sharded else 0.0
         sums = 2 * self._ring(self.statistics) + self._ring(sum(self.divided))
         if self.members > 1:
             sums += self._from_team(self.divided)
-        received = self._from_team(self.caches) / refresh_every
-        momentum = self._ring(self.momentum) if sharded else 0.0
-        return (sums + of_passes) / factor_every + received + self.updates + momentum
+        return (sums + of_passes) / factor_every + self._from_team(self.caches) / refresh_every + self.exchanged
 
     def _from_team(self, sent: Sequence[int]) -> int:
         """What a process receives of the others of its team, who send so much each, in the team with most."""
@@ -153,6 +157,7 @@ def plan(
     refusal: Callable[[Layer], str | None] = lambda layer: None,
     spectral: bool = False,
     replicas: int | None = None,
+    sharded: bool = False,
 ) -> Plan:
     """What a step takes.
 
@@ -164,6 +169,7 @@ def plan(
         refusal: Of the direction: which layers have no curvature.
         spectral: Whether a step is spectral; else the natural gradient.
         replicas: How many processes hold each layer's inverse; None: all.
+        sharded: Whether parameters are, by rows.
 
     Raises:
         ValueError: If teams of so many leave some processes over.
@@ -177,63 +183,125 @@ def plan(
     teams = Teams.of(processes)
     products = 2.0 * tokens * sum(layer.parameters["weight"].numel() for layer in layers if not _one_hot(layer))
     rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
-    summed = dict[str, int]()
-    for name, block in backend.blocks.items():
-        before = processes.summed
-        reduce_pending({name: block}, processes, averaged=True)
-        summed[name] = processes.summed - before
-        block.fold(0.0)
-        block.load_cache(_cache(block))
-    owner_of = owners_of(backend.blocks, processes)
-    costs, caches, divided = [0.0] * size, [0] * size, [0] * size
-    of_teams = [_Share() for _ in range(size // teams.members)]
+    summed = _filled(backend.blocks, processes)
     holders = Holders(processes)
-    holders.owner_of = owner_of
-    alike: dict[torch.Size, list[Layer]] = {}
+    holders.owner_of = owners_of(backend.blocks, processes)
+    divided, costs = [0] * size, [0.0] * size
+    for name, owner in holders.owner_of.items():
+        costs[owner] += decomposition_cost(backend.blocks[name])  # Cholesky d³/3, and the inverse from it 2 d³/3
+        divided[owner] += summed.pop(name) if holders.divides else 0
+    division = _Division(layers, holders, spectral, sharded)
+    moves = _moves(layers, size * tokens) if spectral else dict.fromkeys(layers, 1.0)
+    shares = [_Share() for _ in range(size)]
     for layer in layers:
-        alike.setdefault(layer.shape, []).append(layer)
-    steppers = {la: rank for some in alike.values() for la, rank in holders.steppers(some).items()}
-    for layer in layers:
-        block, owner = backend.blocks[layer.name], owner_of.get(layer.name)
-        cache, root = _bytes_of_cache(block)
-        solve = _counted(lambda la: _direction(backend.blocks[la.name], la, spectral), [layer])
-        # A layer without an owner is nobody's to send, and everybody's to solve, but for a spectral step.
-        if owner is not None:
-            costs[owner] += decomposition_cost(block)  # Cholesky d³/3, and the inverse from it 2 d³/3
-            caches[owner] += message_bytes(block) if teams.members > 1 else 0
-            divided[owner] += summed.pop(layer.name) if holders.divides else 0
-        solver = steppers[layer] if spectral else owner
-        for number, share in enumerate(of_teams):
-            if owner is None or number == owner // teams.members:
-                share.held += cache + _bytes_of_statistics(block)
-            if solver is None or number == solver // teams.members:
-                share.solve, share.held = share.solve + solve, share.held + (root if spectral else 0)
-            else:
-                share.updates += FLOAT32 * layer.shape.numel()
+        solve = moves[layer] * _counted(lambda la: _direction(backend.blocks[la.name], la, spectral), [layer])
+        division.add_to(shares, layer, backend.blocks[layer.name], solve)
     return Plan(
         size=size,
+        sharded=sharded,
         parameters=sum(p.numel() for p in parameters),
         statistics=sum(summed.values()),
         divided=tuple(divided),
         members=teams.members,
-        caches=tuple(caches),
-        updates=max(share.updates for share in of_teams),
-        momentum=_gathered({p for layer in layers for p in layer.parameters.values()}, size),
-        held=max(share.held for share in of_teams),
+        caches=tuple(_sent_by_owners(holders, backend.blocks)),
+        exchanged=max(share.exchanged for share in shares),
+        held=max(share.held for share in shares),
         training=6.0 * tokens * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         rows=rows,
         inverses=max(costs),
-        solve=max(share.solve for share in of_teams),
+        solve=max(share.solve for share in shares),
     )
 
 
 @dataclass
 class _Share:
-    """What the processes have that hold the inverses of the same layers."""
+    """What one process has, does and receives."""
 
     held: int = 0
     solve: float = 0.0
-    updates: int = 0
+    exchanged: int = 0
+
+
+class _Division:
+    """Who holds, and who takes the step of, which layer.
+
+    Args:
+        layers: All of them.
+        holders: Which know their owners.
+        spectral: Whether a step is spectral.
+        sharded: Whether parameters are, by rows.
+    """
+
+    def __init__(self, layers: Sequence[Layer], holders: Holders, spectral: bool, sharded: bool) -> None:
+        self._size, self._spectral, self._sharded = holders.processes.size, spectral, sharded
+        self._holders_of = holders.solvers(layers)
+        self._takers: dict[Layer, Collection[int]] = dict(self._holders_of)
+        alike: dict[torch.Size, list[Layer]] = {}
+        for layer in layers:
+            alike.setdefault(layer.shape, []).append(layer)
+        if sharded:
+            taken = takers(layers, {}, self._holders_of, self._size)
+            assert taken is not None, "no layers share a parameter"
+            self._takers = {layer: [taken[layer.parameters["weight"]]] for layer in layers}
+        elif spectral and holders.apart:
+            for some in alike.values():
+                self._takers |= {la: holders.teams.holders(r) for la, r in (holders.steppers(some) or {}).items()}
+
+    def add_to(self, shares: Sequence[_Share], layer: Layer, block: Block, solve: float) -> None:
+        """Add to each process's share what is its of a layer, whose step takes so many flops."""
+        cache, root = _bytes_of_cache(block)
+        kept = cache + _bytes_of_statistics(block)
+        of_step = self._received_of_shards(layer) if self._sharded else self._received(layer)
+        for rank, share in enumerate(shares):
+            takes = rank in self._takers[layer]
+            share.held += kept if rank in self._holders_of[layer] else 0
+            share.held += root if takes and self._spectral else 0
+            share.solve += solve if takes else 0.0
+            share.exchanged += of_step[rank]
+
+    def _received(self, layer: Layer) -> list[int]:
+        step = FLOAT32 * layer.shape.numel()
+        return [0 if rank in self._takers[layer] else step for rank in range(self._size)]
+
+    def _received_of_shards(self, layer: Layer) -> list[int]:
+        """The others' shards of the momentum in whose takes the step, and of what that finds a shard in the others."""
+        [taker] = self._takers[layer]
+        found = [0] * self._size
+        for p in layer.parameters.values():
+            for rank, (start, end) in enumerate(chunks(p.shape[0], self._size, p.shape[1:].numel())):
+                if rank != taker:
+                    found[rank] += FLOAT32 * (end - start)
+                    found[taker] += FLOAT32 * (end - start)
+        # What evens a layer's rows is remembered by all.
+        rows = FLOAT32 * layer.shape[:-1].numel() if self._spectral else 0
+        return [of_rank + (rows if rank != taker else 0) for rank, of_rank in enumerate(found)]
+
+
+def _filled(blocks: Mapping[str, Block], processes: OnPaper) -> dict[str, int]:
+    """By layer, the bytes of statistics that are summed when they are due; the blocks have them, and a cache, then."""
+    summed: dict[str, int] = {}
+    for name, block in blocks.items():
+        before = processes.summed
+        reduce_pending({name: block}, processes, averaged=True)
+        summed[name] = processes.summed - before
+        block.fold(0.0)
+        block.load_cache(_cache(block))
+    return summed
+
+
+def _sent_by_owners(holders: Holders, blocks: Mapping[str, Block]) -> list[int]:
+    """Bytes that each sends to the others of its team, when it has renewed all its blocks."""
+    sent = [0] * holders.processes.size
+    for name, owner in holders.owner_of.items() if holders.teams.members > 1 else ():
+        sent[owner] += message_bytes(blocks[name])
+    return sent
+
+
+def _moves(layers: Sequence[Layer], rows: int) -> dict[Layer, float]:
+    """In which part of the steps each layer moves, where so many rows of each are in a step (`Turns`)."""
+    turns, steps = Turns(3), range(FIRST, FIRST + 6)
+    strides = [turns.strides(step, layers, {layer.name: float(rows) for layer in layers}) for step in steps]
+    return {layer: sum(of_step[layer] > 0 for of_step in strides) / len(steps) for layer in layers}
 
 
 def _rows(layer: Layer, tokens: int) -> Rows:
@@ -285,8 +353,3 @@ def _bytes_of_cache(block: Block) -> tuple[int, int]:
     """Of the inverses, and of the roots that a spectral step makes of them; that of a number is not kept."""
     cache = [t for t in block.cache().values() if t is not None]
     return sum(t.nbytes for t in cache), sum(t.nbytes for t in cache if t.numel() > 1)
-
-
-def _gathered(parameters: Iterable[nn.Parameter], size: int) -> int:
-    """Bytes of tensors whose rows are divided, each process's part as large as the first's."""
-    return sum(FLOAT32 * -(-len(p) // size) * size * p[0].numel() for p in parameters)

@@ -55,6 +55,8 @@ def rotate(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
 
 def rotate_back(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
     """`left @ matrix @ rightᵀ`: the inverse of `rotate` for orthonormal bases."""
+    if left is not None and right is not None and right.shape[-1] < right.shape[-2]:  # what is shorter first
+        return from_left(left, matrix) @ right.mT
     rotated = matrix if right is None else matrix @ right.mT
     return rotated if left is None else from_left(left, rotated)
 

@@ -23,8 +23,17 @@ def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     >>> inner_product([torch.ones(2)], [torch.tensor([1.0, 2.0])])
     3.0
     """
+    return float(inner_products(left, right).sum()) if left else 0.0
+
+
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Those of pairs of tensors, `[pairs]` in float64; pairs may differ in dtype.
+
+    >>> inner_products([torch.ones(2)], [torch.tensor([1.0, 2.0])])
+    tensor([3.], dtype=torch.float64)
+    """
     products = [_dot(a, b.to(a.dtype)) for a, b in zip(left, right, strict=True)]
-    return float(stacked(products).double().sum()) if products else 0.0
+    return stacked(products).double() if products else torch.zeros(0, dtype=torch.float64)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfacopt.linalg.tensors import tensor_of_parts
 from kfacopt.optim import rule
 from kfacopt.optim.groups import Groups
-from kfacopt.sharding import shard_of, shards, whole_of_each
+from kfacopt.sharding import shard_of, shards
 
 State = MutableMapping[Any, Any]
 """`torch.optim.Optimizer.state`: a dict for each parameter."""
@@ -27,9 +27,9 @@ def averaged(
     parameters: Collection[nn.Parameter],
     freshness: float = 1.0,
 ) -> dict[nn.Parameter, Tensor]:
-    """Gradients with momentum of some parameters; the running averages move on.
+    """Gradients with momentum of some parameters, of sharded ones this process's shards; the running averages move on.
 
-    A new gradient weighs `freshness` times `1 - momentum`. Of sharded parameters each process averages its shards.
+    A new gradient weighs `freshness` times `1 - momentum`.
     """
     covered = {id(p) for p in parameters if p in gradients}
     result: dict[nn.Parameter, Tensor] = {}
@@ -45,7 +45,7 @@ def averaged(
         for weight, (held, buffers) in by_weight.items():
             now = [shards(gradients, p) for p in held]
             means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight)
-            result |= dict(zip(held, whole_of_each(means, held), strict=True))
+            result |= dict(zip(held, means, strict=True))
     return result
 
 

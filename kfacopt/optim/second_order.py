@@ -25,6 +25,7 @@ from kfacopt.optim.checks import backend_of, check_group, check_known
 from kfacopt.optim.descent import descend
 from kfacopt.optim.sightings import Sightings, warn_of_none
 from kfacopt.optim.step import ClippedGradients, Direction, Grafted, Step, StepLength, TrustRegion, Updates
+from kfacopt.optim.step.by_owners import ByOwners
 from kfacopt.optim.step.chosen import SPECTRAL, Bound, Rate, chosen
 from kfacopt.optim.trust import outcome_of_step
 from kfacopt.replicas import Sharding
@@ -221,6 +222,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         """Matrices without curvature that the direction steps all the same."""
         self._plain: dict[nn.Parameter, PlainMatrix] = {}
         self._stepped: list[nn.Parameter] = []  # steps share it: the first fills it
+        self._by_owners = ByOwners()
         if (treatment := self.direction.plain_treatment) is None:
             return
         taken = set(self._refused).union(*(layer.parameters.values() for layer in self._layers))
@@ -274,9 +276,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         self._terms = self._agreed.terms or self._terms
         undone = self._settle_scale()
         scale = self._estimator.likelihood.gradient_scale(self._terms)
-        if scale != 1.0:
-            gradients = {p: g * scale for p, g in gradients.items()}
-        found = wholes(gradients)
+        found = wholes({p: g * scale for p, g in gradients.items()} if scale != 1.0 else gradients)
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         self.backend.fold(self._step, settings)
         if self._agreed.passes:
@@ -300,11 +300,11 @@ class SecondOrderOptimizer(CapturingOptimizer):
             loss_factor=self._scaling.factor,
             plain=self._plain,
             processes=self._processes,
-            norms=self._agreed.norms if scale == 1.0 else None,
+            norms=None if self._agreed.norms is None else [abs(scale) * norm for norm in self._agreed.norms],
             rows=self._reached.most,
             _stepped=self._stepped,
         )
-        updates = self.step_length.scaled(step, self.direction.updates(step))
+        updates = self.step_length.scaled(step, self._by_owners.updates(step, self.direction, self.step_length))
         self._report |= self.direction.health() | self.step_length.health()
         if updates is None:
             self._report["skipped_steps"] += 1.0

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from kfacopt.capture.listener import Capture
+from kfacopt.exchange import norms_of_shards
 from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer
-from kfacopt.linalg.tensors import checksum, lengths
+from kfacopt.linalg.tensors import lengths
 from kfacopt.sharding import Processes, shard_of
 
 _SAME = 1e-5
@@ -32,7 +33,7 @@ class Agreement:
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         rows: How many rows were delivered of each layer, by name.
         used_elsewhere: The layers that act on the loss outside their module, by name how.
-        norms: Of the gradients, in their order; None: some are sharded.
+        norms: Of the gradients, in their order, of sharded ones as wholes.
     """
 
     finite: bool = True
@@ -74,11 +75,11 @@ def agreed(
     refusal = _settled(processes, capture, check)
     tally = capture.tally
     # What an engine shards it has averaged too: only of other gradients all processes have the same.
-    parted = [g for g in gradients.values() if is_sharded(g)]
-    sharded = checksum([shard_of(g) for g in parted])
-    whole = [g for g in gradients.values() if not is_sharded(g)] if parted else list(gradients.values())
-    norms = lengths(whole)
-    size = sum(norms, 0.0)
+    held = list(gradients.values())
+    own = lengths([shard_of(g) for g in held])
+    parted = [norm for g, norm in zip(held, own, strict=True) if is_sharded(g)]
+    whole = [norm for g, norm in zip(held, own, strict=True) if not is_sharded(g)]
+    size, sharded = sum(whole, 0.0), sum(parted, 0.0)
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     table = processes.table(
         [
@@ -121,7 +122,7 @@ def agreed(
         verified=all(verified),
         rows=dict(rows),
         used_elsewhere=elsewhere,
-        norms=None if parted else norms,
+        norms=norms_of_shards(processes, held, own) if parted and finite else own,
     )
 
 

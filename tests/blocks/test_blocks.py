@@ -19,7 +19,7 @@ from kfacopt.blocks import (
     KroneckerBlock,
     PartialEigenBlock,
 )
-from kfacopt.blocks.eigen import squared_coordinates
+from kfacopt.blocks.coordinates import squared_coordinates
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.layers.base import OneHot, Rows
 

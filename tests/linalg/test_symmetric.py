@@ -212,3 +212,29 @@ def test_several_at_once_are_each_as_alone() -> None:
     for matrix, (values, vectors, retries) in zip(matrices, found, strict=True):
         assert retries == 0
         torch.testing.assert_close(vectors * values @ vectors.mT, matrix, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "leading"), [(torch.float32, 512, ()), (torch.float64, 256, ()), (torch.float64, 256, (2,))]
+)
+@pytest.mark.parametrize("kind", ["full", "low", "zero", "tiny", "huge", "ones", "indefinite"])
+def test_sizes_whose_columns_push_each_other_out_of_the_cache(
+    dtype: torch.dtype, size: int, leading: tuple[int, ...], kind: str
+) -> None:
+    """They are decomposed within a larger matrix, of which nothing may be seen."""
+    scale = {"tiny": 1e-30, "huge": 1e30, "zero": 0.0}.get(kind, 1.0)
+    matrix = scale * covariance(size, 9 if kind == "low" else 2 * size, leading, dtype)
+    if kind == "ones":
+        matrix = torch.ones_like(matrix)
+    if kind == "indefinite":
+        matrix = matrix - 0.9 * scale * eye_like(matrix) * matrix.diagonal(dim1=-2, dim2=-1).amax()
+    values, vectors, retries = eigh(matrix)
+    truth = torch.linalg.eigvalsh(matrix.double()).clamp_min(0.0)
+    rounding = 100 * torch.finfo(dtype).eps * float(matrix.abs().amax()) * size
+    assert vectors.shape == matrix.shape
+    assert retries == 0
+    torch.testing.assert_close(values.double(), truth, rtol=0, atol=rounding)
+    identity = vectors.mT.double() @ vectors.double()
+    torch.testing.assert_close(identity, eye_like(identity), rtol=0, atol=200 * torch.finfo(dtype).eps)
+    if kind != "indefinite":
+        torch.testing.assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, matrix, rtol=0, atol=rounding)

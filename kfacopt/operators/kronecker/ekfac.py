@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor
 
+from kfacopt.blocks.coordinates import cotangents_of, squared_gradients
 from kfacopt.blocks.data_set import DataSetEigenBlock, refresh_together
-from kfacopt.blocks.eigen import squared_gradients
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import FisherType
 from kfacopt.operators.empirical_risk import Batches
+from kfacopt.operators.kronecker.kept import KeptRows
 from kfacopt.operators.kronecker.statistics import KroneckerLinearOperator
-
-Kept = dict[Layer, list[Rows]]
 
 
 class EKFACLinearOperator(KroneckerLinearOperator):
@@ -54,36 +53,39 @@ class EKFACLinearOperator(KroneckerLinearOperator):
             self._finish()
             self._correct_by_sweep()
             return
-        blocks, known = self._eigen_blocks(), set()
-        for layer, rows in kept.items():
-            blocks[layer].feed(rows)
-        refresh_together([block for layer, block in blocks.items() if layer in kept])
-        for layer, rows in kept.items():
-            coordinates = blocks[layer].in_coordinates(rows)
+        found, known = kept.layers(), set()
+        blocks = {layer: block for layer, block in self._eigen_blocks().items() if layer in found}
+        for layer, block in blocks.items():
+            block.feed(kept.rows(layer))
+        refresh_together(list(blocks.values()))
+        for layer, block in blocks.items():
+            coordinates = block.in_coordinates(kept.rows(layer))
             if coordinates is not None:
-                kept[layer] = coordinates
+                kept.replace(layer, coordinates)
                 known.add(layer)
         self._finish()
-        batches = max((len(rows) for rows in kept.values()), default=0)
-        for number in range(batches):
-            self._correct({layer: rows[number] for layer, rows in kept.items() if number < len(rows)}, known)
+        for rows in kept.batches():
+            self._correct(rows, known)
+        for layer, parts in kept.gradients.items():
+            for gradients, terms in parts:
+                blocks[layer].correct_by_datum(gradients, terms)
         self._finish_corrections()
 
-    def _sweep_for_factors(self, data: Batches | None = None, keep: bool = True) -> Kept | None:
-        """Update the factors; or keep all rows instead, if they fit into the budget."""
+    def _sweep_for_factors(self, data: Batches | None = None, keep: bool = True) -> KeptRows | None:
+        """Update the factors; or keep what the corrections need beside them, if it fits into the budget."""
         blocks = self._eigen_blocks()
-        kept: Kept | None = {} if keep else None
-        size, counted = 0, set[int]()
+        kept = KeptRows() if keep else None
         for chunk in self._new_rows(data):
+            if kept is not None and chunk.first:
+                kept.begin_batch()
             for layer, rows in chunk.rows.items():
                 if kept is None or layer not in blocks:
                     self.blocks[layer.name].update(rows)
                 else:
-                    kept.setdefault(layer, []).append(rows)
-                    size += _new_bytes(rows, counted)
-            if kept is not None and size > self._byte_budget:
-                for layer, some in kept.items():
-                    for rows in some:
+                    kept.take(layer, blocks[layer], rows)
+            if kept is not None and kept.size > self._byte_budget:
+                for layer in kept.layers():
+                    for rows in kept.rows(layer):
                         blocks[layer].update(rows)
                 kept = None
         return kept
@@ -93,24 +95,24 @@ class EKFACLinearOperator(KroneckerLinearOperator):
         refresh_together(list(self._eigen_blocks().values()))
         self._restart_sampling()
         for _, chunk in self._rows("eigenvalue correction"):
-            self._correct(chunk.rows, ())
+            self._correct({layer: [rows] for layer, rows in chunk.rows.items()}, ())
         self._finish_corrections()
 
-    def _correct(self, rows: Mapping[Layer, Rows], known: Collection[Layer]) -> None:
-        """Add rows to the corrected eigenvalues; `known` have coordinates for inputs already."""
+    def _correct(self, batch: Mapping[Layer, Sequence[Rows]], known: Collection[Layer]) -> None:
+        """Add a batch's rows, in chunks, to the corrected eigenvalues; `known` have coordinates for inputs already."""
         squared: dict[object, Tensor] = {}
         for layer, block in self._eigen_blocks().items():
-            if layer not in rows:
+            if layer not in batch:
                 continue
-            these, (left, right) = rows[layer], block.basis()
+            chunks, (left, right) = batch[layer], block.basis()
             on_inputs = None if layer in known else right
-            if these.gradients.shape[-2] > 1 or isinstance(these.inputs, OneHot):
-                block.correct(these, left, on_inputs)
+            if chunks[0].gradients.shape[-2] > 1 or isinstance(chunks[0].inputs, OneHot):
+                block.correct(chunks, left, on_inputs)
                 continue
             # Weight and bias of a module have the same gradients: rotate and square them once.
             if layer.outputs not in squared:
-                squared[layer.outputs] = squared_gradients(these.gradients, left)
-            block.correct_by_squares(squared[layer.outputs], these, on_inputs)
+                squared[layer.outputs] = squared_gradients(cotangents_of(chunks), left)
+            block.correct_by_squares(squared[layer.outputs], chunks, on_inputs)
 
     def _finish_corrections(self) -> None:
         for block in self._eigen_blocks().values():
@@ -145,20 +147,3 @@ class EKFACLinearOperator(KroneckerLinearOperator):
             for mine, others in pairs:
                 mine.merge_factors(others)
             self._correct_by_sweep()
-
-
-def _new_bytes(rows: Rows, counted: set[int]) -> int:
-    """What keeping rows takes beside those kept before: weight and bias of a module have their gradients in common.
-
-    Args:
-        rows: To be kept.
-        counted: Addresses of the gradients that are kept already; these are added. As they are kept, no other tensor
-            gets the same address.
-    """
-    size, gradients = 0, rows.gradients
-    if gradients.data_ptr() not in counted:
-        counted.add(gradients.data_ptr())
-        size += gradients.numel()
-    if rows.first and isinstance(rows.inputs, Tensor):
-        size += rows.inputs.numel()
-    return size * gradients.element_size()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from kfacopt.backends.base import CurvatureBackend, Settings
 from kfacopt.capture.records import Replay
+from kfacopt.exchange import whole_of_each
 from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer, by_layer, by_parameter
 from kfacopt.layers.plain import PlainMatrix
@@ -39,6 +40,11 @@ from kfacopt.sharding import Processes
 
 ByParameter = Mapping[nn.Parameter, Tensor]
 """A tensor shaped as the parameter, for each of some parameters."""
+
+
+def _to_all(shards: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Whole tensors, in all processes."""
+    return dict(zip(shards, whole_of_each(list(shards.values()), list(shards)), strict=True))
 
 
 @dataclass(eq=False)
@@ -84,10 +90,13 @@ class Step:
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
+    _brought: Callable[[dict[nn.Parameter, Tensor]], dict[nn.Parameter, Tensor]] = field(default=_to_all, repr=False)
     _stepped: list[nn.Parameter] = field(default_factory=list, repr=False)  # until layers are chosen anew: the same
 
     def averaged(self, freshness: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
+
+        Where the step is divided (`Direction.by_layers`), of those whose step is taken in this process.
 
         The running averages move on once a step, however many ask; their decay is each group's `momentum`.
 
@@ -104,7 +113,8 @@ class Step:
                 "UnitGradients around the whole direction, not around a part"
             )
         if not self._averages:
-            self._averages[key] = memory.averaged(self.groups, self.state, self.gradients, self.stepped, freshness)
+            shards = memory.averaged(self.groups, self.state, self.gradients, self.stepped, freshness)
+            self._averages[key] = self._brought(shards)
         return self._averages[key]
 
     @property
@@ -203,7 +213,7 @@ class Updates:
     """What is subtracted from parameters at learning rate one; parameters that are left out take AdamW's step.
 
     Attributes:
-        tensors: By parameter, shaped as it.
+        tensors: By parameter, shaped as it; of a step that was divided (`Direction.by_layers`) sharded as it, too.
         image: `(C + damping I) u` by parameter, where the direction knows it: for `u = (C + damping I)⁻¹ m` it is m.
             None: whoever wants it asks `Step.multiply`.
         scale: The length that was chosen so far; everything is to be multiplied with it.
@@ -213,6 +223,7 @@ class Updates:
         decays: By parameter, which part of it is taken off at learning rate one, of those entries that the update makes
             smaller anyway (`rule.decay_cautiously`).
         resting: Parameters that stay as they are in this step.
+        products: By parameter, the inner products of `tensors` with the image, where they are known and it is not here.
     """
 
     tensors: dict[nn.Parameter, Tensor]
@@ -222,6 +233,7 @@ class Updates:
     check: Tensor | None = None
     decays: Mapping[nn.Parameter, float] = field(default_factory=dict)
     resting: frozenset[nn.Parameter] = frozenset()
+    products: Mapping[nn.Parameter, float] | None = None
 
     @property
     def finite(self) -> bool:
@@ -239,7 +251,10 @@ class Updates:
         if all(factor == 1.0 for factor in factors.values()):
             return self
         image = None if self.image is None else _times(self.image, factors)
-        return replace(self, tensors=_times(self.tensors, factors), image=image)
+        products = self.products
+        if products is not None:
+            products = {p: factors.get(p, 1.0) ** 2 * number for p, number in products.items()}
+        return replace(self, tensors=_times(self.tensors, factors), image=image, products=products)
 
 
 class _Part:
@@ -286,6 +301,12 @@ class Direction(_Part, ABC):
 
     plain_treatment: str | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Who goes elsewhere than the class below says anew whether it goes by layers.
+        if "updates" in vars(cls) and "by_layers" not in vars(cls):
+            cls.by_layers = Direction.by_layers  # type: ignore[method-assign]
+
     def refusal(self, layer: Layer) -> str | None:
         """Why a layer is left to AdamW, as a phrase for `coverage()`; None: it is not.
 
@@ -300,13 +321,35 @@ class Direction(_Part, ABC):
         """
         return {}
 
+    def by_layers(self, step: Step) -> bool:
+        """Whether it takes the step of each layer and plain matrix by itself; here: no.
+
+        That is: it asks in each step for `step.averaged()`, reads of other layers no more than shapes, asks the other
+        processes nothing that they are not all asked, remembers of parameters what `remembered` says, and leaves
+        `Updates.scale` at one. Where parameters are sharded, each process is then asked for some of them: `averaged`
+        has no others, and `step.gradients` are shards. Else all gather the whole momentum, and compute everything.
+        """
+        return False
+
     @abstractmethod
     def updates(self, step: Step) -> Updates:
         """What to subtract at learning rate and length one."""
 
 
 class StepLength(_Part, ABC):
-    """How far a step goes."""
+    """How far a step goes.
+
+    Attributes:
+        reads_shards: Whether it is content with updates of which each process has its shards, with their inner products
+            in the place of their image; else all are gathered, and computed everywhere (`Direction.by_layers`).
+    """
+
+    reads_shards: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "scaled" in vars(cls):
+            cls.reads_shards = bool(vars(cls).get("reads_shards", False))
 
     def direction(self) -> Direction | None:
         """The direction that this length is made for, where the user names none; None: any will do."""

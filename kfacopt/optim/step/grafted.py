@@ -75,6 +75,9 @@ class Grafted(Direction):
                 result[parameter] = result.get(parameter, {}) | values
         return result
 
+    def by_layers(self, step: Step) -> bool:
+        return all(part.by_layers(step) for part in self._parts().values())
+
     def updates(self, step: Step) -> Updates:
         found = self.direction.updates(step)
         steps = step.by_layer(found.tensors)

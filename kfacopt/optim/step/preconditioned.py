@@ -31,6 +31,9 @@ class Preconditioned(Direction):
     def defaults(self) -> dict[str, float]:
         return {} if self._momentum is None else {"momentum": self._momentum}
 
+    def by_layers(self, step: Step) -> bool:
+        return self._momentum is not None
+
     def updates(self, step: Step) -> Updates:
         averaged = step.gradients if self._momentum is None else step.averaged()
         solved = step.solve(averaged)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.tensors import lengths
@@ -32,6 +33,11 @@ class RescaledGradients(Direction):
             raise TypeError(f"direction must be a kfacopt.Direction, got {direction!r}")
         self.direction = direction
         self.plain_treatment = direction.plain_treatment
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "rescaled" in vars(cls) and "by_layers" not in vars(cls):
+            cls.by_layers = Direction.by_layers  # type: ignore[method-assign]
 
     @abstractmethod
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -92,7 +98,15 @@ class UnitGradients(RescaledGradients):
     def __repr__(self) -> str:
         return f"UnitGradients({self.direction})"
 
+    def by_layers(self, step: Step) -> bool:
+        return self.direction.by_layers(step) and step.norms is not None
+
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        if any(map(is_sharded, gradients)):
+            tiny = torch.finfo(gradients[0].dtype).tiny
+            return torch._foreach_div(
+                list(gradients), [max(norm, tiny) for norm in _norms(step, parameters, gradients)]
+            )
         norms = torch._foreach_norm(list(gradients))
         torch._foreach_clamp_min_(norms, torch.finfo(norms[0].dtype).tiny)
         return torch._foreach_div(list(gradients), norms)
@@ -132,13 +146,12 @@ class ClippedGradients(RescaledGradients):
     def __repr__(self) -> str:
         return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
 
+    def by_layers(self, step: Step) -> bool:
+        return self.direction.by_layers(step) and step.norms is not None
+
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         # On the host, from norms that are there anyway: most steps clip nothing, and touch no gradient.
-        if step.norms is None:
-            norms = lengths(gradients)
-        else:
-            known = dict(zip(map(id, step.gradients), step.norms, strict=True))
-            norms = [known[id(p)] for p in parameters]
+        norms = _norms(step, parameters, gradients)
         places = {id(p): place for place, p in enumerate(p for group in step.groups for p in group["params"])}
         usual, factors = self._usual, dict[int, float]()
         usual += [0.0] * (len(places) - len(usual))
@@ -163,3 +176,11 @@ class ClippedGradients(RescaledGradients):
         if state:
             self.direction.load_state_dict(state["direction"])
             self._usual = state["usual_norms"].tolist()
+
+
+def _norms(step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[float]:
+    """Of some parameters' gradients, whole ones: each process alone does not know them of its shards."""
+    if step.norms is None:
+        return lengths(gradients)
+    known = dict(zip(map(id, step.gradients), step.norms, strict=True))
+    return [known[id(p)] for p in parameters]

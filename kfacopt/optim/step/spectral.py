@@ -178,7 +178,12 @@ class Spectral(Direction):
             result[key[0]] = result.get(key[0], {}) | memory.blank_row_squares(key, rows)
         return result
 
+    def by_layers(self, step: Step) -> bool:
+        # The metric of a matrix's own gradients is of whole ones.
+        return not any(plain.differentiated for plain in step.plain.values())
+
     def updates(self, step: Step) -> Updates:
+        self._measure(step)
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         averaged = step.averaged(1.0 + _FRESH * fresh)
         strides = self._turns.strides(step.number, step.layers, step.rows)
@@ -220,6 +225,13 @@ class Spectral(Direction):
         if dtype == torch.float32 and not torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def _measure(self, step: Step) -> None:
+        """Agree on the dtype of long products, where there may be any: not all processes have the same of them."""
+        shapes = [layer.shape for layer in step.layers] + [plain.shape for plain in step.plain.values()]
+        if any(min(shape[-2:]) >= _LONG for shape in shapes):
+            for device in sorted({p.device.type for p in step.stepped}):
+                self._products(device, step.processes)
 
     def _products(self, device: str, processes: Processes) -> torch.dtype:
         """The dtype of long products; once measured it stays, for a resumed run, too. Of several processes one says."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kfacopt.linalg.tensors import inner_product
+from kfacopt.exchange import norms_of_shards
+from kfacopt.fsdp import is_sharded
+from kfacopt.linalg.tensors import inner_product, lengths
 from kfacopt.optim.groups import peak_rate
-from kfacopt.optim.step.base import Step, StepLength, Updates
+from kfacopt.optim.step.base import ByParameter, Step, StepLength, Updates
 from kfacopt.sharding import wholes
 
 
@@ -33,6 +35,8 @@ class TrustRegion(StepLength):
     >>> TrustRegion(kl_clip=0.03).defaults()
     {'kl_clip': 0.03, 'relative_clip': inf}
     """
+
+    reads_shards = True
 
     def __init__(self, kl_clip: float | None = 0.03, relative_clip: float | None = None) -> None:
         self._defaults = {
@@ -56,7 +60,7 @@ class TrustRegion(StepLength):
             if math.isfinite(group["relative_clip"]):
                 updates = updates.scaled_apart(_relative_factors(step, group, updates))
         clip = float(step.groups[0]["kl_clip"])
-        if math.isinf(clip) and updates.image is None:
+        if math.isinf(clip) and updates.image is None and updates.products is None:
             # No bound, and no divergence that costs nothing: what is left to see to is that the step is a number.
             self._report = {"kl_scale": 1.0}
             return updates if updates.finite else None
@@ -68,13 +72,18 @@ class TrustRegion(StepLength):
 
 def squared_length(step: Step, updates: Updates) -> float:
     """`Σ lr² uᵀ (C + damping I) u` over all updates, at each group's highest learning rate."""
-    image = step.multiply(updates.tensors) if updates.image is None else updates.image
-    total = 0.0
-    for group in step.groups:
-        present = [p for p in group["params"] if p in updates.tensors and p in image]
-        inner = inner_product([updates.tensors[p] for p in present], [image[p] for p in present])
-        total += peak_rate(group) ** 2 * inner
-    return total
+    products = updates.products
+    if products is None:
+        # Of a step that was divided, whose direction is not Newton's, all are gathered: the backend multiplies wholes.
+        tensors = wholes(updates.tensors)
+        image = step.multiply(tensors) if updates.image is None else updates.image
+        total = 0.0
+        for group in step.groups:
+            present = [p for p in group["params"] if p in tensors and p in image]
+            total += peak_rate(group) ** 2 * inner_product([tensors[p] for p in present], [image[p] for p in present])
+        return total
+    rates = {p: peak_rate(group) for group in step.groups for p in group["params"] if p in products}
+    return sum((rate * rate * products[p] for p, rate in rates.items()), 0.0)
 
 
 def kl_scale(squared_length: float, kl_clip: float) -> float:
@@ -95,10 +104,18 @@ def _relative_factors(step: Step, group: dict[str, Any], updates: Updates) -> di
     parts = [[p for p in layer.parameters.values() if id(p) in here] for layer in step.layers]
     parts = [part for part in parts if part]
     lists = [[updates.tensors[p] for p in part] for part in parts]
-    clip = float(group["relative_clip"])
-    own = wholes({p: p.detach() for part in parts for p in part})
+    own: ByParameter = {p: p.detach() for part in parts for p in part}
+    divided = any(is_sharded(update) for of_layer in lists for update in of_layer)
+    if not divided:
+        own = wholes(own)
     held = [[own[p] for p in part] for part in parts]
-    scales = relative_scales(held, lists, lr=peak_rate(group), relative_clip=clip)
+    scales = relative_scales(
+        held,
+        lists,
+        lr=peak_rate(group),
+        relative_clip=float(group["relative_clip"]),
+        measured=partial(norms_of_shards, step.processes) if divided else lengths,
+    )
     factors: dict[nn.Parameter, float] = {}
     for part, scale in zip(parts, scales, strict=True):
         # What several layers have rows of is bounded by the strictest of them.
@@ -107,7 +124,12 @@ def _relative_factors(step: Step, group: dict[str, Any], updates: Updates) -> di
 
 
 def relative_scales(
-    parameters: Sequence[Sequence[Tensor]], updates: Sequence[Sequence[Tensor]], *, lr: float, relative_clip: float
+    parameters: Sequence[Sequence[Tensor]],
+    updates: Sequence[Sequence[Tensor]],
+    *,
+    lr: float,
+    relative_clip: float,
+    measured: Callable[[Sequence[Tensor]], Sequence[float]] = lengths,
 ) -> list[float]:
     """For each layer, the factor that keeps its step within `relative_clip` times the length of its parameters.
 
@@ -120,7 +142,9 @@ def relative_scales(
         updates: `u` of each, the step being `lr u`.
         lr: Learning rate.
         relative_clip: Bound on the length of the step over that of the parameters.
+        measured: The norms of tensors.
 
+    >>> import torch
     >>> relative_scales([[torch.ones(4)]], [[torch.full((4,), 2.0)]], lr=0.5, relative_clip=0.1)
     [0.1]
     """
@@ -128,15 +152,14 @@ def relative_scales(
     flat_updates = [u for layer in updates for u in layer]
     if not flat_parameters:
         return []
-    norms = torch._foreach_norm([*flat_parameters, *flat_updates])
-    lengths = torch.stack([norm.double() for norm in norms]).square().tolist()
+    squares = [norm * norm for norm in measured([*flat_parameters, *flat_updates])]
     scales, start = [], 0
     for layer in parameters:
         held = slice(start, start + len(layer))
         moved = slice(len(flat_parameters) + start, len(flat_parameters) + start + len(layer))
         floor = 1e-4 * sum(p.numel() for p in layer)  # of a mean square of 0.01², see above
-        allowed = relative_clip * max(sum(lengths[held]), floor) ** 0.5
-        length = lr * sum(lengths[moved]) ** 0.5
+        allowed = relative_clip * max(sum(squares[held]), floor) ** 0.5
+        length = lr * sum(squares[moved]) ** 0.5
         scales.append(min(1.0, allowed / length) if length > 0.0 else 1.0)
         start += len(layer)
     return scales

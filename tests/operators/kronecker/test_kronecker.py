@@ -186,6 +186,25 @@ def test_few_rows_of_wide_inputs_stand_for_their_covariance() -> None:
     assert float((solved.double() - exact).norm() / exact.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("budget", [1, 2**28])
+def test_inputs_of_low_rank_among_more_data(budget: int) -> None:
+    """Directions of A that are its rounding are left out, whatever they are: products and inverses are those of all."""
+    torch.manual_seed(0)
+    model, loss = nn.Linear(130, 4).double(), nn.CrossEntropyLoss()
+    x = torch.zeros(150, 130, dtype=torch.float64)
+    x[:, 7:20], x[:, 20:23] = torch.rand(150, 13).double(), 1e-9 * torch.rand(150, 3).double()  # squares: 1e-18
+    y = torch.randint(4, (150,))
+    options = {"fisher_type": "type-2", "check_deterministic": False, "byte_budget": budget}
+    cut = EKFACLinearOperator(model, loss, trained(model), [(x, y)], **options)
+    probabilities = model(x).softmax(-1).detach()
+    of_hessian = (probabilities * (1 - probabilities)).sum(-1)
+    torch.testing.assert_close(cut.trace, (of_hessian * (x.square().sum(-1) + 1)).mean(), rtol=1e-12, atol=0)
+    assert cut.blocks["weight"].basis()[1].shape == (130, 13)
+    vector = torch.randn(cut.shape[1], 2, dtype=torch.float64)
+    solved = KFACInverseLinearOperator(cut, damping=1e-3, use_exact_damping=True) @ vector
+    torch.testing.assert_close(cut @ solved + 1e-3 * solved, vector, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("spare", "forwards"), [(0, 1), (-1, 2)], ids=["fits", "a-byte-short"])
 def test_the_gradients_of_weight_and_bias_are_kept_once(spare: int, forwards: int) -> None:
     model, loss, calls = nn.Linear(4, 3), nn.CrossEntropyLoss(), list[int]()
