@@ -48,6 +48,7 @@ class Bernoulli(Likelihood):
     ([1.0, 3.0], [0.5, -1.5])
     """
 
+    is_separable: ClassVar[bool] = True
     loss_nodes: tuple[str, ...] = ("BinaryCrossEntropyWithLogits",)
 
     def __init__(

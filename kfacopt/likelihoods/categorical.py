@@ -50,6 +50,7 @@ class Categorical(Likelihood):
     (1.0, [1.0, 0.0], [0.5, -0.5])
     """
 
+    is_separable: ClassVar[bool] = True
     loss_nodes: tuple[str, ...] = ("NllLoss", "NllLoss2D")
 
     def __init__(

@@ -12,13 +12,12 @@ from kfacopt.layers.layer import Layer
 FIRST = 50
 """For so many steps all layers move in each: training changes fast then."""
 LATE = 150
-"""From this step on steps are short enough that most layers may take turns."""
-_LATE_COST = 0.2
-"""Which layers do then: those whose step takes so much of the time of their gradients, ..."""
-_LATE_PRODUCTS = 1e6
-"""... and so many multiplications that they are its time, not the calls."""
-_EARLY_LONGEST = 3
-_PERIOD = 6  # which one, two, three and six divide
+"""From this step on steps are short enough that all layers may take turns."""
+CALLS = 3e7
+"""So many multiplications take as long as the calls of a step whose matrices are small."""
+_LATE, _DEAR = 3, 6
+_PART = 0.2
+_PERIOD = 6  # which all of them divide
 
 
 def products(shape: torch.Size) -> float:
@@ -47,15 +46,16 @@ def cost(shape: torch.Size, rows: float) -> float:
 class Turns:
     """Who moves in which step.
 
-    Where matrices are wide and batches small, the polar factor is most of a step. A layer that moves every third time,
-    three times as far, takes a third of it, and its momentum misses no gradient. In two stages:
+    Where matrices are wide and batches small, the polar factor is most of a step; where both are small, calls are. A
+    layer that moves every third time, three times as far, takes a third of it, and its momentum misses no gradient.
 
     - From step 50 on, where the steps of all layers together take longer than their gradients, each layer moves every
       second or third time, if it costs twice or three times as much as its gradients.
-    - From step 150 on, when steps are shorter, every layer whose step is a fifth of its gradients or more moves every
-      `longest` times.
+    - From step 150 on, as steps are shorter, all layers move every third time, those that cost three times as much as
+      their gradients every sixth, where a step takes at least a fifth of the time of its gradients.
 
-    Turns are spread over the steps: so all steps take about as long, and few layers move far at once.
+    Turns are spread over the steps, so that all take about as long and few layers move far at once, but where calls are
+    most of a step: there all layers move in the same ones.
 
     Args:
         longest: Every so many steps a layer moves at least; 1: in each.
@@ -88,10 +88,11 @@ class Turns:
         """Each layer's interval, and its turn in it: the dearest first, where the least is to be done."""
         work = {layer: products(layer.shape) for layer in layers}
         every = self._intervals(layers, rows, work, late)
+        spread = sum(work.values()) > CALLS
         load, turns = [0.0] * _PERIOD, dict[Layer, tuple[int, int]]()
         for layer in sorted(layers, key=lambda layer: -work[layer]):
             interval = every[layer]
-            turn = min(range(interval), key=lambda place: sum(load[place::interval]))
+            turn = min(range(interval), key=lambda place: sum(load[place::interval])) if spread else 0
             for place in range(turn, _PERIOD, interval):
                 load[place] += work[layer]
             turns[layer] = interval, turn
@@ -105,12 +106,12 @@ class Turns:
         # What several layers hold is moved by all of them together; of whom no rows are known moves in each step.
         alone = [layer for layer in layers if all(holders[id(p)] == 1 for p in layer.parameters.values())]
         ratios = {layer: cost(layer.shape, rows[layer.name]) for layer in alone if rows.get(layer.name, 0.0) > 0.0}
+        steps = sum(work[layer] for layer in ratios)
         gradients = sum(work[layer] / ratio for layer, ratio in ratios.items())
-        dear = sum(work[layer] for layer in ratios) > gradients
         every = dict.fromkeys(layers, 1)
         for layer, ratio in ratios.items():
-            if dear:
-                every[layer] = max(1, min(self._longest, _EARLY_LONGEST, round(ratio)))
-            if late and ratio > _LATE_COST and work[layer] > _LATE_PRODUCTS:
-                every[layer] = self._longest
+            if late and steps + CALLS > _PART * gradients:
+                every[layer] = min(self._longest, _DEAR if ratio > _LATE else _LATE)
+            elif steps > gradients:
+                every[layer] = max(1, min(self._longest, _LATE, round(ratio)))
         return every
