@@ -23,7 +23,7 @@ from kfacopt.backends.ownership import (
     sent_caches,
 )
 from kfacopt.blocks.base import Block
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, connected
 from kfacopt.replicas import Teams, delivered, owners
 from kfacopt.sharding import Processes
 
@@ -60,7 +60,7 @@ class Holders:
         self.owner_of: dict[str, int] = {}
         self.elsewhere: set[str] = set()
         self.means: dict[str, float] = {}
-        self._may_divide, self._costs = divides, dict[str, float]()
+        self._may_divide, self._costs, self._together = divides, dict[str, float](), dict[str, str]()
         self._settled = self._alone = False
 
     @property
@@ -125,7 +125,18 @@ class Holders:
         # Of what is elsewhere there is nothing to be asked: costs are those of when all knew the shapes.
         new = {n: cost for n, b in blocks.items() if n not in self._costs and (cost := decomposition_cost(b)) > 0.0}
         self._costs |= new
-        self.owner_of = owners(self._costs, self.processes.size, self.owner_of)
+        self.owner_of = self._owners(self.owner_of)
+
+    def _owners(self, known: Mapping[str, int]) -> dict[str, int]:
+        """By layer name, whose each is, be it anew; new ones that share a parameter, whose step is one, together."""
+        costs, kept = dict[str, float](), dict[str, int]()
+        for name, cost in self._costs.items():
+            first = self._together.get(name, name)
+            costs[first] = costs.get(first, 0.0) + cost
+            if name in known:
+                kept.setdefault(first, known[name])
+        found = owners(costs, self.processes.size, kept)
+        return {name: known.get(name, found[self._together.get(name, name)]) for name in self._costs}
 
     def destinations(self, blocks: Mapping[str, Block]) -> dict[str, int]:
         """By layer name, the owners of those whose statistics go to a team; all processes know what waits."""
@@ -151,13 +162,15 @@ class Holders:
         known = zip(names, found[: len(names)], found[len(names) :], strict=True)
         self.means |= {name: mean for name, mean, is_known in known if is_known}
 
-    def forget(self, kept: Collection[str], anew: Collection[str] = ()) -> None:
-        """Forget all layers but these; what is held where is asked anew (`settle`).
+    def follow(self, layers: Sequence[Layer], kept: Collection[str], anew: Collection[str] = ()) -> None:
+        """Forget all layers but those that stay; what is held where is asked anew (`settle`).
 
         Args:
-            kept: Names.
+            layers: All that there are now.
+            kept: Names of those that stay.
             anew: Names of those that have no statistics.
         """
+        self._together = {layer.name: piece[0].name for piece in connected(layers) for layer in piece}
         if not self.apart:  # else those that are frozen come back to where theirs are
             self.owner_of = {name: rank for name, rank in self.owner_of.items() if name in kept}
         self.means = {name: mean for name, mean in self.means.items() if name not in anew}
@@ -216,7 +229,7 @@ class Holders:
         self._costs = {}
         for of_rank in told:
             self._costs = self._costs | {n: cost for n, cost in of_rank.costs.items() if n not in self._costs}
-        self.owner_of = owners(self._costs, self.processes.size, told[0].owner_of)
+        self.owner_of = self._owners(told[0].owner_of)
         self._settle_statistics(blocks, told)
         lacking = self._settle_caches(blocks, told)
         self._settled = True

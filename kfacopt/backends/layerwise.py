@@ -110,7 +110,7 @@ class LayerwiseBackend(CurvatureBackend):
                 anew.append(name)
         stayed = {name: block for name, block in self.blocks.items() if old.get(name) is block}
         self._under_way.follow(stayed, self._processes.rank)
-        self._holders.forget(stayed, anew)
+        self._holders.follow(layers, stayed, anew)
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None

@@ -137,6 +137,26 @@ def by_parameter(tensors: Mapping[Layer, Mapping[str, Tensor]]) -> dict[nn.Param
     return result
 
 
+def connected(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Layers that share parameters, among themselves or by way of others, together; in their order.
+
+    >>> from kfacopt.layers.coverage import find_layers
+    >>> model = nn.ModuleList([nn.Linear(4, 4), nn.MultiheadAttention(4, 2)])
+    >>> layers, _ = find_layers(model, list(model.parameters()), {}, separate=False)
+    >>> [[layer.name for layer in piece] for piece in connected(layers)]
+    [['0'], ['1.q_proj', '1.k_proj', '1.v_proj'], ['1.out_proj']]
+    """
+    pieces: dict[int, list[Layer]] = {}
+    holding: dict[nn.Parameter, int] = {}
+    for number, layer in enumerate(layers):
+        met = sorted({holding[p] for p in layer.parameters.values() if p in holding})
+        place = met[0] if met else number
+        joined = [other for old in met for other in pieces.pop(old)] + [layer]
+        pieces[place] = joined
+        holding |= {p: place for other in joined for p in other.parameters.values()}
+    return [pieces[place] for place in sorted(pieces)]
+
+
 def packed_together(
     tensors: Mapping[Layer, Mapping[str, Tensor]], kind: Callable[[Layer], object]
 ) -> list[tuple[list[Layer], Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfacopt.exchange import Parcel, Spread, everywhere, from_owners, laid, spread_of, to_owners
 from kfacopt.fsdp import is_sharded
-from kfacopt.layers.layer import Layer
+from kfacopt.layers.layer import Layer, connected
 from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.tensors import checksum, inner_products
 from kfacopt.optim.step.base import ByParameter, Direction, Step, StepLength, Updates
@@ -39,32 +39,25 @@ def takers(
         solvers: By layer, the processes that can solve for it.
         size: How many processes there are.
     """
-    first: dict[nn.Parameter, nn.Parameter] = {}
-
-    def root(parameter: nn.Parameter) -> nn.Parameter:
-        while first[parameter] is not parameter:
-            parameter = first[parameter]
-        return parameter
-
-    for layer in layers:
-        held = list(layer.parameters.values())
-        for parameter in held:
-            first.setdefault(parameter, parameter)
-            first[root(parameter)] = root(held[0])
-    for parameter in plain:
-        first.setdefault(parameter, parameter)
-    costs: dict[nn.Parameter, float] = {}
-    among: dict[nn.Parameter, Collection[int]] = {}
-    for layer in layers:
-        piece = root(next(iter(layer.parameters.values())))
-        costs[piece] = costs.get(piece, 0.0) + _cost(layer.shape)
-        if among.setdefault(piece, solvers[layer]) != solvers[layer]:
+    pieces: list[list[nn.Parameter]] = []
+    place_of: dict[nn.Parameter, int] = {}
+    costs: list[float] = []
+    among: dict[int, Collection[int]] = {}
+    for place, piece in enumerate(connected(layers)):
+        if any(solvers[layer] != solvers[piece[0]] for layer in piece):
             return None
+        among[place] = solvers[piece[0]]
+        costs.append(sum(_cost(layer.shape) for layer in piece))
+        pieces.append([p for layer in piece for p in layer.parameters.values()])
+        place_of |= dict.fromkeys(pieces[-1], place)
     for parameter, matrix in plain.items():
-        piece = root(parameter)
-        costs[piece] = costs.get(piece, 0.0) + _cost(matrix.shape)
-    found = owners(costs, size, among=among)
-    return {parameter: found[root(parameter)] for parameter in first}
+        if parameter in place_of:
+            costs[place_of[parameter]] += _cost(matrix.shape)
+            continue
+        pieces.append([parameter])
+        costs.append(_cost(matrix.shape))
+    found = owners(dict(enumerate(costs)), size, among=among)
+    return {parameter: found[place] for place, piece in enumerate(pieces) for parameter in piece}
 
 
 def _cost(shape: Sequence[int]) -> float:

@@ -18,8 +18,21 @@ from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.polar import exact_polar
 from kfacopt.optim.step import Preconditioned, Step, TrustRegion, Updates
 from kfacopt.optim.step.by_owners import takers
-from tests.optim.test_fully_shard import equals, per_block, train_sharded, whole_weights
-from tests.optim.test_processes import CE, Batch, Make, make_batches, make_net, optimizer, plain, share, train
+from tests.optim.test_fully_shard import equals, per_block, root_only, train_sharded, whole_weights
+from tests.optim.test_processes import (
+    CE,
+    Batch,
+    Make,
+    Words,
+    make_batches,
+    make_net,
+    optimizer,
+    plain,
+    seeded,
+    share,
+    train,
+    words,
+)
 from tests.processes import Found, alone, run_together
 
 WIDTH = 8
@@ -131,6 +144,21 @@ def what_says_nothing_has_everything() -> None:
         equals(two, one)
 
 
+def layers_that_share_a_parameter_are_of_one_owner() -> None:
+    """Projections packed in one parameter, tied weights, and matrices without curvature."""
+    for sharding in (None, OWNER):
+        one, _ = train(optimizer(), words(2), plain(CE()), alone(), net_of=partial(seeded, Words))
+        make, batches = optimizer(sharding=sharding), [share(b) for b in words(2)]
+        two, made = train_sharded(make, batches, plain(CE()), root_only, partial(seeded, Words))
+        equals(two, one, 1e-10)
+        assert {"mixed.q_proj", "mixed.k_proj"} <= set(made.backend.blocks)
+        plain(CE())(two, share(words(1)[0]))
+        with counted() as found:
+            made.step()
+        assert found["to all"] == []
+        assert len(found["to one each"]) == 2
+
+
 def _unaveraged() -> kfacopt.Direction:
     return Preconditioned(momentum=None)
 
@@ -190,6 +218,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
         for check in (
             state_is_everywhere,
             what_says_nothing_has_everything,
+            layers_that_share_a_parameter_are_of_one_owner,
             a_bound_without_an_image,
             a_failure_in_one_is_everybodys,
             what_is_not_a_number_in_one_is_skipped_by_all,
