@@ -30,10 +30,11 @@ _LONG = 128
 _FRESH = 2.0
 # Weight decay is small and signs change slowly: taken every so many steps, so many times as much, it costs nothing.
 _DECAY_EVERY = 8
-DECAY = 0.4
+DECAY = 0.2
 """Default `decay`."""
-# Of it where no classes are told apart: there the best weights are finite, and a smaller one is often worse.
-_UNLESS_SEPARABLE = 0.5
+# It is whole for so many times as many steps as a step's length, where classes are told apart: their loss falls for
+# ever as weights grow, and who trains longer fits more of the noise.
+_DECAY_LONGER = 16
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -113,9 +114,9 @@ class Spectral(Direction):
             (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
         decay: Cautious weight decay of matrices, a param group's `cautious_decay` from then on: `lr · decay` of the
             entries that the step makes smaller anyway is taken off as well, and less as steps grow shorter
-            (`full_steps`). Half of it where no classes are told apart (`Likelihood.is_separable`). Not of biases, and
-            not where the model is differentiated in its own forward: such a network solves an equation, and a smaller
-            weight is no better there.
+            (`full_steps`); of a loss that tells classes apart (`Likelihood.is_separable`) only from sixteen times as
+            many steps on. Not of biases, and not where the model is differentiated in its own forward: such a network
+            solves an equation, and a smaller weight is no better there.
         turns: A layer whose step takes long beside its gradients, as its sides are long for the rows that a batch has,
             moves at least every so many steps: 1, 2, 3 or 6. 1: all layers in each step.
         embedding_factor: Embeddings, which AdamW trains, take so many times its rate, a param group's
@@ -125,7 +126,7 @@ class Spectral(Direction):
         ValueError: If a number is out of range.
 
     >>> Spectral(momentum=0.9).defaults()
-    {'momentum': 0.9, 'cautious_decay': 0.4, 'embedding_factor': 4.0}
+    {'momentum': 0.9, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
     plain_treatment = "spectral step, no curvature"
@@ -208,9 +209,9 @@ class Spectral(Direction):
     def _decays(self, step: Step, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
         if not parameters:
             return {}
-        times = _DECAY_EVERY * shrunk(step.number, self._full_steps)
-        if not all(likelihood.is_separable for likelihood in step.estimator.likelihoods.values()):
-            times *= _UNLESS_SEPARABLE
+        separable = all(likelihood.is_separable for likelihood in step.estimator.likelihoods.values())
+        whole = None if self._full_steps is None else self._full_steps * (_DECAY_LONGER if separable else 1)
+        times = _DECAY_EVERY * shrunk(step.number, whole)
         rates = {p: times * float(group.get("cautious_decay", 0.0)) for group in step.groups for p in group["params"]}
         return {p: rates[p] for p in parameters if rates[p] > 0.0}
 
