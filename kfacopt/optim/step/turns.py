@@ -54,8 +54,9 @@ class Turns:
     - From step 150 on, as steps are shorter, all layers move every third time, those that cost three times as much as
       their gradients every sixth, where a step takes at least a fifth of the time of its gradients.
 
-    Turns are spread over the steps, so that all take about as long and few layers move far at once, but where calls are
-    most of a step: there all layers move in the same ones.
+    Turns are spread over the steps, those of one shape together: so all take about as long, and few layers move far at
+    once (a transformer with turns of six, spread, 1.53 as without, together 1.60). Where calls are most of a step, all
+    layers move in the same ones.
 
     Args:
         longest: Every so many steps a layer moves at least; 1: in each.
@@ -85,18 +86,22 @@ class Turns:
         return {layer: every if step % every == turn else 0 for layer, (every, turn) in self._turns.items()}
 
     def _taken(self, layers: Sequence[Layer], rows: Mapping[str, float], late: bool) -> dict[Layer, tuple[int, int]]:
-        """Each layer's interval, and its turn in it: the dearest first, where the least is to be done."""
+        """Each layer's interval, and its turn in it: the dearest shape first, where the least is to be done."""
         work = {layer: products(layer.shape) for layer in layers}
         every = self._intervals(layers, rows, work, late)
         spread = sum(work.values()) > CALLS
-        load, turns = [0.0] * _PERIOD, dict[Layer, tuple[int, int]]()
-        for layer in sorted(layers, key=lambda layer: -work[layer]):
-            interval = every[layer]
-            turn = min(range(interval), key=lambda place: sum(load[place::interval])) if spread else 0
-            for place in range(turn, _PERIOD, interval):
-                load[place] += work[layer]
-            turns[layer] = interval, turn
-        return turns
+        # Layers of one shape are one product, so they move together.
+        sums: dict[tuple[int, torch.Size], float] = {}
+        for layer in layers:
+            kind = every[layer], layer.shape
+            sums[kind] = sums.get(kind, 0.0) + work[layer]
+        load, turns = [0.0] * _PERIOD, dict[tuple[int, torch.Size], int]()
+        for kind in sorted(sums, key=lambda kind: -sums[kind]):
+            interval = kind[0]
+            turns[kind] = min(range(interval), key=lambda place: sum(load[place::interval])) if spread else 0
+            for place in range(turns[kind], _PERIOD, interval):
+                load[place] += sums[kind]
+        return {layer: (every[layer], turns[every[layer], layer.shape]) for layer in layers}
 
     def _intervals(
         self, layers: Sequence[Layer], rows: Mapping[str, float], work: Mapping[Layer, float], late: bool

@@ -50,10 +50,17 @@ def test_everybody_moves_as_far_in_six_steps_as_without_turns(
     ("first", "rows", "counts"), [(FIRST, 8.0, [2, 2, 3]), (LATE, 500.0, [2, 2, 3]), (LATE, 8.0, [1, 1, 1, 1, 1, 2])]
 )
 def test_the_work_is_spread_over_the_steps(first: int, rows: float, counts: list[int]) -> None:
-    layers = [layer(str(n), nn.Linear(128, 128, bias=False)) for n in range(7)]
+    layers = [layer(str(n), nn.Linear(128, 128 + n, bias=False)) for n in range(7)]
     taken = Turns(6)
     found = [taken.strides(first + step, layers, dict.fromkeys("0123456", rows)) for step in range(len(counts))]
     assert sorted(sum(stride > 0 for stride in strides.values()) for strides in found) == counts
+
+
+def test_layers_of_one_shape_move_together() -> None:
+    layers = [layer(str(n), nn.Linear(128, 128 + n % 3, bias=False)) for n in range(7)]
+    found = [Turns(3).strides(LATE + step, layers, dict.fromkeys("0123456", 500.0)) for step in range(3)]
+    moving = [{one.name for one, stride in strides.items() if stride} for strides in found]
+    assert sorted(map(sorted, moving)) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
 
 
 def test_small_layers_move_together() -> None:
