@@ -150,10 +150,10 @@ MLP = Problem("MLP", lambda: mlp(784, 512, 256, 10), (784,), 512)
 CNN = Problem("CNN", cnn, (3, 32, 32), 128)
 
 WORKS = (
-    Work("EKFAC", MLP, "mc", 9.0),  # 6.8 is the floor of one thread, five eigendecompositions and the products
-    Work("EKFAC", MLP, "type-2", 15.0),  # 10.7
+    Work("EKFAC", MLP, "mc", 9.0),  # 6.1 is the floor of one thread, five eigendecompositions and the products
+    Work("EKFAC", MLP, "type-2", 15.0),  # 9.7
     Work("EKFAC", CNN, "mc", 4.5),
-    Work("EKFAC", CNN, "type-2", 15.0),
+    Work("EKFAC", CNN, "type-2", 12.0),
     Work("KFAC", MLP, "mc", 2.8),
     Work("KFAC", CNN, "mc", 3.5),
     Work("Hessian", MLP),

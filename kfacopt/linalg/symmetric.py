@@ -31,7 +31,7 @@ _SILENT_SHARE = 32
 """Zero rows are taken out from one in so many on: from a tenth of an `eigh` on, and they are found in a hundredth."""
 
 _BEAT, _OFF_BEAT = 2048, 4
-"""Bytes between the columns of a matrix, of which multiples are slow, and how many columns more are fast.
+"""Bytes between the columns of a matrix from which on multiples of its half are slow; how many columns more are fast.
 
 Measured on one thread, alternately, as they are and with four more, float32: 512 17.4 and 14.5 ms, 768 45.1 and 41.1,
 1,024 119.6 and 96.5; float64: 256 6.3 and 5.7, 512 37.4 and 30.7. Below 2,048 bytes it takes longer. It changes the

@@ -61,3 +61,18 @@ def unpack_triangle(packed: Tensor) -> Tensor:
         upper = matrix[..., rows, rows].triu()
         matrix[..., rows, rows] = upper + upper.triu(1).mT
     return matrix
+
+
+def is_symmetric(matrix: Tensor) -> bool:
+    """Whether matrices `[*k d d]` are so to the last bit; waits for the device.
+
+    >>> import torch
+    >>> is_symmetric(torch.ones(2, 2)), is_symmetric(torch.tensor([[1.0, 2.0], [2.1, 1.0]]))
+    (True, False)
+    """
+    starts = range(0, matrix.shape[-1], _BLOCK)
+    return all(_block(matrix, a, b).equal(_block(matrix, b, a).mT) for a in starts for b in starts if b >= a)
+
+
+def _block(matrix: Tensor, row: int, column: int) -> Tensor:
+    return matrix[..., row : row + _BLOCK, column : column + _BLOCK]

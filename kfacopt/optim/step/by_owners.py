@@ -236,7 +236,9 @@ class _Divided:
         return _Told(
             codes={p: int(code) for p, (code, _) in zip(self._owner_of, pairs, strict=False)},
             decays={p: decay for p, (_, decay) in zip(self._owner_of, pairs, strict=False) if decay > 0.0},
-            products=None if found.image is None else dict(zip(self._owner_of, all_told[-count:], strict=True)),
+            products=None
+            if found.image is None
+            else dict(zip(self._owner_of, all_told[1 + len(numbers) :], strict=True)),
             kept=[(present > 0.0, number) for present, number in pairs[count:]],
             check=all_told[len(numbers)],
         )

@@ -205,6 +205,26 @@ def test_inputs_of_low_rank_among_more_data(budget: int) -> None:
     torch.testing.assert_close(cut @ solved + 1e-3 * solved, vector, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("data", "rank"), [(400, 20), (250, None)])  # more than inputs, with A; fewer, without
+def test_small_directions_of_the_inputs_are_not_left_out(data: int, rank: int | None) -> None:
+    """A rounding for each dimension is none any more: after a ReLU the mean makes one eigenvalue far the largest."""
+    torch.manual_seed(0)
+    model, loss = nn.Sequential(nn.Linear(300, 256), nn.ReLU(), nn.Linear(256, 10)), nn.CrossEntropyLoss()
+    x, y = torch.rand(data, 20) @ torch.randn(20, 300), torch.randint(10, (data,))
+    x = x if rank else x.relu()
+    single = EKFACLinearOperator(model, loss, trained(model), [(x, y)], fisher_type="type-2")
+    trace, vector = float(single.trace), torch.randn(single.shape[1])
+    product, inverse = single @ vector, KFACInverseLinearOperator(single, damping=1e-3, use_exact_damping=True)
+    solved = inverse @ vector
+    assert rank is None or single.blocks["0.weight"].basis()[1].shape == (300, rank)
+    exact = EKFACLinearOperator(model.double(), loss, trained(model), [(x.double(), y)], fisher_type="type-2")
+    assert trace == pytest.approx(float(exact.trace), rel=1e-5)
+    truth = exact @ vector.double()
+    assert float((product - truth).norm() / truth.norm()) < 2e-5
+    truth = KFACInverseLinearOperator(exact, damping=1e-3, use_exact_damping=True) @ vector.double()
+    assert float((solved - truth).norm() / truth.norm()) < 3e-3
+
+
 @pytest.mark.parametrize(("spare", "forwards"), [(0, 1), (-1, 2)], ids=["fits", "a-byte-short"])
 def test_the_gradients_of_weight_and_bias_are_kept_once(spare: int, forwards: int) -> None:
     model, loss, calls = nn.Linear(4, 3), nn.CrossEntropyLoss(), list[int]()

@@ -119,6 +119,37 @@ def state_is_everywhere() -> None:
         torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
 
 
+def an_outlier_is_clipped_as_in_one_process() -> None:
+    """By the norms of whole gradients, of which no process has one."""
+    batches = [(50.0 * x if number == 2 else x, y) for number, (x, y) in enumerate(make_batches(4))]
+    found = []
+    for direction in (kfacopt.Spectral, lambda: kfacopt.ClippedGradients(kfacopt.Spectral())):
+        make = optimizer(kfacopt.SpectralDescent, direction=direction)
+        one, _ = train(make, batches, plain(CE()), alone())
+        two, _ = train_sharded(make, [share(batch) for batch in batches], plain(CE()))
+        equals(two, one, 1e-10)
+        found.append(whole_weights(two))
+    assert float((found[0] - found[1]).norm()) > 1e-4
+
+
+def layers_may_have_no_gradient() -> None:
+    """Some of them, of a layer one parameter, and in the end all: what is left trains by AdamW."""
+    for make in (MADE["spectral"], MADE["natural"]):
+        found = []
+        for net in (make_net(), per_block(make_net())):
+            model: Any = net if found else nn.parallel.DistributedDataParallel(net, process_group=alone())
+            made = make(model)
+            for number, batch in enumerate(make_batches(3)):
+                made.zero_grad()
+                plain(CE())(model, share(batch) if found else batch)
+                for name, p in net.named_parameters():
+                    if (number == 1 and name in ("head.bias", "expert.weight")) or (number == 2 and "norm" not in name):
+                        p.grad = None
+                made.step()
+            found.append(net)
+        equals(found[1], found[0], 1e-10)
+
+
 class Doubled(kfacopt.Spectral):
     """A user's own, which says nothing of whether it goes by layers, and looks at all of them."""
 
@@ -217,6 +248,8 @@ CHECKS: Mapping[str, Callable[[], None]] = {
         check.__name__: check
         for check in (
             state_is_everywhere,
+            an_outlier_is_clipped_as_in_one_process,
+            layers_may_have_no_gradient,
             what_says_nothing_has_everything,
             layers_that_share_a_parameter_are_of_one_owner,
             a_bound_without_an_image,
@@ -236,6 +269,21 @@ def found() -> Found:
 def test_two_processes(found: Found, name: str) -> None:
     for rank, said in enumerate(found[name]):
         assert said == "", f"process {rank}: {said}"
+
+
+class Solving(kfacopt.KFACBackend):
+    """One that solves in its own way, and may ask all for that."""
+
+    def solve(self, gradients: Any, settings: Any) -> Any:
+        return super().solve(gradients, settings)
+
+
+def test_who_does_otherwise_says_anew_whether_it_can_be_divided() -> None:
+    assert kfacopt.KFACBackend(1, 1).solvers([]) == {}
+    assert Solving(1, 1).solvers([]) is None
+    assert Root(1, 1).solvers([]) == {}
+    assert (TrustRegion.reads_shards, Shortened.reads_shards) == (True, False)
+    assert Doubled.by_layers is kfacopt.Direction.by_layers
 
 
 def test_layers_go_to_who_can_solve_for_them() -> None:
