@@ -99,7 +99,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             `lr`, whatever its length. The first group's counts.
         relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
             schedule; `None`: no bound.
-        adamw_lr: AdamW's rate where there is no curvature; default: 0.01, with the spectral step (embeddings 0.04), or 0.001.
+        adamw_lr: AdamW's rate, where there is no curvature; default: spectral step 0.01 (embeddings 0.04), else 1e-3.
         factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
             `kfacopt.schedules`; None: the backend's default.
         refresh_every: Steps between two refreshes of a layer's inverse or eigenbasis, likewise; the layers' refreshes

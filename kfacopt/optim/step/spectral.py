@@ -189,8 +189,9 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         self._measure(step)
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
-        averaged = step.averaged(1.0 + _FRESH * fresh)
         strides = self._turns.strides(step.number, step.layers, step.rows)
+        resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
+        averaged = step.averaged(1.0 + _FRESH * fresh, resting)
         updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)
         for stack in stacked:
             with self._precision(stack.matrices, step.processes):
@@ -203,7 +204,6 @@ class Spectral(Direction):
         since = (step.number + 1) % _DECAY_EVERY
         weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
         check = torch.cat(norms).sum() if norms else None
-        resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
         return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights), resting=resting)
 
     def _decays(self, step: Step, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
