@@ -182,6 +182,9 @@ class Likelihood(ABC):
     is_level: ClassVar[bool] = False
     """Whether many numbers may have the same gradient, as errors of one sign have where the loss is straight."""
 
+    is_separable: ClassVar[bool] = False
+    """Whether the loss falls for ever as predictions grow, where classes are told apart: no finite weights are best."""
+
     is_hessian: bool = True
     """Whether what stands for the Hessian is the loss' own; False where the Fisher information does."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -48,6 +50,7 @@ class Bernoulli(Likelihood):
     ([1.0, 3.0], [0.5, -1.5])
     """
 
+    is_separable: ClassVar[bool] = True
     loss_nodes: tuple[str, ...] = ("BinaryCrossEntropyWithLogits",)
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import rearrange
 from torch import Generator, Tensor
@@ -50,6 +52,7 @@ class Categorical(Likelihood):
     (1.0, [1.0, 0.0], [0.5, -0.5])
     """
 
+    is_separable: ClassVar[bool] = True
     loss_nodes: tuple[str, ...] = ("NllLoss", "NllLoss2D")
 
     def __init__(

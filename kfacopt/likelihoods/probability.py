@@ -28,6 +28,7 @@ class BernoulliProbability(Pointwise):
     """
 
     loss_name: ClassVar[str] = "BCELoss"
+    is_separable: ClassVar[bool] = True
     is_hessian = False
 
     def __repr__(self) -> str:

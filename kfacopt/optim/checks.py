@@ -121,6 +121,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "momentum": (0.0, 1.0),
     "weight_decay": (0.0, math.inf),
     "cautious_decay": (0.0, math.inf),
+    "embedding_factor": (0.0, math.inf),
     "ema_decay": (0.0, 1.0),
     "adamw_lr": (0.0, math.inf),
 }

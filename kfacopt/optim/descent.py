@@ -13,7 +13,11 @@ from kfacopt.sharding import shard_like, shard_of, shards
 
 
 def descend(
-    group: Mapping[str, Any], state: memory.State, gradients: Mapping[nn.Parameter, Tensor], updates: Updates
+    group: Mapping[str, Any],
+    state: memory.State,
+    gradients: Mapping[nn.Parameter, Tensor],
+    updates: Updates,
+    structures: Mapping[nn.Parameter, str],
 ) -> None:
     """Move the parameters of one param group; of sharded ones each process moves its shards.
 
@@ -22,6 +26,7 @@ def descend(
         state: The optimizer's.
         gradients: Of the step; parameters without one stay.
         updates: Of the parameters that do not take AdamW's step, whole.
+        structures: Of layers that the direction leaves to AdamW, by parameter.
     """
     tensors, steps, rest, decayed = list[Tensor](), list[Tensor](), list[nn.Parameter](), dict[int, float]()
     for p in group["params"]:
@@ -40,12 +45,24 @@ def descend(
         weight_decay=group["weight_decay"],
         scale=updates.scale,
     )
-    rule.adamw_step(
-        [shard_of(p) for p in rest],
-        [shards(gradients, p) for p in rest],
-        [memory.adamw_state(state, p) for p in rest],
-        lr=groups.adamw_rate(group),
-        betas=group["adamw_betas"],
-        eps=group["adamw_eps"],
-        weight_decay=group["weight_decay"],
-    )
+    for rate, parts in _by_rate(group, rest, structures).items():
+        rule.adamw_step(
+            [shard_of(p) for p in parts],
+            [shards(gradients, p) for p in parts],
+            [memory.adamw_state(state, p) for p in parts],
+            lr=rate,
+            betas=group["adamw_betas"],
+            eps=group["adamw_eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+
+def _by_rate(
+    group: Mapping[str, Any], parameters: list[nn.Parameter], structures: Mapping[nn.Parameter, str]
+) -> dict[float, list[nn.Parameter]]:
+    """Parameters by AdamW's learning rate: embeddings have their own."""
+    result: dict[float, list[nn.Parameter]] = {}
+    rates = {False: groups.adamw_rate(group), True: groups.embedding_rate(group)}
+    for parameter in parameters:
+        result.setdefault(rates[structures.get(parameter) == "one-hot"], []).append(parameter)
+    return result

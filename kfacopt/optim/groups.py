@@ -16,7 +16,7 @@ Groups = Sequence[dict[str, Any]]
 _Own = tuple[float, bool, float]
 """A group's damping, whether that is relative, and its `ema_decay`."""
 
-YOUNGER = frozenset({"cautious_decay"})
+YOUNGER = frozenset({"cautious_decay", "embedding_factor"})
 """What a param group of an older state may lack: it goes on without."""
 
 
@@ -113,3 +113,12 @@ def adamw_rate(group: Mapping[str, Any]) -> float:
         return float(group["lr"])
     peak = peak_rate(group)
     return float(group["adamw_lr"]) * float(group["lr"]) / peak if peak > 0.0 else 0.0
+
+
+def embedding_rate(group: Mapping[str, Any]) -> float:
+    """AdamW's learning rate of embeddings: `embedding_factor` times that of all else, where a group has one.
+
+    >>> embedding_rate({"curvature": True, "adamw_lr": 1e-3, "base_lr": 0.4, "lr": 0.1, "embedding_factor": 4.0})
+    0.001
+    """
+    return adamw_rate(group) * (float(group.get("embedding_factor", 1.0)) if group["curvature"] else 1.0)

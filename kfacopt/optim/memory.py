@@ -26,10 +26,11 @@ def averaged(
     gradients: Mapping[nn.Parameter, Tensor],
     parameters: Collection[nn.Parameter],
     freshness: float = 1.0,
+    resting: Collection[nn.Parameter] = frozenset(),
 ) -> dict[nn.Parameter, Tensor]:
     """Gradients with momentum of some parameters, of sharded ones this process's shards; the running averages move on.
 
-    A new gradient weighs `freshness` times `1 - momentum`.
+    A new gradient weighs `freshness` times `1 - momentum`. Of those that rest the result is not asked.
     """
     covered = {id(p) for p in parameters if p in gradients}
     result: dict[nn.Parameter, Tensor] = {}
@@ -44,8 +45,9 @@ def averaged(
                 buffers.append(shard_of(own["momentum_buffer"]))
         for weight, (held, buffers) in by_weight.items():
             now = [shards(gradients, p) for p in held]
-            means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight)
-            result |= dict(zip(held, means, strict=True))
+            asked = [n for n, p in enumerate(held) if p not in resting]
+            means = rule.averaged_gradients(now, buffers, momentum=momentum, weight=weight, asked=asked)
+            result |= dict(zip((held[n] for n in asked), means, strict=True))
     return result
 
 

@@ -12,7 +12,12 @@ from kfacopt.linalg.tensors import real_views
 
 
 def averaged_gradients(
-    gradients: list[Tensor], buffers: list[Tensor], *, momentum: float, weight: float
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    momentum: float,
+    weight: float,
+    asked: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Nesterov momentum on the gradient, bias-corrected; the buffers are updated in place.
 
@@ -25,6 +30,7 @@ def averaged_gradients(
         buffers: Running averages, zero at first.
         momentum: Decay.
         weight: Sum of the weights of the gradients in the buffers, this step's not included (`next_weight`).
+        asked: Of which the result is wanted; None: of all. The averages of the others move on, too.
 
     >>> averaged_gradients([torch.ones(1)], [torch.zeros(1)], momentum=0.5, weight=0.0)
     [tensor([1.])]
@@ -32,6 +38,10 @@ def averaged_gradients(
     if not gradients:
         return []
     torch._foreach_lerp_(buffers, gradients, 1.0 - momentum)
+    if asked is not None and len(asked) < len(gradients):
+        gradients, buffers = [gradients[n] for n in asked], [buffers[n] for n in asked]
+    if not gradients:
+        return []
     result = list(torch._foreach_lerp(gradients, buffers, momentum))
     correction = next_weight(momentum, next_weight(momentum, weight))
     if correction < 1.0:

@@ -99,7 +99,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             `lr`, whatever its length. The first group's counts.
         relative_clip: Bound on the length of each layer's step over that of its parameters, with the `lr` before any
             schedule; `None`: no bound.
-        adamw_lr: AdamW's learning rate where there is no curvature; default: 0.01 with the spectral step, else 0.001.
+        adamw_lr: AdamW's rate, where there is no curvature; default: spectral step 0.01 (embeddings 0.04), else 1e-3.
         factor_every: Steps between two updates of the statistics: an int, a callable of the step, or a schedule of
             `kfacopt.schedules`; None: the backend's default.
         refresh_every: Steps between two refreshes of a layer's inverse or eigenbasis, likewise; the layers' refreshes
@@ -208,13 +208,13 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)
         if why is not None:
-            self._refused.update(layer.parameters.values())
+            self._refused |= dict.fromkeys(layer.parameters.values(), layer.handler.structure)
         return why
 
     def _attach(self) -> None:
         if any(group["relative_damping"] for group in self.param_groups):
             self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step
-        self._refused: set[nn.Parameter] = set()
+        self._refused: dict[nn.Parameter, str] = {}
         super()._attach()
         self._find_plain()
 
@@ -225,7 +225,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         self._by_owners = ByOwners()
         if (treatment := self.direction.plain_treatment) is None:
             return
-        taken = self._refused.union(*(layer.parameters.values() for layer in self._layers))
+        taken = set(self._refused).union(*(layer.parameters.values() for layer in self._layers))
         wanted = [p for p in self._parameters(curvature=True) if p.requires_grad and p not in taken]
         self._plain, self._rest = plain_matrices_in(self._rest, self.model, wanted, treatment)
 
@@ -317,7 +317,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
         judged = (rule_ := self.damping_rule) is not None and rule_.due(self._step) and self._agreed.replays
         before = {p: p.clone() for p in step.gradients} if judged else {}
         for group in self.param_groups:
-            descend(group, self.state, step.gradients, updates)
+            descend(group, self.state, step.gradients, updates, self._refused)
         if rule_ is None or not judged:
             return
         delta = wholes({p: p - old for p, old in before.items()})

@@ -41,7 +41,8 @@ class SpectralDescent(SecondOrderOptimizer):
         momentum: Of the gradients, none of which is much longer than those before it (`ClippedGradients`).
         damping: Half of the factor's mean eigenvalue; the length of a step is not the damping's to bound.
         kl_clip: See there; a bound costs the curvature's product with the step.
-        adamw_lr: AdamW's learning rate, of embeddings, normalisations and all else without a matrix.
+        adamw_lr: AdamW's learning rate, of normalisations and all else without a matrix; embeddings take four times it
+            (a param group's `embedding_factor`).
         backend: The curvature; default: `OneSidedKFACBackend(exponent=0.5)`, Shampoo's power of it.
         direction: Default: `ClippedGradients(Spectral(momentum))`.
         options: More of `SecondOrderOptimizer`'s arguments.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,7 +93,9 @@ class Step:
     _brought: Callable[[dict[nn.Parameter, Tensor]], dict[nn.Parameter, Tensor]] = field(default=_to_all, repr=False)
     _stepped: list[nn.Parameter] = field(default_factory=list, repr=False)  # until layers are chosen anew: the same
 
-    def averaged(self, freshness: float = 1.0) -> dict[nn.Parameter, Tensor]:
+    def averaged(
+        self, freshness: float = 1.0, resting: Collection[nn.Parameter] = frozenset()
+    ) -> dict[nn.Parameter, Tensor]:
         """The gradients' momentum, bias-corrected and with Nesterov's look-ahead, of layers and of plain matrices.
 
         Where the step is divided (`Direction.by_layers`), of those whose step is taken in this process.
@@ -102,6 +104,7 @@ class Step:
 
         Args:
             freshness: What the new gradient weighs, in units of `1 - momentum`.
+            resting: Of whom nobody asks in this step, the same in all processes; their averages move on, too.
 
         Raises:
             RuntimeError: If somebody in the same step averaged other gradients (`UnitGradients` around a part).
@@ -113,7 +116,7 @@ class Step:
                 "UnitGradients around the whole direction, not around a part"
             )
         if not self._averages:
-            shards = memory.averaged(self.groups, self.state, self.gradients, self.stepped, freshness)
+            shards = memory.averaged(self.groups, self.state, self.gradients, self.stepped, freshness, resting)
             self._averages[key] = self._brought(shards)
         return self._averages[key]
 

@@ -92,7 +92,7 @@ class UnitGradients(RescaledGradients):
 
     >>> from kfacopt.optim.step.spectral import Spectral
     >>> UnitGradients(Spectral()).defaults()
-    {'momentum': 0.95, 'cautious_decay': 0.2}
+    {'momentum': 0.95, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
     def __repr__(self) -> str:
@@ -131,7 +131,7 @@ class ClippedGradients(RescaledGradients):
 
     >>> from kfacopt.optim.step.spectral import Spectral
     >>> ClippedGradients(Spectral(), limit=2.0).defaults()
-    {'momentum': 0.95, 'cautious_decay': 0.2}
+    {'momentum': 0.95, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
     def __init__(self, direction: Direction, limit: float = 1.5, decay: float = 0.95) -> None:

@@ -32,6 +32,9 @@ _FRESH = 2.0
 _DECAY_EVERY = 8
 DECAY = 0.2
 """Default `decay`."""
+# It is whole for so many times as many steps as a step's length, where classes are told apart: their loss falls for
+# ever as weights grow, and who trains longer fits more of the noise.
+_DECAY_LONGER = 16
 
 
 def dense_layers(layer: Layer) -> bool:
@@ -81,8 +84,9 @@ class Spectral(Direction):
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
     of how outputs go together stays.
 
-    **Who moves when.** A layer whose step takes longer than its gradients, as its sides are long for a batch's rows,
-    moves every second or third step only, and as much further (`kfacopt.optim.step.turns`); its momentum misses none.
+    **Who moves when.** A layer whose step takes long beside its gradients, as its sides are long for a batch's rows,
+    moves every second, third or sixth step only, and as much further (`kfacopt.optim.step.turns`); its momentum misses
+    no gradient.
 
     It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults). Layers
     of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it refreshes.
@@ -110,16 +114,19 @@ class Spectral(Direction):
             (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
         decay: Cautious weight decay of matrices, a param group's `cautious_decay` from then on: `lr · decay` of the
             entries that the step makes smaller anyway is taken off as well, and less as steps grow shorter
-            (`full_steps`). Not of biases, and not where the model is differentiated in its own forward: such a network
+            (`full_steps`); of a loss that tells classes apart (`Likelihood.is_separable`) only from sixteen times as
+            many steps on. Not of biases, and not where the model is differentiated in its own forward: such a network
             solves an equation, and a smaller weight is no better there.
-        turns: A layer whose step takes longer than its gradients, as its sides are long for the rows that a batch has,
-            moves at least every so many steps, 1 to 3. 1: all layers in each step.
+        turns: A layer whose step takes long beside its gradients, as its sides are long for the rows that a batch has,
+            moves at least every so many steps: 1, 2, 3 or 6. 1: all layers in each step.
+        embedding_factor: Embeddings, which AdamW trains, take so many times its rate, a param group's
+            `embedding_factor` from then on: a row moves only where its word occurs.
 
     Raises:
         ValueError: If a number is out of range.
 
     >>> Spectral(momentum=0.9).defaults()
-    {'momentum': 0.9, 'cautious_decay': 0.2}
+    {'momentum': 0.9, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
     plain_treatment = "spectral step, no curvature"
@@ -134,10 +141,12 @@ class Spectral(Direction):
         warmup: int = 300,
         full_steps: int | None = FULL_STEPS,
         decay: float = DECAY,
-        turns: int = 3,
+        turns: int = 6,
+        embedding_factor: float = 4.0,
     ) -> None:
         check_number("momentum", momentum)
         check_number("cautious_decay", decay)
+        check_number("embedding_factor", embedding_factor)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
@@ -146,6 +155,7 @@ class Spectral(Direction):
         self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
         self._evening, self._turns = Evening(row_decay), Turns(turns)
         self._momentum, self._decay, self._layers = momentum, decay, layers
+        self._embedding_factor = embedding_factor
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
         self._measured: dict[str, torch.dtype] = {}
@@ -154,7 +164,8 @@ class Spectral(Direction):
         return f"Spectral(momentum={self._momentum}, polar={self._polar}, layers={self._layers.__name__})"
 
     def defaults(self) -> dict[str, float]:
-        return {"momentum": self._momentum, "cautious_decay": self._decay}
+        own = {"cautious_decay": self._decay, "embedding_factor": self._embedding_factor}
+        return {"momentum": self._momentum, **own}
 
     def refusal(self, layer: Layer) -> str | None:
         if layer.handler.structure == "elementwise":
@@ -178,8 +189,9 @@ class Spectral(Direction):
     def updates(self, step: Step) -> Updates:
         self._measure(step)
         fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
-        averaged = step.averaged(1.0 + _FRESH * fresh)
         strides = self._turns.strides(step.number, step.layers, step.rows)
+        resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
+        averaged = step.averaged(1.0 + _FRESH * fresh, resting)
         updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)
         for stack in stacked:
             with self._precision(stack.matrices, step.processes):
@@ -192,13 +204,14 @@ class Spectral(Direction):
         since = (step.number + 1) % _DECAY_EVERY
         weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
         check = torch.cat(norms).sum() if norms else None
-        resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
         return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights), resting=resting)
 
     def _decays(self, step: Step, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
         if not parameters:
             return {}
-        times = _DECAY_EVERY * shrunk(step.number, self._full_steps)
+        separable = all(likelihood.is_separable for likelihood in step.estimator.likelihoods.values())
+        whole = None if self._full_steps is None else self._full_steps * (_DECAY_LONGER if separable else 1)
+        times = _DECAY_EVERY * shrunk(step.number, whole)
         rates = {p: times * float(group.get("cautious_decay", 0.0)) for group in step.groups for p in group["params"]}
         return {p: rates[p] for p in parameters if rates[p] > 0.0}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kfacopt
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.layers.layer import Layer
+from kfacopt.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfacopt.linalg import kronecker
 from kfacopt.optim.step import spectral
 from kfacopt.optim.step.lengths import layer_length
@@ -186,6 +187,19 @@ def test_the_default_leaves_embeddings_and_normalisations_to_adamw_and_says_so()
     assert "momentum_buffer" in made.state[model.head.weight]
     assert set(made.backend.state_dict()["blocks"]) == {layer.name for layer in made._layers}
     assert all(dense_layers(layer) for layer in made._layers)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_embeddings_take_four_times_adamws_rate(factor: float | None) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    own = {} if factor is None else {"embedding_factor": factor}
+    made = kfacopt.SpectralDescent(model, nn.CrossEntropyLoss(), [{"params": list(model.parameters()), **own}])
+    before = copy.deepcopy(model)
+    train_step(made, model, nn.CrossEntropyLoss(), torch.tensor([0, 1, 1, 3]), torch.tensor([0, 1, 2, 0]))
+    moved = [(p - old).abs().max().item() for p, old in zip(model.parameters(), before.parameters(), strict=True)]
+    # AdamW's first step is its rate in each entry.
+    assert moved[:3] == pytest.approx([0.01 * (factor or 4.0), 0.01, 0.01], rel=1e-4)
+    assert not any((model[0].weight - before[0].weight)[[2, 4]].flatten())
 
 
 def test_every_layer_moves_its_outputs_by_one() -> None:
@@ -784,13 +798,26 @@ def test_decay_takes_off_what_the_step_makes_smaller_anyway(number: int) -> None
         torch.testing.assert_close(p, free[name] - part * before[name] * alike)
 
 
-def test_decay_falls_as_steps_do() -> None:
+def at_step(number: int, groups: Any, *likelihoods: Likelihood) -> Any:
+    """What of a step the decay is told."""
+    estimator = SimpleNamespace(likelihoods=dict(enumerate(likelihoods)))
+    return SimpleNamespace(number=number, groups=groups, estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    ("likelihoods", "whole"),
+    [((Categorical(),), 64), ((Bernoulli(),), 64), ((Gaussian(),), 4), ((Categorical(), Gaussian()), 4)],
+)
+def test_decay_falls_as_steps_do_and_later_of_classes(likelihoods: tuple[Likelihood, ...], whole: int) -> None:
     direction = kfacopt.Spectral(full_steps=4)
     weight = nn.Parameter(torch.ones(2, 2))
     groups = [{"params": [weight], "cautious_decay": 0.2}]
-    moments: list[Any] = [SimpleNamespace(number=number, groups=groups) for number in (7, 15)]
-    early, late = (direction._decays(step, [weight]) for step in moments)
-    assert late[weight] / early[weight] == pytest.approx((8 / 16) ** 0.5)
+    first, last, late = (
+        direction._decays(at_step(number, groups, *likelihoods), [weight])[weight]
+        for number in (0, whole - 1, 4 * whole - 1)
+    )
+    assert first == last == pytest.approx(8 * 0.2)
+    assert late == pytest.approx(first / 2)
 
 
 def test_whoever_says_weight_decay_has_no_other() -> None:
@@ -813,5 +840,5 @@ def test_a_state_without_decay_goes_on_without() -> None:
     state = made.state_dict()
     del state["param_groups"][0]["cautious_decay"]
     made.load_state_dict(state)
-    assert not made.direction.direction._decays(SimpleNamespace(number=7, groups=made.param_groups), model.parameters())  # type: ignore[attr-defined]
+    assert not made.direction.direction._decays(at_step(7, made.param_groups, Categorical()), model.parameters())  # type: ignore[attr-defined]
     train_step(made, model, loss, x, y)

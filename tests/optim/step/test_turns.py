@@ -16,7 +16,7 @@ from kfacopt.layers import handler_for
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step import turns
 from kfacopt.optim.step.lengths import FULL_STEPS, shrunk
-from kfacopt.optim.step.turns import FIRST, Turns, cost
+from kfacopt.optim.step.turns import FIRST, LATE, Turns, cost
 from tests.cases import train_step
 
 ROWS = 4
@@ -26,26 +26,54 @@ def layer(name: str, module: nn.Module) -> Layer:
     return Layer(name, (module,), handler_for(module), dict(module.named_parameters()))
 
 
-@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 64), st.integers(0, 200)), max_size=8), st.integers(1, 3))
-def test_everybody_moves_as_far_in_six_steps_as_without_turns(sizes: list[tuple[int, int, int]], longest: int) -> None:
+SIZES = st.tuples(st.integers(1, 128), st.integers(1, 128), st.integers(0, 200))
+
+
+@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE]))
+def test_everybody_moves_as_far_in_six_steps_as_without_turns(
+    sizes: list[tuple[int, int, int]], longest: int, first: int
+) -> None:
     layers = [layer(str(n), nn.Linear(i, o, bias=False)) for n, (i, o, _) in enumerate(sizes)]
     rows = {str(n): float(count) for n, (_, _, count) in enumerate(sizes) if count}
     taken = Turns(longest)
-    found = [taken.strides(FIRST + step, layers, rows) for step in range(6)]
+    found = [taken.strides(first + step, layers, rows) for step in range(6)]
     for one in layers:
         strides = {strides[one] for strides in found} - {0}
         assert sum(strides[one] for strides in found) == 6
         assert len(strides) == 1
-        assert max(strides) <= longest
-        if one.name not in rows or cost(one.shape, rows[one.name]) < 1.0:
+        assert max(strides) <= (longest if first == LATE else min(3, longest))
+        if one.name not in rows or (first == FIRST and cost(one.shape, rows[one.name]) < 1.0):
             assert strides == {1}
 
 
-def test_the_work_is_spread_over_the_steps() -> None:
-    layers = [layer(str(n), nn.Linear(64, 64, bias=False)) for n in range(7)]
-    taken = Turns(3)
-    found = [taken.strides(FIRST + step, layers, dict.fromkeys("0123456", 8.0)) for step in range(3)]
-    assert sorted(sum(stride > 0 for stride in strides.values()) for strides in found) == [2, 2, 3]
+@pytest.mark.parametrize(
+    ("first", "rows", "counts"), [(FIRST, 8.0, [2, 2, 3]), (LATE, 500.0, [2, 2, 3]), (LATE, 8.0, [1, 1, 1, 1, 1, 2])]
+)
+def test_the_work_is_spread_over_the_steps(first: int, rows: float, counts: list[int]) -> None:
+    layers = [layer(str(n), nn.Linear(128, 128 + n, bias=False)) for n in range(7)]
+    taken = Turns(6)
+    found = [taken.strides(first + step, layers, dict.fromkeys("0123456", rows)) for step in range(len(counts))]
+    assert sorted(sum(stride > 0 for stride in strides.values()) for strides in found) == counts
+
+
+def test_layers_of_one_shape_move_together() -> None:
+    layers = [layer(str(n), nn.Linear(128, 128 + n % 3, bias=False)) for n in range(7)]
+    found = [Turns(3).strides(LATE + step, layers, dict.fromkeys("0123456", 500.0)) for step in range(3)]
+    moving = [{one.name for one, stride in strides.items() if stride} for strides in found]
+    assert sorted(map(sorted, moving)) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+
+
+def test_small_layers_move_together() -> None:
+    layers = [layer(str(n), nn.Linear(24, 24)) for n in range(7)]
+    found = [Turns(6).strides(LATE + step, layers, dict.fromkeys("0123456", 100.0)) for step in range(6)]
+    assert sorted({stride for strides in found for stride in strides.values()}) == [0, 3]
+    assert sorted(len(set(strides.values())) for strides in found) == [1] * 6
+
+
+def test_all_move_in_each_step_where_gradients_are_the_time() -> None:
+    layers = [layer("a", nn.Conv2d(16, 32, 3)), layer("b", nn.Linear(32, 10))]
+    for step in (FIRST, LATE, LATE + 1, LATE + 2):
+        assert Turns(6).strides(step, layers, {"a": 5e5, "b": 64.0}) == dict.fromkeys(layers, 1)
 
 
 def test_a_weight_of_two_layers_moves_in_each_step() -> None:
@@ -66,13 +94,14 @@ def test_a_dear_layer_moves_in_each_step_where_gradients_take_longer_anyway() ->
 
 @pytest.mark.parametrize("longest", [0, 4])
 def test_what_cannot_be_is_refused(longest: int) -> None:
-    with pytest.raises(ValueError, match="turns must be 1, 2 or 3"):
+    with pytest.raises(ValueError, match="turns must be 1, 2, 3 or 6"):
         kfacopt.Spectral(turns=longest)
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "FIRST", 3)
+    monkeypatch.setattr(turns, "CALLS", 0.0)
 
 
 def made(**options: float) -> tuple[kfacopt.SpectralDescent, nn.Module, Iterator[tuple[Tensor, Tensor]]]:
