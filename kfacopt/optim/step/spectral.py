@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -109,7 +110,8 @@ class Spectral(Direction):
             one's own.
         row_decay: Decay of the running mean square of each row; None: rows stay as they are.
         warmup: Steps over which the momentum grows: a new gradient weighs three times as much in the first of them, as
-            old ones are soon of another place then. 0: none.
+            old ones are soon of another place then. 0: none. Where the model is differentiated in its own forward it
+            grows from itself to its root (0.95 to 0.975): such losses have little noise, but valleys.
         full_steps: For so many steps the length is whole, after them it falls as `sqrt(full_steps / number of steps)`
             (see `kfacopt.optim.step.lengths.shrunk`); None: it stays.
         decay: Cautious weight decay of matrices, a param group's `cautious_decay` from then on: `lr · decay` of the
@@ -188,10 +190,9 @@ class Spectral(Direction):
 
     def updates(self, step: Step) -> Updates:
         self._measure(step)
-        fresh = 1.0 - min(1.0, step.number / self._warmup) if self._warmup else 0.0
         strides = self._turns.strides(step.number, step.layers, step.rows)
         resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
-        averaged = step.averaged(1.0 + _FRESH * fresh, resting)
+        averaged = step.averaged(self._freshness(step), resting)
         updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)
         for stack in stacked:
             with self._precision(stack.matrices, step.processes):
@@ -205,6 +206,17 @@ class Spectral(Direction):
         weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
         check = torch.cat(norms).sum() if norms else None
         return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights), resting=resting)
+
+    def _freshness(self, step: Step) -> float:
+        """What a new gradient weighs in the momentum, in units of `1 - momentum`."""
+        grown = min(1.0, step.number / self._warmup) if self._warmup else 1.0
+        if not any(plain.differentiated for plain in step.plain.values()):
+            return 1.0 + _FRESH * (1.0 - grown)
+        # The heat equation, 1,550 steps, four seeds: 0.85 to 0.95 as elsewhere 4.5e-4, 0.95 throughout 2.6e-4, 0.97
+        # 1.7e-4, 0.98 1.6e-4, 0.99 7.8e-4.
+        momentum = max(float(group["momentum"]) for group in step.groups)
+        root = 1.0 / (1.0 + math.sqrt(momentum))  # (1 - √momentum) / (1 - momentum)
+        return 1.0 + (root - 1.0) * grown
 
     def _decays(self, step: Step, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, float]:
         if not parameters:

@@ -159,3 +159,16 @@ def test_gradients_of_zero_leave_the_weights() -> None:
     before = copy.deepcopy(model.state_dict())
     train_step(made, model, loss, x, model(x).detach())
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*a derivative of the model is taken in its forward")
+def test_the_momentum_grows_to_its_root() -> None:
+    model, loss, x, y = sloped()
+    made = kfacopt.SpectralDescent(model, loss, lr=1e-2, direction=kfacopt.Spectral(momentum=0.81, warmup=1))
+    train_step(made, model, loss, x, y)  # whether a derivative is taken shows in the first backward
+    first = {p: (made.state[p]["momentum_buffer"].clone(), made.state[p]["momentum_weight"]) for p in matrices(model)}
+    train_step(made, model, loss, x, y)
+    for p, (buffer, weight) in first.items():
+        assert p.grad is not None
+        torch.testing.assert_close(made.state[p]["momentum_buffer"], 0.9 * buffer + 0.1 * p.grad)
+        assert made.state[p]["momentum_weight"] == pytest.approx(0.9 * weight + 0.1)
