@@ -78,6 +78,13 @@ def test_finished_runs_are_found_by_all_that_decides_them(tmp_path: Path) -> Non
     assert [Finished(finished.path).find(one) for one in RUNS[:3]] == [None, None, RUNS[2]]
 
 
+def test_a_suite_chooses_its_tasks_and_the_command_line_others() -> None:
+    chosen = {run.task for run in suite.planned(compose("suite", ["suite=batch_size"]))}
+    assert chosen == {f"batch {size}" for size in (8, 16, 32, 64, 128)}
+    chosen = {run.task for run in suite.planned(compose("suite", ["suite=batch_size", "only=[table]"]))}
+    assert chosen == {"table"}
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_every_task_and_optimizer_of_a_suite_can_be_made(name: str) -> None:
     config = compose("suite", [f"suite={name}"])
