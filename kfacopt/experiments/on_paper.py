@@ -236,14 +236,14 @@ class _Division:
         self._size, self._spectral, self._sharded = holders.processes.size, spectral, sharded
         self._holders_of = holders.solvers(layers)
         self._takers: dict[Layer, Collection[int]] = dict(self._holders_of)
-        alike: dict[torch.Size, list[Layer]] = {}
-        for layer in layers:
-            alike.setdefault(layer.shape, []).append(layer)
         if sharded:
             taken = takers(layers, {}, self._holders_of, self._size)
             assert taken is not None, "no layers share a parameter"
             self._takers = {layer: [taken[layer.parameters["weight"]]] for layer in layers}
         elif spectral and holders.apart:
+            alike: dict[torch.Size, list[Layer]] = {}
+            for layer in layers:
+                alike.setdefault(layer.shape, []).append(layer)
             for some in alike.values():
                 self._takers |= {la: holders.teams.holders(r) for la, r in (holders.steppers(some) or {}).items()}
 

@@ -78,7 +78,7 @@ def agreed(
     held = list(gradients.values())
     own = lengths([shard_of(g) for g in held])
     parted = [norm for g, norm in zip(held, own, strict=True) if is_sharded(g)]
-    whole = [norm for g, norm in zip(held, own, strict=True) if not is_sharded(g)]
+    whole = [norm for g, norm in zip(held, own, strict=True) if not is_sharded(g)] if parted else own
     size, sharded = sum(whole, 0.0), sum(parted, 0.0)
     elsewhere = {layer.name: how for layer, how in capture.passes.used_elsewhere.items()}
     table = processes.table(

@@ -248,8 +248,9 @@ class _Divided:
         chosen = [p for p, code in told.codes.items() if code > 0]
         parcels = [Parcel(self._owner_of[p], self._spreads[p], _DTYPES[told.codes[p] - 1]) for p in chosen]
         wholes = [found.tensors[p] if self._is_own(p) else None for p in chosen]
+        stepped = frozenset(chosen)  # of the others nothing has changed
         kept = [(one, one.like) for one, (present, _) in zip(self._kept, told.kept, strict=True) if present]
-        tensors = [(one, like) for one, like in kept if like is not None]
+        tensors = [(one, like) for one, like in kept if like is not None and one.parameter in stepped]
         for (parameter, name, _), like in tensors:
             spread = everywhere(like.numel(), self._processes.size)
             parcels.append(Parcel(self._owner_of[parameter], spread, like.dtype))

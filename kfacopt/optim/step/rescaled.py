@@ -24,9 +24,14 @@ class RescaledGradients(Direction):
     Args:
         direction: What the gradients go to.
 
+    Attributes:
+        reads_norms: Whether of gradients that are sharded it reads no more than `Step.norms`.
+
     Raises:
         TypeError: If it is no direction.
     """
+
+    reads_norms: bool = False
 
     def __init__(self, direction: Direction) -> None:
         if not isinstance(direction, Direction):
@@ -36,8 +41,11 @@ class RescaledGradients(Direction):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "rescaled" in vars(cls) and "by_layers" not in vars(cls):
-            cls.by_layers = Direction.by_layers  # type: ignore[method-assign]
+        if "rescaled" in vars(cls):  # who rescales otherwise than the class below says anew what is read
+            cls.reads_norms = bool(vars(cls).get("reads_norms", False))
+
+    def by_layers(self, step: Step) -> bool:
+        return self.reads_norms and step.norms is not None and self.direction.by_layers(step)
 
     @abstractmethod
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -95,11 +103,10 @@ class UnitGradients(RescaledGradients):
     {'momentum': 0.95, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
+    reads_norms = True
+
     def __repr__(self) -> str:
         return f"UnitGradients({self.direction})"
-
-    def by_layers(self, step: Step) -> bool:
-        return self.direction.by_layers(step) and step.norms is not None
 
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         if any(map(is_sharded, gradients)):
@@ -134,6 +141,8 @@ class ClippedGradients(RescaledGradients):
     {'momentum': 0.95, 'cautious_decay': 0.2, 'embedding_factor': 4.0}
     """
 
+    reads_norms = True
+
     def __init__(self, direction: Direction, limit: float = 1.5, decay: float = 0.95) -> None:
         super().__init__(direction)
         if not 1.0 < limit < math.inf:
@@ -145,9 +154,6 @@ class ClippedGradients(RescaledGradients):
 
     def __repr__(self) -> str:
         return f"ClippedGradients({self.direction}, limit={self._limit}, decay={self._decay})"
-
-    def by_layers(self, step: Step) -> bool:
-        return self.direction.by_layers(step) and step.norms is not None
 
     def rescaled(self, step: Step, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         # On the host, from norms that are there anyway: most steps clip nothing, and touch no gradient.

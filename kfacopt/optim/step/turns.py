@@ -15,9 +15,10 @@ LATE = 150
 """From this step on steps are short enough that all layers may take turns."""
 CALLS = 3e7
 """So many multiplications take as long as the calls of a step whose matrices are small."""
-_LATE, _DEAR = 3, 6
+LONGEST = 6
+"""Every so many steps a layer moves at least, by default; two and three divide it."""
+_USUAL = 3
 _PART = 0.2
-_PERIOD = 6  # which all of them divide
 
 
 def products(shape: torch.Size) -> float:
@@ -62,7 +63,7 @@ class Turns:
         longest: Every so many steps a layer moves at least; 1: in each.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int = LONGEST) -> None:
         if longest not in (1, 2, 3, 6):
             raise ValueError(f"turns must be 1, 2, 3 or 6, got {longest}")
         self._longest = longest
@@ -95,11 +96,11 @@ class Turns:
         for layer in layers:
             kind = every[layer], layer.shape
             sums[kind] = sums.get(kind, 0.0) + work[layer]
-        load, turns = [0.0] * _PERIOD, dict[tuple[int, torch.Size], int]()
+        load, turns = [0.0] * LONGEST, dict[tuple[int, torch.Size], int]()
         for kind in sorted(sums, key=lambda kind: -sums[kind]):
             interval = kind[0]
             turns[kind] = min(range(interval), key=lambda place: sum(load[place::interval])) if spread else 0
-            for place in range(turns[kind], _PERIOD, interval):
+            for place in range(turns[kind], LONGEST, interval):
                 load[place] += sums[kind]
         return {layer: (every[layer], turns[every[layer], layer.shape]) for layer in layers}
 
@@ -116,7 +117,7 @@ class Turns:
         every = dict.fromkeys(layers, 1)
         for layer, ratio in ratios.items():
             if late and steps + CALLS > _PART * gradients:
-                every[layer] = min(self._longest, _DEAR if ratio > _LATE else _LATE)
+                every[layer] = min(self._longest, LONGEST if ratio > _USUAL else _USUAL)
             elif steps > gradients:
-                every[layer] = max(1, min(self._longest, _LATE, round(ratio)))
+                every[layer] = max(1, min(self._longest, _USUAL, round(ratio)))
         return every
