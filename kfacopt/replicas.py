@@ -2,7 +2,8 @@
 
 Ranks are cut into teams of `replicas`. A layer belongs to a team: its owner there decomposes, each member holds what
 comes of it and solves, and sends what it solved to the ranks that have its place in the other teams. One team of all
-ranks is nothing to be sent at a step; teams of one are least memory (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
+ranks is nothing to be sent at a step; teams of one, the default, are nothing to be sent at a refresh, and the least to
+be computed (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -22,33 +23,40 @@ from kfacopt.sharding import BUCKET, Message, Processes, buckets, in_messages, u
 
 @dataclass(frozen=True)
 class Sharding:
-    """Which processes train together, and how many of them hold what was decomposed of each layer.
+    """Which processes train together, how many of them hold what was decomposed of each layer, and who statistics.
 
-    Memory against communication: with `replicas=None` every process holds statistics and inverses of all layers, takes
-    the whole step by itself, and sends nothing for it. With fewer each process holds those of its share of the layers,
-    takes the steps of these, and receives those of the others: as many numbers as the layers with curvature have
-    parameters, at each step. EKFAC's eigenbases and second moments are in every process either way, which needs the
-    bases for the rows of its own data: its factors are divided, and the work. With `kfacopt.schedules.Background` all
-    have all statistics.
+    Work and memory against communication: by default a layer has one owner, which alone holds its inverse, takes its
+    step, and sends that to the others: as many numbers in a step as the layers with curvature have parameters, and none
+    at a refresh. With `replicas=None` every process holds the inverses of all layers, which a refresh sends, takes the
+    whole step by itself, and sends nothing for it. EKFAC's eigenbases are in every process either way, which needs them
+    for the rows of its own data.
+
+    Statistics are in every process, so that what any of them saves goes on anywhere, or where the inverse is.
 
     Args:
         group: torch's process group, of those whose gradients are averaged; None: that of the engine around the model,
             else the default one.
-        replicas: How many processes hold what is of each layer; a divisor of their number (1: its owner alone), or more
-            than there are: all. None: all.
+        replicas: How many processes hold the inverse of each layer; a divisor of their number (1: its owner alone), or
+            more than there are: all. None: all.
+        statistics: Who holds Kronecker factors. `"all"`: every process; `"holders"`: those that hold the inverse, which
+            is least memory; a state dict then has them only after `consolidate_state_dict()`. With
+            `kfacopt.schedules.Background` all do either way.
 
     Raises:
         TypeError: If `replicas` is no number.
-        ValueError: If it is none of processes.
+        ValueError: If it is none of processes, or `statistics` is neither.
 
-    >>> Sharding(replicas=1)
-    Sharding(group=None, replicas=1)
+    >>> Sharding(replicas=2)
+    Sharding(group=None, replicas=2, statistics='all')
     """
 
     group: Any = None
-    replicas: int | None = None
+    replicas: int | None = 1
+    statistics: Literal["all", "holders"] = "all"
 
     def __post_init__(self) -> None:
+        if self.statistics not in ("all", "holders"):
+            raise ValueError(f"statistics must be 'all' or 'holders' of a layer's inverse, got {self.statistics!r}")
         if self.replicas is None:
             return
         if isinstance(self.replicas, bool) or not isinstance(self.replicas, int):
@@ -65,8 +73,7 @@ def joined(model: Any, sharding: Sharding | None) -> tuple[Any, Processes]:
         ValueError: If its group is not the engine's.
     """
     inner, processes = unwrapped(model)
-    if sharding is None:
-        return inner, processes
+    sharding = Sharding() if sharding is None else sharding
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding must be a kfacopt.Sharding, got {sharding!r}")
     if sharding.group is not None and processes.is_open:
@@ -77,7 +84,7 @@ def joined(model: Any, sharding: Sharding | None) -> tuple[Any, Processes]:
                 f"Sharding(group=...) has the processes {wanted}, but the engine around the model averages gradients "
                 f"over {averaged}: weights would drift apart. Leave group out, or give the engine the same"
             )
-    processes.replicas = sharding.replicas
+    processes.replicas, processes.divides_statistics = sharding.replicas, sharding.statistics == "holders"
     Teams.of(processes)
     return inner, processes
 

@@ -40,6 +40,7 @@ class Processes:
     Attributes:
         device: Where what is sent must lie; the owner sets it.
         replicas: How many of them hold each layer's cache, if there are as many (`kfacopt.Sharding`); None: all.
+        divides_statistics: Whether these alone hold its statistics, too.
 
     >>> Processes().size, Processes().rank, Processes().mean([3.0])
     (1, 0, [3.0])
@@ -50,6 +51,7 @@ class Processes:
         self._wrapper = None if wrapper is None else weakref.ref(wrapper)
         self.device = torch.device("cpu")
         self.replicas: int | None = None
+        self.divides_statistics = False
 
     @property
     def group(self) -> Any:
@@ -194,11 +196,12 @@ class Processes:
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group cannot be pickled: where this is read again there is another.
-        return {"device": self.device, "replicas": self.replicas}
+        return {"device": self.device, "replicas": self.replicas, "divides_statistics": self.divides_statistics}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._group, self._wrapper = None, None
         self.device, self.replicas = state["device"], state.get("replicas")
+        self.divides_statistics = state.get("divides_statistics", False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self

@@ -112,14 +112,16 @@ def sharded(model: Any) -> Any:
 def measured(options: argparse.Namespace) -> Times:
     """What each way takes in this process, one of several; the first turn warms up."""
     groups = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())]
-    alone, owner = groups[distributed.get_rank()], kfacopt.Sharding(replicas=1)
+    alone, everybody = groups[distributed.get_rank()], kfacopt.Sharding(replicas=None)
+    least = kfacopt.Sharding(statistics="holders")
     ways = {
         "alone": Way(options, lambda model: DistributedDataParallel(model, process_group=alone)),
         "DDP": Way(options, DistributedDataParallel),
-        "DDP, replicas=1": Way(options, DistributedDataParallel, sharding=owner),
-        "fully_shard, whole": Way(options, sharded, whole=True),
+        "DDP, all hold all": Way(options, DistributedDataParallel, sharding=everybody),
+        "DDP, least memory": Way(options, DistributedDataParallel, sharding=least),
         "fully_shard": Way(options, sharded),
-        "fully_shard, replicas=1": Way(options, sharded, sharding=owner),
+        "fully_shard, all hold all": Way(options, sharded, sharding=everybody),
+        "fully_shard, all, whole": Way(options, sharded, whole=True, sharding=everybody),
     }
     found: Times = {name: [] for name in ways}
     generator = torch.Generator().manual_seed(distributed.get_rank())

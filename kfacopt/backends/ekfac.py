@@ -57,7 +57,7 @@ class FullEKFACBackend(LayerwiseBackend):
         idle = {name: self.blocks[name] for name in self._idle(self.blocks)}
         able = [n for n, block in idle.items() if isinstance(block, CorrectedEigenBlock) and block.ready]
         due = self._refinements.due(step, able)
-        self._by_owners([name for name in due if name not in fresh], _refine, self._owner_of)
+        self._by_owners([name for name in due if name not in fresh], _refine)
         self._refinements.done(step, due)
 
     def state_dict(self) -> dict[str, Any]:

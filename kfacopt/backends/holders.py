@@ -43,7 +43,7 @@ class Holders:
 
     Args:
         processes: Those that train together.
-        divides: Whether, where teams are several, statistics are in a layer's team alone.
+        divides: Whether statistics may be in a layer's team alone, where its user wants that of teams.
 
     Attributes:
         owner_of: By layer name, the rank that decomposes, and whose team solves; layers with nothing to decompose have
@@ -70,13 +70,13 @@ class Holders:
 
     @property
     def apart(self) -> bool:
-        """`Teams.apart`, asked of every layer in every step: mostly nobody wanted teams."""
-        return self.processes.replicas is not None and self.teams.apart
+        """`Teams.apart`, asked often in every step: mostly there is one process."""
+        return self.processes.replicas is not None and self.processes.size > self.processes.replicas
 
     @property
     def divides(self) -> bool:
         """Whether a layer's statistics are in its team alone."""
-        return self._may_divide and self.apart
+        return self._may_divide and self.processes.divides_statistics and self.apart
 
     def ready(self, name: str, here: bool) -> bool:
         """Whether there is a cache of a layer, here or elsewhere."""
@@ -86,9 +86,12 @@ class Holders:
         """Whether there are statistics of a layer, here or elsewhere."""
         return name in self.means if self.divides else block.estimated
 
-    def solves(self, name: str) -> bool:
-        """Whether this process solves for a layer."""
-        return not self._asks or name not in self.owner_of or self.teams.holds(self.owner_of[name])
+    def solved_here(self, tensors: LayerTensors) -> LayerTensors:
+        """Those of the layers that this process solves for."""
+        if not self._asks:
+            return tensors
+        own, teams = self.owner_of, self.teams
+        return {la: parts for la, parts in tensors.items() if la.name not in own or teams.holds(own[la.name])}
 
     def solvers(self, layers: Sequence[Layer]) -> dict[Layer, Collection[int]]:
         """By layer, the ranks that can solve for it: its team, or all."""
@@ -136,7 +139,9 @@ class Holders:
             if name in known:
                 kept.setdefault(first, known[name])
         found = owners(costs, self.processes.size, kept)
-        return {name: known.get(name, found[self._together.get(name, name)]) for name in self._costs}
+        # The longest first, as each does its own in this order where refreshes are spread: equal ones side by side.
+        names = sorted(self._costs, key=lambda name: -self._costs[name])
+        return {name: known.get(name, found[self._together.get(name, name)]) for name in names}
 
     def destinations(self, blocks: Mapping[str, Block]) -> dict[str, int]:
         """By layer name, the owners of those whose statistics go to a team; all processes know what waits."""
@@ -178,11 +183,12 @@ class Holders:
         self._settled = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Who holds what, and of which layers there are statistics."""
-        if not self.divides:
+        """Who holds what, and of which layers there are statistics, where these are divided."""
+        if not self.apart:
             return {}
         teams = [self.teams.size, self.teams.members]
-        return {"teams": teams, "owners": dict(self.owner_of), "costs": dict(self._costs), "means": dict(self.means)}
+        kept = {"teams": teams, "owners": dict(self.owner_of), "costs": dict(self._costs)}
+        return kept | ({"means": dict(self.means)} if self.divides else {})
 
     def load_state_dict(self, state: Mapping[str, Any], blocks: Mapping[str, Block]) -> None:
         """Take over what `state_dict` returned, or of a state that had none what its blocks say.
@@ -193,12 +199,12 @@ class Holders:
         self.owner_of, self._costs, self.means = {}, {}, {}
         self.elsewhere, self._settled = set(), False
         estimated = {name: block for name, block in blocks.items() if block.estimated}
+        if self.apart and state.get("teams") == [self.teams.size, self.teams.members]:
+            self.owner_of, self._costs = dict(state["owners"]), dict(state["costs"])
         if not self.divides:
             if missing := [name for name in state.get("means", ()) if name in blocks and name not in estimated]:
                 raise ValueError(_missing(missing))
-        elif state:
-            if state["teams"] == [self.teams.size, self.teams.members]:
-                self.owner_of, self._costs = dict(state["owners"]), dict(state["costs"])
+        elif "means" in state:
             # Layers that are frozen here begin anew: of what waits for them, others may have it.
             self.means = {name: mean for name, mean in state["means"].items() if name in blocks}
         else:

@@ -30,6 +30,8 @@ from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Background, Interval, MaxOverhead, OwnShare, Timetable, WhenMoved, as_interval
 from kfacopt.sharding import Processes
 
+_SOLVING = ("solve", "whiten", "unwhiten", "multiply")
+
 
 class LayerwiseBackend(CurvatureBackend):
     """One `Block` a layer, fed on one schedule and refreshed on another.
@@ -114,6 +116,8 @@ class LayerwiseBackend(CurvatureBackend):
 
     def join(self, processes: Processes, averaged: bool) -> None:
         self._processes, self._averaged, self._means = processes, averaged, None
+        if any(getattr(type(self), name) is not getattr(LayerwiseBackend, name) for name in _SOLVING):
+            processes.replicas = None  # what a subclass does of its own is with the blocks of all layers
         self._holders.processes = processes
 
     def wants_rows(self, step: int) -> bool:
@@ -198,14 +202,14 @@ class LayerwiseBackend(CurvatureBackend):
             self._holders.assign({name: self.blocks[name] for name in able})
         beside = [] if self._background is None else [name for name in due if self._can_wait(name)]
         now = [name for name in due if name not in beside]
-        took = self._by_owners(now, lambda name, block: self._refresh(block, by_name[name].damping), self._owner_of)
+        took = self._by_owners(now, lambda name, block: self._refresh(block, by_name[name].damping))
         for name in beside:
             assert self._background is not None
-            hand_over, owner = self._background.hand_over(step), self._owner_of.get(name, 0)
+            hand_over, owner = self._background.hand_over(step), self._holders.owner_of.get(name, 0)
             damping, rank = by_name[name].damping, self._processes.rank
             self._under_way.launch(name, self.blocks[name], damping, hand_over, owner, rank)
         # Without a cache a layer trains by AdamW: it stays due until it has one.
-        self._refreshes.done(step, [name for name in due if self._has_cache(name)], self._owner_of)
+        self._refreshes.done(step, [name for name in due if self._has_cache(name)], self._holders.owner_of)
         return took
 
     def _refresh(self, block: Block, damping: float) -> None:
@@ -223,13 +227,10 @@ class LayerwiseBackend(CurvatureBackend):
         block = self.blocks[name]
         return self._has_cache(name) and decomposition_cost(block) > 0.0 and bool(block.snapshot())
 
-    def _by_owners(self, names: Sequence[str], work: Work, owners: Mapping[str, int]) -> dict[str, float]:
-        """Work on some blocks, each in one process; what it took, by name."""
-        return self._holders.done({name: self.blocks[name] for name in names}, owners, work)
-
-    @property
-    def _owner_of(self) -> Mapping[str, int]:
-        return self._holders.owner_of
+    def _by_owners(self, names: Sequence[str], work: Work, owners: Mapping[str, int] | None = None) -> dict[str, float]:
+        """Work on some blocks, each in one process, by default its own; what it took, by name."""
+        owner_of = self._holders.owner_of if owners is None else owners
+        return self._holders.done({name: self.blocks[name] for name in names}, owner_of, work)
 
     def _has_cache(self, name: str) -> bool:
         """Whether there is a cache of a layer, be it in other processes."""
@@ -247,7 +248,7 @@ class LayerwiseBackend(CurvatureBackend):
     def _apart(self, tensors: LayerTensors) -> tuple[LayerTensors, LayerTensors]:
         """Those of the layers that have a cache, and of them those that this process solves for."""
         ready = {layer: parts for layer, parts in tensors.items() if self.ready(layer)}
-        return ready, {layer: parts for layer, parts in ready.items() if self._holders.solves(layer.name)}
+        return ready, self._holders.solved_here(ready)
 
     def solve(self, gradients: LayerTensors, settings: Mapping[Layer, Settings]) -> dict[Layer, dict[str, Tensor]]:
         ready, here = self._apart(gradients)
@@ -374,7 +375,7 @@ class LayerwiseBackend(CurvatureBackend):
         self._fetched, apart = {}, self._holders.apart
         able = {name for name, block in self.blocks.items() if block.estimated and (apart or block.ready)}
         launched = {name: kept for name, kept in state.get("under_way", {}).items() if name in able}
-        self._under_way.load_state_dict(launched, self.blocks, self._owner_of, self._processes.rank)
+        self._under_way.load_state_dict(launched, self.blocks, self._holders.owner_of, self._processes.rank)
         self._dormant = {key: kept for key, kept in waiting.items() if not without_roles(kept)}
         self._updates.load_state_dict(state["updates"])
         self._refreshes.load_state_dict(state["refreshes"])

@@ -29,7 +29,7 @@ from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
 from kfacopt.optim.step.by_owners import takers
 from kfacopt.optim.step.turns import FIRST, Turns
-from kfacopt.replicas import Teams
+from kfacopt.replicas import Sharding, Teams
 from kfacopt.sharding import Processes
 
 FLOAT32 = 4
@@ -80,7 +80,7 @@ class Plan:
         parameters: Numbers in the model's parameters.
         statistics: Bytes that are summed over the processes, for all of them, when statistics are due.
         divided: Bytes of those that are summed in their owner alone, which sends them on to its team, by rank.
-        members: How many processes hold the same layers' statistics and inverses, a team (`kfacopt.Sharding`).
+        members: How many processes hold the same layers' inverses, a team (`kfacopt.Sharding`).
         caches: Bytes that each owner sends to the others of these after a refresh of all layers, by rank.
         exchanged: Bytes that a process receives in each step for its direction, of the one with most: other layers'
             steps; of sharded parameters the momentum of those whose step it takes, and its shards of the others' steps.
@@ -156,7 +156,7 @@ def plan(
     size: int,
     refusal: Callable[[Layer], str | None] = lambda layer: None,
     spectral: bool = False,
-    replicas: int | None = None,
+    sharding: Sharding | None = None,
     sharded: bool = False,
 ) -> Plan:
     """What a step takes.
@@ -168,7 +168,7 @@ def plan(
         size: How many processes there are.
         refusal: Of the direction: which layers have no curvature.
         spectral: Whether a step is spectral; else the natural gradient.
-        replicas: How many processes hold each layer's inverse; None: all.
+        sharding: How many processes hold each layer's inverse and statistics; None: as by default.
         sharded: Whether parameters are, by rows.
 
     Raises:
@@ -179,7 +179,8 @@ def plan(
     layers, _ = find_layers(model, parameters, {}, separate=False, refusal=refusal)
     backend.attach(layers)
     processes = OnPaper(size)
-    processes.replicas = replicas
+    sharding = Sharding() if sharding is None else sharding
+    processes.replicas, processes.divides_statistics = sharding.replicas, sharding.statistics == "holders"
     teams = Teams.of(processes)
     products = 2.0 * tokens * sum(layer.parameters["weight"].numel() for layer in layers if not _one_hot(layer))
     rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
@@ -235,6 +236,7 @@ class _Division:
     def __init__(self, layers: Sequence[Layer], holders: Holders, spectral: bool, sharded: bool) -> None:
         self._size, self._spectral, self._sharded = holders.processes.size, spectral, sharded
         self._holders_of = holders.solvers(layers)
+        self._knowers_of = self._holders_of if holders.divides else dict.fromkeys(layers, range(self._size))
         self._takers: dict[Layer, Collection[int]] = dict(self._holders_of)
         if sharded:
             taken = takers(layers, {}, self._holders_of, self._size)
@@ -250,11 +252,12 @@ class _Division:
     def add_to(self, shares: Sequence[_Share], layer: Layer, block: Block, solve: float) -> None:
         """Add to each process's share what is its of a layer, whose step takes so many flops."""
         cache, root = _bytes_of_cache(block)
-        kept = cache + _bytes_of_statistics(block)
+        statistics = _bytes_of_statistics(block)
         of_step = self._received_of_shards(layer) if self._sharded else self._received(layer)
         for rank, share in enumerate(shares):
             takes = rank in self._takers[layer]
-            share.held += kept if rank in self._holders_of[layer] else 0
+            share.held += statistics if rank in self._knowers_of[layer] else 0
+            share.held += cache if rank in self._holders_of[layer] else 0
             share.held += root if takes and self._spectral else 0
             share.solve += solve if takes else 0.0
             share.exchanged += of_step[rank]

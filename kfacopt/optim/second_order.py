@@ -119,7 +119,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             or `step_length` says it, or the step length's own. Of KFAC and EKFAC, where neither those three nor
             `backend`, `damping_rule` or `lr="auto"` say otherwise, `ClippedGradients(Spectral(momentum))`.
         step_length: How far it goes; default: `TrustRegion(kl_clip, relative_clip)`.
-        sharding: Which processes train together, and how many hold what is of a layer; default: the engine's, all.
+        sharding: Which processes train together, and how many hold what is of a layer; default: the engine's, one.
 
     Raises:
         TypeError, ValueError: A loss, parameter or option that cannot be handled, by name; nothing was changed then.
@@ -261,8 +261,8 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def health(self) -> dict[str, float]:
         """Numbers worth logging, of the last step: damping, Kullback-Leibler divergence, condition, overhead, ...
 
-        `unseen_layers` is how many covered layers train by AdamW, or by curvature of long ago, as no backward shows
-        theirs (`coverage()` says which); `dropped_updates` how many updates of a layer's statistics were not finite.
+        `unseen_layers` counts covered layers whose curvature no backward shows (`coverage()` says how they train),
+        `dropped_updates` those of statistics that were not finite; `condition` is of layers whose inverses are here.
         """
         settings = groups.settings_of(self._layers, self.param_groups, self.backend)
         return self._report | {"unseen_layers": float(len(self._sightings.unseen))} | self.backend.health(settings)
@@ -351,9 +351,9 @@ class SecondOrderOptimizer(CapturingOptimizer):
     # -- state -----------------------------------------------------------------------------------------------------
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Fetch what `Sharding(replicas=...)` left to other processes for `state_dict()` of process `to`, None: of all.
+        """Fetch what others hold for `state_dict()` of process `to`, None: all; to be called by all, as Lightning does.
 
-        All must call it, Lightning does. A state without statistics that others held is refused as it is loaded.
+        Inverses that a state lacks are renewed in its first step; one that lacks statistics (`Sharding`) is refused.
         """
         self.backend.consolidate(to)
 

@@ -22,6 +22,7 @@ from kfacopt.blocks.outputs import OutputBlock
 from kfacopt.experiments.on_paper import Plan, language_model, plan
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step import Spectral
+from kfacopt.replicas import Sharding
 from tests.processes import Found, run_together
 
 DATA = 12
@@ -43,10 +44,15 @@ def refusal_of(name: str) -> Callable[[Layer], str | None]:
     return Spectral().refusal if name == "one-sided" else lambda layer: None
 
 
-def planned(name: str, size: int = 2, replicas: int | None = None, sharded: bool = False) -> Plan:
+# By default a layer's owner alone has its inverse, and all have its statistics.
+EVERYBODY, LEAST = Sharding(replicas=None), Sharding(statistics="holders")
+WAYS = {"default": Sharding(), "all": EVERYBODY, "least": LEAST}
+
+
+def planned(name: str, size: int = 2, sharding: Sharding | None = None, sharded: bool = False) -> Plan:
     with torch.device("meta"):
         model = network()
-    return plan(model, BACKENDS[name](), DATA, size, refusal_of(name), name == "one-sided", replicas, sharded)
+    return plan(model, BACKENDS[name](), DATA, size, refusal_of(name), name == "one-sided", sharding, sharded)
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def _noting(real: Any, name: str, counts: Counter[str], tensor: Tensor, *others:
     return real(tensor, *others, **options)
 
 
-def sends_what_is_planned(name: str, sharded: bool, replicas: int | None = None) -> None:
+def sends_what_is_planned(name: str, sharded: bool, sharding: Sharding) -> None:
     model: Any = network()
     if sharded:
         for part in model:
@@ -76,17 +82,16 @@ def sends_what_is_planned(name: str, sharded: bool, replicas: int | None = None)
         model = DistributedDataParallel(model)
     direction = Spectral() if name == "one-sided" else None
     options: dict[str, Any] = {"direction": direction} if direction is not None else {"kl_clip": 0.03}
-    sharding = kfacopt.Sharding(replicas=replicas)
     made = kfacopt.KFAC(model, nn.MSELoss(), backend=BACKENDS[name](), sharding=sharding, **options)
     torch.manual_seed(distributed.get_rank())
     nn.functional.mse_loss(model(torch.randint(9, (DATA,))), torch.randn(DATA, 1)).backward()
     with received() as counts:
         made.step()
-    expected = planned(name, replicas=replicas, sharded=sharded)
-    assert (min(expected.caches) > 0) == (replicas is None)
+    expected = planned(name, sharding=sharding, sharded=sharded)
+    assert (min(expected.caches) > 0) == (sharding == EVERYBODY)
     assert counts["all_reduce"] == expected.statistics
     assert counts["reduce"] == sum(expected.divided)
-    assert (sum(expected.divided) > 0) == (replicas is not None)
+    assert (sum(expected.divided) > 0) == (sharding == LEAST)
     assert counts["broadcast"] == sum(expected.caches)
     assert counts["all_gather_single"] == 0
     held: list[Tensor | None] = []
@@ -100,10 +105,10 @@ def sends_what_is_planned(name: str, sharded: bool, replicas: int | None = None)
 
 
 CHECKS = {
-    f"{name}, {engine}, {replicas or 'all'}": partial(sends_what_is_planned, name, engine == "fully_shard", replicas)
+    f"{name}, {engine}, {way}": partial(sends_what_is_planned, name, engine == "fully_shard", sharding)
     for name in BACKENDS
     for engine in ("ddp", "fully_shard")
-    for replicas in (None, 1)
+    for way, sharding in WAYS.items()
 }
 
 
@@ -128,29 +133,34 @@ def test_flops_are_those_of_products() -> None:
     gradients = {layer: {r: p.grad for r, p in layer.parameters.items()} for layer in backend.mean_eigenvalues()}
     with FlopCounterMode(display=False) as counter:
         backend.solve(gradients, dict.fromkeys(gradients, Settings(1.0, 0.9)))  # type: ignore[arg-type]
-    assert planned("kfac").solve == counter.get_total_flops()
+    assert planned("kfac", size=1).solve == counter.get_total_flops()
     dense = sum(m.weight.numel() for m in model if isinstance(m, nn.Linear))
     assert planned("kfac").training == 6 * DATA * dense
 
 
 def test_the_work_is_divided() -> None:
-    """What an owner computes falls with their number until the longest layer is alone; a direction is everybody's."""
+    """What an owner computes falls with their number until the longest layer is alone; so does a direction."""
     small = partial(language_model, width=64, blocks=3, words=100)
-    plans = [plan(small(), KFACBackend(), 32, size) for size in (1, 2, 4, 64)]
+    plans = [plan(small(), KFACBackend(), 32, size, sharding=EVERYBODY) for size in (1, 2, 4, 64)]
     longest = 64**3 + 256**3  # six of them, and smaller ones
     assert plans[0].inverses >= 6 * longest
     assert plans[0].inverses / 2 <= plans[1].inverses < 0.51 * plans[0].inverses
     assert [one.inverses for one in plans[2:]] == [2 * longest, longest]
     assert len({one.solve for one in plans}) == len({sum(one.caches) for one in plans[1:]}) == 1
     assert [one.traffic(1, 1) > 0 for one in plans] == [False, True, True, True]
-    apart = [plan(small(), KFACBackend(), 32, size, replicas=1) for size in (1, 2, 4)]
+    apart = [plan(small(), KFACBackend(), 32, size, sharding=LEAST) for size in (1, 2, 4)]
     assert all(1.0 <= size * one.solve / plans[0].solve < 1.3 for size, one in zip((1, 2, 4), apart, strict=True))
     assert plans[0].held == apart[0].held
     assert all(1.0 <= size * one.held / plans[0].held < 1.1 for size, one in zip((1, 2, 4), apart, strict=True))
     assert [(one.statistics, sum(one.divided)) for one in apart[1:]] == [(0, plans[1].statistics)] * 2
     assert apart[1].traffic(1, 10**9) - apart[1].exchanged == plans[1].statistics / 2
     assert [sum(one.caches) for one in apart] == [0, 0, 0]
-    in_pairs = plan(small(), KFACBackend(), 32, 4, replicas=2)
+    by_default = [plan(small(), KFACBackend(), 32, size) for size in (1, 2, 4)]
+    for least, usual, everything in zip(apart[1:], by_default[1:], plans[1:], strict=False):
+        assert (usual.solve, usual.inverses) == (least.solve, least.inverses)
+        assert (usual.statistics, sum(usual.divided), sum(usual.caches)) == (everything.statistics, 0, 0)
+        assert least.held < usual.held < everything.held
+    in_pairs = plan(small(), KFACBackend(), 32, 4, sharding=Sharding(replicas=2, statistics="holders"))
     assert apart[1].exchanged <= in_pairs.exchanged < apart[2].exchanged
     assert apart[2].held < in_pairs.held
 
@@ -159,8 +169,8 @@ def test_sharded_steps_are_divided() -> None:
     """A process receives two shares of the parameters, momentum and updates, whoever holds inverses."""
     small = partial(language_model, width=64, blocks=3, words=100)
     numbers = sum(p.numel() for p in small().parameters())
-    for replicas in (None, 1):
-        plans = [plan(small(), KFACBackend(), 32, size, replicas=replicas, sharded=True) for size in (1, 2, 4)]
+    for sharding in WAYS.values():
+        plans = [plan(small(), KFACBackend(), 32, size, sharding=sharding, sharded=True) for size in (1, 2, 4)]
         assert plans[0].exchanged == 0
         for size, one in zip((2, 4), plans[1:], strict=True):
             assert 1.0 <= one.exchanged / (2 * 4 * numbers * (size - 1) / size**2) < 1.25

@@ -227,9 +227,22 @@ def equals_one_process(name: str) -> None:
     assert isinstance(made, kfacopt.SecondOrderOptimizer)
     torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
     assert float((weights_of(two) - weights_of(make_net())).norm()) > 1e-3
-    for key in ("damping", "rho", "kl", "kl_scale", "condition"):
+    for key in ("damping", "rho", "kl", "kl_scale"):
         if key in reference.health():
             assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-9), key
+    conditions_are_known_where_inverses_are(made, reference)
+
+
+def conditions_are_known_where_inverses_are(made: Any, reference: Any) -> None:
+    """Each process says them of its own layers, and of all what holds for these; together they say all."""
+    own, want = (
+        {key: value for key, value in one.health().items() if key.startswith("condition/")} for one in (made, reference)
+    )
+    assert own == {key: pytest.approx(want[key], rel=1e-9) for key in own}
+    assert made.health()["condition"] == max(own.values(), default=pytest.approx(float("nan"), nan_ok=True))
+    everywhere: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, set(own))
+    assert set().union(*everywhere) == set(want)
 
 
 class Words(nn.Module):
@@ -537,10 +550,15 @@ def every_layer_is_decomposed_by_one_process() -> None:
                 block.refresh = partial(_noted, type(block).refresh, block, done, (step, name))  # type: ignore[method-assign]
             made.step()
             assert same_everywhere(weights_of(net))
-            for block in made.backend.blocks.values():
+            for name, block in made.backend.blocks.items():
                 caches = [t for t in block.renewed().values() if t is not None]
                 assert all(t.is_contiguous() for t in caches)
-                assert same_everywhere(torch.cat([t.flatten() for t in caches]))
+                ready = torch.tensor(float(block.ready))
+                distributed.all_reduce(ready)
+                assert made.backend.ready(made.backend._layers[name])
+                assert int(ready) == (2 if block.rows_need_cache else 1)
+                if block.rows_need_cache:
+                    assert same_everywhere(torch.cat([t.flatten() for t in caches]))
         all_done: list[Any] = [None, None]
         distributed.all_gather_object(all_done, done)
         first, second = ({name for _, name in of_rank} for of_rank in all_done)
@@ -574,19 +592,28 @@ def _broken(damping: float) -> None:
 
 
 def the_first_alone_may_ask() -> None:
-    """No communication in what is only looked at."""
-    net, made = train(optimizer(kfacopt.EKFAC), [share(batch) for batch in make_batches(2)], plain(CE()))
-    if distributed.get_rank() == 0:
-        assert made.state_dict()["curvature"]["processes"] == 2
-        assert made.health()["skipped_steps"] == 0.0
-        assert "EKFAC" in str(made.coverage())
-    assert same_everywhere(weights_of(net))
+    """No communication in what is only looked at; statistics are there of all layers, wherever their inverses are."""
+    for kind in (kfacopt.KFAC, kfacopt.EKFAC):
+        net, made = train(optimizer(kind), [share(batch) for batch in make_batches(2)], plain(CE()))
+        if distributed.get_rank() == 0:
+            curvature = made.state_dict()["curvature"]
+            assert curvature["processes"] == 2
+            for stored in curvature["backend"]["blocks"].values():
+                assert all(average["value"] is not None for average in stored["averages"].values())
+            assert made.health()["skipped_steps"] == 0.0
+            assert kind.__name__ in str(made.coverage())
+        assert same_everywhere(weights_of(net))
 
 
 def checkpoints_go_from_any_number_to_any() -> None:
-    """Written by the first process alone; the run that goes on is the uninterrupted one."""
+    """Written by the first process alone; the run that goes on is the uninterrupted one.
+
+    What others hold is fetched for it, but where inverses are renewed in each step anyway: without them they are
+    renewed in the first.
+    """
     for kind, curvature, options in (
         (kfacopt.KFAC, "ggn", {}),
+        (kfacopt.KFAC, "ggn", {"backend": lambda: kfacopt.KFACBackend(1, 3, stagger=False)}),
         (kfacopt.EKFAC, "ggn", {}),
         (kfacopt.EKFAC, "ggn", {"backend": lambda: kfacopt.EKFACBackend(1, Background(2, delay=2), stagger=False)}),
         (kfacopt.SpectralDescent, "ggn", {}),
@@ -598,6 +625,8 @@ def checkpoints_go_from_any_number_to_any() -> None:
         whole = {n: train(make, _batches_of(n, batches), plain(CE()), _group_of(n))[0] for n in numbers}
         for before in numbers:
             net, made = train(make, _batches_of(before, batches[:4]), plain(CE()), _group_of(before))
+            if options:
+                made.consolidate_state_dict()
             buffer = io.BytesIO()
             torch.save({"net": net.state_dict(), "made": made.state_dict()}, buffer)
             written: list[Any] = [buffer.getvalue()]

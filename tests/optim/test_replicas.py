@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -41,16 +42,18 @@ from tests.optim.test_processes import (
 )
 from tests.processes import Found, run_together
 
-OWNER, PAIR = kfacopt.Sharding(replicas=1), kfacopt.Sharding(replicas=2)
+# The default, which `test_processes` trains by, all hold all, and least memory of owners and pairs.
+DEFAULT, EVERYBODY = kfacopt.Sharding(), kfacopt.Sharding(replicas=None)
+OWNER, PAIR = kfacopt.Sharding(statistics="holders"), kfacopt.Sharding(replicas=2, statistics="holders")
 Options = dict[str, Any]
 # Of `MADE`, in four processes.
 SOME = {
     "kfac": PAIR,
-    "kfac-half": PAIR,
+    "kfac-half": kfacopt.Sharding(replicas=2),
     "kfac-exact": OWNER,
     "ekfac": PAIR,
     "spectral": PAIR,
-    "spectral-both-sides": OWNER,
+    "spectral-both-sides": DEFAULT,
 }
 
 
@@ -115,7 +118,11 @@ def equals_one_process(name: str, sharding: kfacopt.Sharding) -> None:
     for key in ("damping", "rho", "kl", "kl_scale"):
         if key in reference.health():
             assert made.health()[key] == pytest.approx(reference.health()[key], rel=1e-9), key
-    teams = Teams(distributed.get_world_size(), sharding.replicas or 1, distributed.get_rank())
+    world = distributed.get_world_size()
+    teams = Teams(world, sharding.replicas or world, distributed.get_rank())
+    assert made.backend._holders.divides == (
+        teams.apart and sharding.statistics == "holders" and "background" not in name
+    )
     holds_its_share(made, teams)
 
 
@@ -132,7 +139,7 @@ def holds_its_share(made: Any, teams: Teams) -> None:
         holders = [rank for rank, (names, _, _) in enumerate(everywhere) if name in names]
         knowing = [rank for rank, (_, _, names) in enumerate(everywhere) if name in names]
         has_owner = any(of_rank[name] > 0.0 for _, of_rank, _ in everywhere)
-        team = list(teams.holders(made.backend._holders.owner_of[name])) if has_owner else everybody
+        team = list(teams.holders(made.backend._holders.owner_of[name])) if has_owner and teams.apart else everybody
         assert holders == (everybody if block.rows_need_cache else team)
         assert knowing == (team if divided else everybody)
         assert made.backend.ready(made.backend._layers[name])
@@ -162,9 +169,9 @@ def memory_is_divided() -> None:
     net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(8)))
     world = distributed.get_world_size()
     batches = [(torch.randn(4, 8), torch.randint(8, (4,))) for _ in range(6)]
-    for replicas in (number for number in (1, 2, world) if number <= world):
+    for replicas, divided in ((1, True), (1, False), (2, True), (world, True)):
         own = copy.deepcopy(net)
-        sharding = kfacopt.Sharding(replicas=replicas)
+        sharding = kfacopt.Sharding(replicas=replicas, statistics="holders" if divided else "all")
         made = kfacopt.KFAC(DistributedDataParallel(own), CE(), factor_every=1, refresh_every=4, sharding=sharding)
         for x, y in batches:
             made.zero_grad()
@@ -174,8 +181,9 @@ def memory_is_divided() -> None:
         blocks = made.backend.blocks.values()
         held = [t for block in blocks for t in block.cache().values()]
         known = [average.value for block in blocks for average in block.averages().values()]
-        for tensors in (held, known):
-            assert sum(t.nbytes for t in tensors if t is not None) == 8 * 2 * 8 * 8 * 4 * replicas // world
+        whole = 8 * 2 * 8 * 8 * 4
+        assert sum(t.nbytes for t in held if t is not None) == whole * replicas // world
+        assert sum(t.nbytes for t in known if t is not None) == (whole * replicas // world if divided else whole)
 
 
 def _saved(state: Any) -> Any:
@@ -214,10 +222,11 @@ def a_consolidated_state_goes_to_any_number_of_holders() -> None:
     net, made = _half_way("ekfac", OWNER)
     made.consolidate_state_dict()
     stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
-    for after in (OWNER, None):
+    for after in (OWNER, EVERYBODY):
         found = _went_on("ekfac", after, stored["net"], stored["made"])
         torch.testing.assert_close(found, bases, rtol=1e-12, atol=1e-12)
-    for before, after in ((OWNER, OWNER), (OWNER, None), (None, OWNER)):
+    ways = (OWNER, DEFAULT, EVERYBODY)  # of the last as states were saved while it was the default
+    for before, after in ((OWNER, OWNER), *itertools.permutations(ways, 2)):
         net, made = _half_way(name, before)
         made.consolidate_state_dict()
         stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
@@ -228,9 +237,29 @@ def a_consolidated_state_goes_to_any_number_of_holders() -> None:
     own = copy.deepcopy(made.state_dict())  # of each process its own
     assert torch.equal(_went_on(name, OWNER, net.state_dict(), own), whole)
     stored = _saved({"net": net.state_dict(), "made": made.state_dict()})  # what others hold is missing
-    for after, error in ((OWNER, RuntimeError), (None, ValueError)):
+    for after, error in ((OWNER, RuntimeError), (DEFAULT, ValueError), (EVERYBODY, ValueError)):
         with pytest.raises(error, match=r"no statistics of '.*consolidate_state_dict\(\) in all"):
             _went_on(name, after, stored["net"], stored["made"])
+
+
+def what_is_not_consolidated_is_renewed() -> None:
+    """The first process' state has all statistics; inverses that others hold are made of these in the next step."""
+    name = "kfac-every-third"
+    net, made = _half_way(name, DEFAULT)
+    stored = _saved({"net": net.state_dict(), "made": made.state_dict()})
+    blocks = stored["made"]["curvature"]["backend"]["blocks"]
+    missing = [n for n, kept in blocks.items() if all(t is None for t in kept["cache"].values())]
+    assert 0 < len(missing) < len(blocks)
+    found = {after: _went_on(name, after, stored["net"], stored["made"]) for after in (DEFAULT, OWNER, EVERYBODY)}
+    made.backend._refreshes.forget(missing)  # two steps before it would be their turn
+    model = DistributedDataParallel(net)
+    for batch in make_batches(7)[4:]:
+        made.zero_grad()
+        plain(CE())(model, share(batch))
+        made.step()
+    for after, weights in found.items():
+        tolerance = 0.0 if after is DEFAULT else 1e-12
+        torch.testing.assert_close(weights, weights_of(net), rtol=tolerance, atol=tolerance)
 
 
 def a_refused_state_changes_nothing() -> None:
@@ -254,9 +283,14 @@ def a_refused_state_changes_nothing() -> None:
 
 
 def frozen_layers_come_back() -> None:
+    for sharding in (OWNER, DEFAULT):
+        _comes_back(sharding)
+
+
+def _comes_back(sharding: kfacopt.Sharding) -> None:
     net = make_net()
     model = DistributedDataParallel(net, find_unused_parameters=True)
-    made = optimizer(kfacopt.KFAC, sharding=OWNER)(model)
+    made = optimizer(kfacopt.KFAC, sharding=sharding)(model)
     for number, batch in enumerate(make_batches(6)):
         net.inner.weight.requires_grad_(number not in (2, 3))
         made.zero_grad()
@@ -341,6 +375,42 @@ def what_one_process_sees_all_know() -> None:
         assert made.state_dict()["curvature"]["backend"]["holders"]["means"].keys() == made.backend.blocks.keys()  # type: ignore[attr-defined]
         assert made.health()["skipped_steps"] == 0.0
         assert "KFAC" in str(made.coverage())
+
+
+class OwnSolve(kfacopt.KFACBackend):
+    """Reads blocks as it likes."""
+
+    def solve(self, gradients: Any, settings: Any) -> Any:
+        return {
+            la: la.unpack(self.blocks[la.name].solve(la.pack(parts), settings[la].damping))
+            for la, parts in gradients.items()
+            if self.ready(la)
+        }
+
+
+class Opposite(kfacopt.Direction):
+    """Asks for the curvature's step of every other layer, and for its product with the rest."""
+
+    def updates(self, step: kfacopt.Step) -> kfacopt.Updates:
+        assert step.backend is not None
+        shares = {layer: layer.share(step.gradients) for layer in step.layers}
+        even = {la: parts for number, (la, parts) in enumerate(shares.items()) if number % 2}
+        odd = {la: parts for la, parts in shares.items() if la not in even}
+        found = step.backend.solve(even, step.settings) | step.backend.multiply(odd)
+        return kfacopt.Updates({la.parameters[role]: u for la, parts in found.items() for role, u in parts.items()})
+
+
+def what_users_write_goes_on() -> None:
+    """A backend with a solve of its own holds all in every process; a direction is brought what it asks for."""
+    for made in (
+        optimizer(backend=lambda: OwnSolve(1, 2, stagger=False), kl_clip=0.01),
+        optimizer(direction=Opposite, kl_clip=0.01),
+    ):
+        one, _ = train(made, make_batches(), plain(CE()), alone())
+        two, trained = train(made, [share(batch) for batch in make_batches()], plain(CE()))
+        torch.testing.assert_close(weights_of(two), weights_of(one), rtol=1e-12, atol=1e-12)
+        ready = [block.ready for block in trained.backend.blocks.values()]
+        assert all(ready) == isinstance(trained.backend, OwnSolve)
 
 
 def a_failing_owner_ends_all() -> None:
@@ -440,17 +510,20 @@ TOGETHER = (
 )
 TWO: Mapping[str, Callable[[], None]] = {
     **{f"equal: {name}": partial(equals_one_process, name, OWNER) for name in MADE},
+    **{f"all: {name}": partial(equals_one_process, name, EVERYBODY) for name in ("kfac", "ekfac", "spectral")},
     **{
         check.__name__: check
         for check in (
             words_equal_one_process,
             a_consolidated_state_goes_to_any_number_of_holders,
+            what_is_not_consolidated_is_renewed,
             a_refused_state_changes_nothing,
             a_basis_that_some_lack_is_refused,
             frozen_layers_come_back,
             what_one_process_sees_all_know,
             what_is_frozen_as_it_is_saved_begins_anew,
             a_copy_goes_on,
+            what_users_write_goes_on,
             *TOGETHER,
         )
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bench_processes
+import pytest
 
 from tests.test_readme import ROOT
 
@@ -21,10 +22,11 @@ def test_the_pages_table_is_the_commands() -> None:
     assert all(f"\n| {size} | " in text for size in options.sizes)
 
 
-def test_so_is_the_one_with_owners() -> None:
-    options = bench_processes.parser().parse_args(["--replicas", "1", "--sizes", "64"])
+@pytest.mark.parametrize("way", [way for way in bench_processes.SHARDING if way != "owners"])
+def test_so_are_the_others(way: str) -> None:
+    options = bench_processes.parser().parse_args(["--sharding", way, "--sizes", "64"])
     rows = bench_processes.table(
-        options.sizes, options.tokens, options.factor_every, options.refresh_every, options.replicas
+        options.sizes, options.tokens, options.factor_every, options.refresh_every, options.sharding
     ).splitlines()[2:]
     assert len(rows) == 4
     assert "\n".join(rows) in PAGE.read_text()
