@@ -28,7 +28,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
 from kfacopt.optim.step.by_owners import takers
-from kfacopt.optim.step.turns import FIRST, Turns
+from kfacopt.optim.step.turns import LATE, LONGEST, Turns
 from kfacopt.replicas import Sharding, Teams
 from kfacopt.sharding import Processes
 
@@ -82,8 +82,9 @@ class Plan:
         divided: Bytes of those that are summed in their owner alone, which sends them on to its team, by rank.
         members: How many processes hold the same layers' inverses, a team (`kfacopt.Sharding`).
         caches: Bytes that each owner sends to the others of these after a refresh of all layers, by rank.
-        exchanged: Bytes that a process receives in each step for its direction, of the one with most: other layers'
-            steps; of sharded parameters the momentum of those whose step it takes, and its shards of the others' steps.
+        exchanged: Bytes that a process receives for the direction of a step in which all layers move, of the process
+            with most: other layers' steps; of sharded parameters the momentum of those whose step it takes, and its
+            shards of the others' steps.
         held: Bytes of statistics and caches, with the roots of a spectral step, of the process with most.
         training: Flops of forward and backward.
         rows: Flops of the curvature's own pass and of the products of its rows.
@@ -301,8 +302,8 @@ def _sent_by_owners(holders: Holders, blocks: Mapping[str, Block]) -> list[int]:
 
 
 def _moves(layers: Sequence[Layer], rows: int) -> dict[Layer, float]:
-    """In which part of the steps each layer moves, where so many rows of each are in a step (`Turns`)."""
-    turns, steps = Turns(3), range(FIRST, FIRST + 6)
+    """In which part of a long run's steps each layer moves, where so many rows of each are in a step (`Turns`)."""
+    turns, steps = Turns(), range(LATE, LATE + LONGEST)
     strides = [turns.strides(step, layers, {layer.name: float(rows) for layer in layers}) for step in steps]
     return {layer: sum(of_step[layer] > 0 for of_step in strides) / len(steps) for layer in layers}
 
