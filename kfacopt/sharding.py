@@ -41,6 +41,7 @@ class Processes:
         device: Where what is sent must lie; the owner sets it.
         replicas: How many of them hold each layer's cache, if there are as many (`kfacopt.Sharding`); None: all.
         divides_statistics: Whether these alone hold its statistics, too.
+        quiet: Whether all know that in none of them rows wait for the step that is under way; the owner sets it.
 
     >>> Processes().size, Processes().rank, Processes().mean([3.0])
     (1, 0, [3.0])
@@ -51,7 +52,7 @@ class Processes:
         self._wrapper = None if wrapper is None else weakref.ref(wrapper)
         self.device = torch.device("cpu")
         self.replicas: int | None = None
-        self.divides_statistics = False
+        self.divides_statistics = self.quiet = False
 
     @property
     def group(self) -> Any:
@@ -201,7 +202,7 @@ class Processes:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._group, self._wrapper = None, None
         self.device, self.replicas = state["device"], state.get("replicas")
-        self.divides_statistics = state.get("divides_statistics", False)
+        self.divides_statistics, self.quiet = state.get("divides_statistics", False), False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self

@@ -1,11 +1,11 @@
 """Prints what two processes that share the curvature's work take, over each of them doing all of it.
 
-    scripts/bench shared [--width 512] [--layers 8] [--turns 20] [--optimizer kfac] [--natural]
+    scripts/bench shared [--width 512] [--layers 8] [--turns 20] [--every 1] [--optimizer kfac] [--natural]
 
 Two gloo processes on this machine. A turn of each way after the other: a backward, and a step that updates statistics,
-refreshes all layers and moves them. Medians over the turns of the slower process, by the clock, and the seconds of
-processor time of both together; ratios are to "alone", of which nothing is shared or sent. "whole" gathers all momentum
-in both.
+refreshes all layers (neither with `--every 1000`) and moves them. Medians over the turns of the slower process, by the
+clock, and the seconds of processor time of both together; ratios are to "alone", of which nothing is shared or sent.
+"whole" gathers all momentum in both.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Way:
         self.model = wrapped(nn.Sequential(*hidden))
         given: dict[str, Any] = {"kl_clip": 0.03} if options.natural else {}
         kind = OPTIMIZERS[options.optimizer]
-        self.made = kind(self.model, nn.MSELoss(), factor_every=1, refresh_every=1, sharding=sharding, **given)
+        given |= {"factor_every": options.every, "refresh_every": options.every, "sharding": sharding}
+        self.made = kind(self.model, nn.MSELoss(), **given)
         if whole:
             self.made.direction = Whole(self.made.direction)
         self._refresh = self.made.backend.refresh
@@ -175,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--width", type=int, default=512, help="of each layer")
     found.add_argument("--layers", type=int, default=8, help="how many")
+    found.add_argument("--every", type=int, default=1, help="steps between two updates of statistics, and refreshes")
     found.add_argument("--turns", type=int, default=20, help="of each way")
     found.add_argument("--optimizer", choices=list(OPTIMIZERS), default="kfac", help="which")
     found.add_argument("--natural", action="store_true", help="the natural gradient, in place of the spectral step")

@@ -79,6 +79,8 @@ def reduce_pending(
     """
     if processes.size == 1:
         return [name for name, block in blocks.items() if any(a.pending is not None for a in block.averages().values())]
+    if processes.quiet:
+        return []
     entries = [
         _Entry(layer, average, name in block.symmetric, name in block.of_inputs, name in of_team)
         for layer, block in blocks.items()

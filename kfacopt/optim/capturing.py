@@ -255,8 +255,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
                 loss = closure()
         gradients, solves = dense_gradients(self.param_groups), self._solves_on_replays()
         self._agreed = agreed(
-            self._processes, self._open_capture(), self._layers, self._reached.rows, gradients, self._check, solves
+            self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check, solves
         )
+        self._processes.quiet = not self._agreed.waiting
         self._reached.settle(self._agreed.rows)
         if self._agreed.in_the_loss:
             if solves:

@@ -13,6 +13,7 @@ from kfacopt.exchange import norms_of_shards
 from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer
 from kfacopt.linalg.tensors import lengths
+from kfacopt.optim.reached import Reached
 from kfacopt.sharding import Processes, shard_of
 
 _SAME = 1e-5
@@ -32,6 +33,7 @@ class Agreement:
         in_the_loss: Whether a loss is of a derivative of the model.
         verified: Whether every gradient at a prediction was found to be that of the announced loss.
         rows: How many rows were delivered of each layer, by name.
+        waiting: Whether any may have been (`Reached.waiting`).
         used_elsewhere: The layers that act on the loss outside their module, by name how.
         norms: Of the gradients, in their order, of sharded ones as wholes.
     """
@@ -44,6 +46,7 @@ class Agreement:
     in_the_loss: bool = False
     verified: bool = True
     rows: Mapping[str, float] = field(default_factory=dict)
+    waiting: bool = True
     used_elsewhere: Mapping[str, str] = field(default_factory=dict)
     norms: Sequence[float] | None = None
 
@@ -52,7 +55,7 @@ def agreed(
     processes: Processes,
     capture: Capture,
     layers: Sequence[Layer],
-    rows: Mapping[str, float],
+    reached: Reached,
     gradients: Mapping[nn.Parameter, Tensor],
     check: Callable[[], None],
     solves: bool,
@@ -63,7 +66,7 @@ def agreed(
         processes: Those that train together.
         capture: Of this one.
         layers: The covered ones; the same in all processes.
-        rows: How many were delivered of each, by name.
+        reached: What was delivered of them.
         gradients: Of the step.
         check: Raises an error if this process cannot take the step.
         solves: Whether the step goes where forwards that are run again say.
@@ -94,10 +97,11 @@ def agreed(
             float(capture.derivatives.in_the_loss),
             float(tally.verified),
             float(len(elsewhere)),
+            float(reached.waiting),
         ]
     )
     refused, counts, sizes, parts, *told = zip(*table, strict=True)
-    passes, terms, replays, replayable, derived, verified, others = told
+    passes, terms, replays, replayable, derived, verified, others, waiting = told
     if any(refused):
         processes.raise_together(refusal)
     finite = all(map(math.isfinite, (*sizes, *parts)))
@@ -106,6 +110,7 @@ def agreed(
         raise RuntimeError(_OTHER_GRADIENTS)
     if solves and any(replays) and not all(replays):
         raise RuntimeError(_NOT_ALL_REPLAY)
+    rows: Mapping[str, float] = reached.rows
     if processes.size > 1 and any(passes) and layers:
         totals = processes.sum_vector([rows.get(layer.name, 0.0) for layer in layers])
         rows = {layer.name: total for layer, total in zip(layers, totals, strict=True) if total}
@@ -121,6 +126,7 @@ def agreed(
         in_the_loss=any(derived),
         verified=all(verified),
         rows=dict(rows),
+        waiting=any(waiting),
         used_elsewhere=elsewhere,
         norms=norms_of_shards(processes, held, own) if parted and finite else own,
     )

@@ -569,6 +569,30 @@ def every_layer_is_decomposed_by_one_process() -> None:
         assert abs(len(steps[0]) - len(steps[1])) <= 4
 
 
+def a_step_without_rows_sums_nothing() -> None:
+    """All know from one table that nothing waits, what is in one process alone included."""
+    calls: list[int] = []
+    for kind in (kfacopt.KFAC, kfacopt.SpectralDescent):
+        net = make_net()
+        model = DistributedDataParallel(net)
+        made = optimizer(kind, factor_every=2, refresh_every=4)(model)
+        for batch in make_batches(5):
+            calls.append(0)
+            made.zero_grad()
+            plain(CE())(model, share(batch))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(distributed, "all_reduce", partial(_counted, distributed.all_reduce, calls))
+                made.step()
+            assert same_everywhere(weights_of(net))
+        assert [count > 0 for count in calls] == [True, False, True, False, True]
+        calls.clear()
+
+
+def _counted(all_reduce: Any, calls: list[int], *arguments: Any, **options: Any) -> Any:
+    calls[-1] += 1
+    return all_reduce(*arguments, **options)
+
+
 def _noted(refresh: Any, block: Any, done: list[tuple[int, str]], what: tuple[int, str], damping: float) -> None:
     done.append(what)
     refresh(block, damping)
@@ -851,6 +875,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
             labels_are_drawn_by_every_process_anew,
             a_slow_process_does_not_hang_the_others,
             every_layer_is_decomposed_by_one_process,
+            a_step_without_rows_sums_nothing,
             a_failing_refresh_ends_all,
             the_first_alone_may_ask,
             checkpoints_go_from_any_number_to_any,
