@@ -30,7 +30,7 @@ from kfacopt.linalg.tensors import as_statistic
 from kfacopt.schedules import Background, Interval, MaxOverhead, OwnShare, Timetable, WhenMoved, as_interval
 from kfacopt.sharding import Processes
 
-_SOLVING = ("solve", "whiten", "unwhiten", "multiply")
+_SOLVING = ("solve", "whiten", "unwhiten", "steepest", "multiply")
 
 
 class LayerwiseBackend(CurvatureBackend):

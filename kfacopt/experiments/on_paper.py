@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfacopt.backends import LayerwiseBackend
 from kfacopt.backends.holders import Holders
-from kfacopt.backends.ownership import decomposition_cost, message_bytes, owners_of
+from kfacopt.backends.ownership import decomposition_cost, message_bytes
 from kfacopt.backends.reduction import reduce_pending
 from kfacopt.blocks.base import Block
 from kfacopt.blocks.kronecker import KroneckerBlock
@@ -187,7 +187,7 @@ def plan(
     rows = products + _counted(lambda layer: backend.update(layer, _rows(layer, tokens)), layers)
     summed = _filled(backend.blocks, processes)
     holders = Holders(processes)
-    holders.owner_of = owners_of(backend.blocks, processes)
+    holders.assign(backend.blocks)
     divided, costs = [0] * size, [0.0] * size
     for name, owner in holders.owner_of.items():
         costs[owner] += decomposition_cost(backend.blocks[name])  # Cholesky d³/3, and the inverse from it 2 d³/3
