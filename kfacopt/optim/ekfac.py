@@ -6,6 +6,7 @@ from functools import partial
 
 from kfacopt.backends.ekfac import EKFACBackend
 from kfacopt.optim.second_order import SecondOrderOptimizer
+from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
 
 
 class EKFAC(SecondOrderOptimizer):
@@ -27,4 +28,6 @@ class EKFAC(SecondOrderOptimizer):
     """
 
     backend_type = EKFACBackend
-    untuned_backend = partial(EKFACBackend, exponent=0.5)
+    untuned_backend = partial(
+        EKFACBackend, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5
+    )

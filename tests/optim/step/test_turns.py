@@ -16,7 +16,7 @@ from kfacopt.layers import handler_for
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step import turns
 from kfacopt.optim.step.lengths import FULL_STEPS, shrunk
-from kfacopt.optim.step.turns import FIRST, LATE, Turns, cost
+from kfacopt.optim.step.turns import CALLS, FIRST, LATE, SHORT, Turns, cost, products
 from tests.cases import train_step
 
 ROWS = 4
@@ -29,7 +29,7 @@ def layer(name: str, module: nn.Module) -> Layer:
 SIZES = st.tuples(st.integers(1, 128), st.integers(1, 128), st.integers(0, 200))
 
 
-@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE]))
+@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE, SHORT]))
 def test_everybody_moves_as_far_in_six_steps_as_without_turns(
     sizes: list[tuple[int, int, int]], longest: int, first: int
 ) -> None:
@@ -41,7 +41,7 @@ def test_everybody_moves_as_far_in_six_steps_as_without_turns(
         strides = {strides[one] for strides in found} - {0}
         assert sum(strides[one] for strides in found) == 6
         assert len(strides) == 1
-        assert max(strides) <= (longest if first == LATE else min(3, longest))
+        assert max(strides) <= (longest if first >= LATE else min(3, longest))
         if one.name not in rows or (first == FIRST and cost(one.shape, rows[one.name]) < 1.0):
             assert strides == {1}
 
@@ -63,9 +63,12 @@ def test_layers_of_one_shape_move_together() -> None:
     assert sorted(map(sorted, moving)) == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
 
 
-def test_small_layers_move_together() -> None:
+def test_small_layers_move_together_and_late() -> None:
     layers = [layer(str(n), nn.Linear(24, 24)) for n in range(7)]
-    found = [Turns(6).strides(LATE + step, layers, dict.fromkeys("0123456", 100.0)) for step in range(6)]
+    assert sum(products(one.shape) for one in layers) < CALLS
+    for first in (FIRST, LATE, SHORT - 6):
+        assert Turns(6).strides(first, layers, dict.fromkeys("0123456", 1.0)) == dict.fromkeys(layers, 1)
+    found = [Turns(6).strides(SHORT + step, layers, dict.fromkeys("0123456", 100.0)) for step in range(6)]
     assert sorted({stride for strides in found for stride in strides.values()}) == [0, 3]
     assert sorted(len(set(strides.values())) for strides in found) == [1] * 6
 
@@ -77,7 +80,7 @@ def test_all_move_in_each_step_where_gradients_are_the_time() -> None:
 
 
 def test_a_weight_of_two_layers_moves_in_each_step() -> None:
-    shared, own = nn.Linear(64, 64), nn.Linear(64, 64)
+    shared, own = nn.Linear(256, 256), nn.Linear(256, 256)
     layers = [layer("a", shared), layer("b", shared), layer("c", own)]
     taken = Turns(3)
     found = [taken.strides(FIRST + step, layers, {"a": 1.0, "b": 1.0, "c": 1.0}) for step in range(3)]
@@ -85,7 +88,7 @@ def test_a_weight_of_two_layers_moves_in_each_step() -> None:
 
 
 def test_a_dear_layer_moves_in_each_step_where_gradients_take_longer_anyway() -> None:
-    layers = [layer("a", nn.Linear(64, 64)), layer("b", nn.Linear(64, 64))]
+    layers = [layer("a", nn.Linear(256, 256)), layer("b", nn.Linear(256, 256))]
     for many, strides in ((1.0, {0, 3}), (1e4, {1})):
         taken = Turns(3)
         found = [taken.strides(FIRST + step, layers, {"a": 1.0, "b": many})[layers[0]] for step in range(3)]
