@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from kfacopt.capture.records import Site
-from kfacopt.capture.rows import rows_of_layer
+from kfacopt.capture.rows import input_squares, rows_of_layer
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
 from kfacopt.likelihoods import KFACType
@@ -43,6 +43,7 @@ def rows_in_chunks(
     kfac_approx: KFACType,
     all_places: bool = False,
     needs_inputs: bool = True,
+    needs_squares: bool = False,
 ) -> Iterator[tuple[Tensor, dict[Layer, Rows]]]:
     """The rows of every layer that cotangents reach, chunk by chunk; a layer's inputs are built once.
 
@@ -51,6 +52,7 @@ def rows_in_chunks(
         reach: Brings a chunk to the calls of the layers.
         terms: What to divide sums over the rows by for the mean loss.
         kfac_approx, all_places, needs_inputs: See `rows_of_layer`.
+        needs_squares: Whether a layer's first rows are to have the mean squares of its inputs, where they are known.
 
     Yields:
         The chunk, and each reached layer's rows; all but a layer's first have `first=False`.
@@ -66,7 +68,11 @@ def rows_in_chunks(
             sites = tuple(site for site, _ in reached)
             made = rows_of_layer(layer, reached, terms, kfac_approx, all_places, needs_inputs, inputs.get(sites))
             inputs[sites] = made.inputs
-            rows[layer] = _not_first(made) if layer in counted else made
+            if layer in counted:
+                made = _not_first(made)
+            elif needs_squares and layer.handler.structure == "outer":
+                made = replace(made, squares=input_squares(layer, sites))
+            rows[layer] = made
             counted.add(layer)
         yield some, rows
 

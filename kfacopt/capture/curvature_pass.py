@@ -57,6 +57,7 @@ class CurvaturePass:
     Attributes:
         all_places: Leave reducing over places to `Rows.for_factors`.
         needs_inputs: See `CurvatureBackend.needs_inputs`.
+        needs_squares: Whether rows are to have the mean squares of inputs.
         used_elsewhere: Layers of which a parameter was seen to be used outside its module, too, and how, or that a pass
             cannot reach; no rows of them are delivered any more.
         differentiated: Names of layers through whose calls a derivative was taken before the forward had ended.
@@ -72,7 +73,7 @@ class CurvaturePass:
     ) -> None:
         self._layers, self._estimator, self._loss_graph, self._sharded = layers, estimator, loss_graph, sharded
         self._bring_down = CotangentPass()
-        self.all_places, self.needs_inputs = False, True
+        self.all_places, self.needs_inputs, self.needs_squares = False, True, False
         self.used_elsewhere: dict[Layer, str] = {}
         self.differentiated: set[str] = set()
         self.hooks_since = HooksSince()
@@ -125,7 +126,8 @@ class CurvaturePass:
         guard, approx = self._guard(read, edges), self._estimator.kfac_approx
         reach = partial(self._bring_down, GradientEdge(read.node, read.forwards[0].output_nr), edges, guard=guard)
         chunks = self._in_step(cotangents, read.prediction)
-        for _, rows in rows_in_chunks(chunks, reach, divisor, approx, self.all_places, self.needs_inputs):
+        needs = self.all_places, self.needs_inputs, self.needs_squares
+        for _, rows in rows_in_chunks(chunks, reach, divisor, approx, *needs):
             for layer, some in rows.items():
                 deliver(layer, some)
         guard.watch()

@@ -112,6 +112,14 @@ def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType)
     return merged.mean(place, keepdim=True) if averaged and isinstance(merged, Tensor) else merged
 
 
+def input_squares(layer: Layer, sites: Sequence[Site]) -> Tensor | None:
+    """The mean square of each of a layer's inputs, `[*k i]`, over its calls; None: not known."""
+    handler = layer.handler
+    found = [handler.input_squares(site.module, site.inputs, site.kwargs, layer.roles) for site in sites]
+    known = [squares for squares in found if squares is not None]
+    return torch.stack(known).mean(0) if known else None
+
+
 def _same_dtype(inputs: Tensor | OneHot, gradients: Tensor, terms: Tensor) -> Rows:
     if isinstance(inputs, Tensor) and inputs.dtype != gradients.dtype:
         dtype = torch.promote_types(inputs.dtype, gradients.dtype)

@@ -72,6 +72,7 @@ class Rows:
             the batch's terms (`new_terms`) and its inputs.
         reduce: Whether KFAC-reduce is still to be applied (`for_factors`): rows of every place, for a block that needs
             them (EKFAC's corrected eigenvalues are those of the per-datum gradients).
+        squares: The mean square of each input, `[*k i]`, where it was asked for and is known.
         transposed: Rows of the same matrix transposed, for a weight that is used both ways: their `a gᵀ` add to the
             gradient. A backend gets them only if it asks for such layers (`CurvatureBackend.refusal`).
 
@@ -84,6 +85,7 @@ class Rows:
     first: bool = True
     reduce: bool = False
     transposed: Rows | None = None
+    squares: Tensor | None = None
 
     def for_factors(self) -> Rows:
         """The rows whose second moments are the Kronecker factors: these, or under KFAC-reduce their ā and ĝ."""
@@ -185,6 +187,15 @@ class LayerHandler(ABC):
         Returns the input's dtype (normalisation layers: at least float32). It is called inside the user's backward pass
         and records no graph.
         """
+
+    def input_squares(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], roles: tuple[str, ...]
+    ) -> Tensor | None:
+        """The mean square of each input over the rows of `expand`, `[*k i]`, in float32 at least; None: not known.
+
+        Steps of a fixed length are shorter where inputs are large (`kfacopt.optim.step.inputs`).
+        """
+        return None
 
     @abstractmethod
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:

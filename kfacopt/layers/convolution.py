@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.base import LayerHandler, input_tensor, with_ones
 from kfacopt.likelihoods import KFACType
-from kfacopt.linalg.tensors import pieces
+from kfacopt.linalg.tensors import as_statistic, pieces
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -70,6 +70,23 @@ class ConvolutionHandler(LayerHandler):
         reduce = approx == KFACType.REDUCE
         rows = with_ones(averaged_patches(conv, x), roles) if reduce else patches(conv, x, roles)
         return rows if conv.groups > 1 else rows.squeeze(0)
+
+    @torch.no_grad()
+    def input_squares(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], roles: tuple[str, ...]
+    ) -> Tensor | None:
+        """See `LayerHandler.input_squares`: the average of patches of squares; no patches are formed.
+
+        >>> layer, x = nn.Conv1d(2, 3, 2), torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 4.0]]])
+        >>> ConvolutionHandler().input_squares(layer, (x,), {}, ("weight", "bias"))
+        tensor([ 1.,  1.,  4., 10.,  1.])
+        """
+        x = as_statistic(input_tensor(inputs, kwargs))
+        if x.ndim == len(_convolution(module).kernel_size) + 1:
+            x = x.unsqueeze(0)
+        if not len(x):
+            return None
+        return self.input_rows(module, (x.square().mean(0, keepdim=True),), {}, roles, KFACType.REDUCE).mean((-3, -2))
 
     @torch.no_grad()
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfacopt.layers.base import LayerHandler, input_tensor, with_ones
 from kfacopt.likelihoods import KFACType
+from kfacopt.linalg.tensors import as_statistic
 
 
 class LinearHandler(LayerHandler):
@@ -40,6 +41,20 @@ class LinearHandler(LayerHandler):
         if approx == KFACType.REDUCE and rows.shape[1] != 1:
             rows = rows.mean(dim=1, keepdim=True)
         return with_ones(rows, roles)
+
+    @torch.no_grad()
+    def input_squares(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], roles: tuple[str, ...]
+    ) -> Tensor | None:
+        """See `LayerHandler.input_squares`.
+
+        >>> layer, x = nn.Linear(2, 3), torch.tensor([[1.0, 30.0], [-1.0, 40.0]])
+        >>> LinearHandler().input_squares(layer, (x,), {}, ("weight", "bias"))
+        tensor([1.0000e+00, 1.2500e+03, 1.0000e+00])
+        """
+        rows = as_statistic(self.input_rows(module, inputs, kwargs, roles, KFACType.EXPAND)).flatten(0, -2)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0)
+        return norms.square_() / max(1, len(rows))
 
     @torch.no_grad()
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:

@@ -258,7 +258,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             self._processes, self._open_capture(), self._layers, self._reached, gradients, self._check, solves
         )
         self._processes.quiet = not self._agreed.waiting
-        self._reached.settle(self._agreed.rows)
+        self._reached.settle(self._agreed.rows, self._layers, self._processes)
         if self._agreed.in_the_loss:
             if solves:
                 raise RuntimeError(OF_ANOTHER_GRADIENT)
@@ -347,7 +347,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
         self._scaling.factor = float(own.get("loss_factor", 1.0))
         self._open_capture().reset()
         self._open_capture().tally.load_state_dict(own)
-        self._reached.load_state_dict(own)
+        self._reached.load_state_dict(own, next(self.model.parameters()).device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` returned.

@@ -62,8 +62,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
       factor of soft labels, in the functional form) is taken to be one; a warning says so once where the value of the
       loss contradicts it or cannot verify it, and steps that follow a quadratic model (`lr="auto"`) are refused where
       it contradicts. A user's own `Likelihood` is taken at its word.
-    - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is one of the
-      step alone.
+    - The scale of a GradScaler, and what gradients were divided by to average, is no factor; clipping is the step's.
     - Training or evaluation mode makes no difference: what counts is a backward, so validation is never captured.
     - Several processes train under `torch.nn.parallel.DistributedDataParallel` or `torch.distributed.fsdp.fully_shard`:
       gradients and curvature are of all their data, a step that one of them cannot take is taken by none, and gradients
@@ -202,8 +201,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
     def _alone(self) -> str | None:
         # Whoever runs forwards again sees the data of this process, and needs parameters that are there as a whole.
         parts = [p for p in (self.direction, self.step_length) if any(map(p.wants_replays, {0, self._step}))]
-        apart = [part for part in parts if self._sharded or not part.shares_replays]
-        return repr(apart[0]) if apart else None
+        return next((repr(part) for part in parts if self._sharded or not part.shares_replays), None)
 
     def _refusal(self, layer: Layer) -> str | None:
         why = self.direction.refusal(layer) or super()._refusal(layer)
@@ -216,6 +214,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             self.backend.mean_eigenvalues()  # a backend that cannot tell says so here, not in the first step
         self._refused: dict[nn.Parameter, str] = {}
         super()._attach()
+        self._open_capture().passes.needs_squares = self._reached.measures = self.direction.reads_inputs
         self._find_plain()
 
     def _find_plain(self) -> None:
@@ -302,6 +301,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             processes=self._processes,
             norms=None if self._agreed.norms is None else [abs(scale) * norm for norm in self._agreed.norms],
             rows=self._reached.most,
+            large=self._reached.large,
             _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self._by_owners.updates(step, self.direction, self.step_length))

@@ -61,6 +61,8 @@ def check_rows_sum_to_gradient(module: nn.Module, x: Tensor) -> None:
     for roles in subsets:
         parameters = [getattr(module, name) for name in roles]
         inputs, gradients = rows_of(module, x, cotangents, roles, KFACType.EXPAND)
+        if (squares := handler.input_squares(module, (x,), {}, roles)) is not None:
+            assert_equal(squares, inputs.square().mean((-3, -2)))
         matrices = per_example(handler, inputs, gradients).sum(1)
         for cotangent, matrix in zip(cotangents, matrices, strict=True):
             truth = torch.autograd.grad(output, parameters, cotangent, retain_graph=True)

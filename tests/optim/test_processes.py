@@ -107,6 +107,12 @@ def weighted(model: nn.Module, batch: Batch) -> None:
     (0.25 * nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
 
 
+def loud(model: nn.Module, batch: Batch) -> None:
+    """Inputs in units of their own; the processes' batches are not alike."""
+    units = torch.tensor([1.0, 50.0, 1.0, 900.0, 1.0]).double()
+    nn.functional.cross_entropy(model(units * batch[0]), batch[1]).backward()
+
+
 def in_halves(model: nn.Module, batch: Batch) -> None:
     """Micro-batches, of which the engine averages the last alone."""
     halves = list(zip(batch[0].chunk(2), batch[1].chunk(2), strict=True))
@@ -152,6 +158,7 @@ EQUAL: dict[str, tuple[Make, Callable[[nn.Module, Batch], None], dict[str, Any]]
     "ekfac-wide": (optimizer(backend=lambda: kfacopt.EKFACBackend(1, 2, widest=3)), plain(CE()), {}),
     "kfac-exact-wide": (optimizer(backend=lambda: kfacopt.EigenKFACBackend(1, 2, widest=3)), plain(CE()), {}),
     "spectral": (optimizer(kfacopt.SpectralDescent), plain(CE()), {}),
+    "spectral-large-inputs": (optimizer(kfacopt.SpectralDescent), loud, {}),
     "spectral-every-other": (
         optimizer(kfacopt.SpectralDescent, backend=lambda: kfacopt.OneSidedKFACBackend(1, 2, 0.5, stagger=False)),
         plain(CE()),

@@ -69,6 +69,8 @@ class Step:
         processes: Those that train together; gradients and curvature are of all of them.
         norms: Of the gradients, in their order, where they are known.
         rows: How many rows a layer's products have in a step of all processes together, by name; the most so far.
+        large: What to multiply each input with so that it has an ordinary size, `[*k i]`, by the names of the layers
+            that have inputs for which that is not one; where the direction asks (`reads_inputs`).
     """
 
     number: int
@@ -87,6 +89,7 @@ class Step:
     processes: Processes = field(default_factory=Processes)
     norms: Sequence[float] | None = None
     rows: Mapping[str, float] = field(default_factory=dict)
+    large: Mapping[str, Tensor] = field(default_factory=dict)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
@@ -300,9 +303,11 @@ class Direction(_Part, ABC):
     Attributes:
         plain_treatment: What it does with matrices that have no curvature (`Step.plain`), as a phrase for `coverage()`;
             None: nothing, they train by AdamW.
+        reads_inputs: Whether it asks for the size of inputs (`Step.large`).
     """
 
     plain_treatment: str | None = None
+    reads_inputs: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

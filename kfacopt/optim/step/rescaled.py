@@ -37,7 +37,7 @@ class RescaledGradients(Direction):
         if not isinstance(direction, Direction):
             raise TypeError(f"direction must be a kfacopt.Direction, got {direction!r}")
         self.direction = direction
-        self.plain_treatment = direction.plain_treatment
+        self.plain_treatment, self.reads_inputs = direction.plain_treatment, direction.reads_inputs
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

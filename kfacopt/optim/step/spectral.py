@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from kfacopt.optim import memory
 from kfacopt.optim.checks import check_number
 from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 from kfacopt.optim.step.gradient_metric import steepest_by_gradients
+from kfacopt.optim.step.inputs import input_scales
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
 from kfacopt.optim.step.rows import Evening
 from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
@@ -80,6 +82,9 @@ class Spectral(Direction):
     arXiv:2310.17813). The direction of a layer is steepest in the norm above, its length is grafted (Agarwal et al.
     2020): together the steepest in the largest over layers of these norms, in a unit for each layer and step.
 
+    **Large inputs**, raw features in units of their own, would be thrown far off by such a length: those of more than 8
+    (root of the mean square, of linear layers and convolutions) count as 8 (`kfacopt.optim.step.inputs`).
+
     **Why rows are evened.** The rows of a polar factor, and more so those of U, differ in length, by a lot where a
     layer has more outputs than inputs or outputs of very different curvature. Divided by the root of their running mean
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
@@ -132,6 +137,7 @@ class Spectral(Direction):
     """
 
     plain_treatment = "spectral step, no curvature"
+    reads_inputs = True
 
     def __init__(
         self,
@@ -194,13 +200,17 @@ class Spectral(Direction):
         resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
         averaged = step.averaged(self._freshness(step), resting)
         updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)
+        scales = [input_scales(step, stack) for stack in stacked]
+        stacked = [
+            s if d is None else replace(s, matrices=s.matrices * d) for s, d in zip(stacked, scales, strict=True)
+        ]
         for stack in stacked:
             with self._precision(stack.matrices, step.processes):
                 found.append(self._orthogonalized(step, stack).to(stack.matrices.dtype))
         length = shrunk(step.number, self._full_steps)
         factors, norms = self._evening.factors(step.state, stacked, found, length)
-        for stack, matrices, factor in zip(stacked, found, factors, strict=True):
-            updates.add(stack, matrices * factor)
+        for stack, matrices, factor, scale in zip(stacked, found, factors, scales, strict=True):
+            updates.add(stack, matrices * (factor if scale is None else factor * scale))
         # Whoever rests as it is due decays as it moves next.
         since = (step.number + 1) % _DECAY_EVERY
         weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
