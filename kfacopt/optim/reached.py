@@ -58,8 +58,11 @@ class Reached:
         self.most |= {name: max(total, self.most.get(name, 0.0)) for name, total in totals.items()}
         for name, total in self._everywhere(totals, layers, processes).items():
             batch, known = total / totals[name], self.squares.get(name)
-            fits = known is not None and known.shape == batch.shape
-            self.squares[name] = torch.lerp(batch, known.to(batch), _DECAY) if fits and known is not None else batch
+            if known is None or known.shape != batch.shape:
+                known = batch = torch.where(batch.isfinite(), batch, 1.0)
+            # One batch that is not finite, whose step is skipped, would be remembered for ever.
+            moved = torch.lerp(batch, known.to(batch), _DECAY)
+            self.squares[name] = torch.where(moved.isfinite(), moved, known.to(batch))
             self._changed = True
         if self._changed:
             self.large, self._changed = large_inputs(layers, self.squares), False

@@ -59,6 +59,22 @@ def test_ordinary_inputs_change_nothing() -> None:
     assert not optimizer._reached.large
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("when", [0, 3])
+def test_one_bad_batch_is_not_remembered(bad: float, when: int) -> None:
+    torch.manual_seed(1)
+    model, loss_func = made(torch.ones(5)), nn.CrossEntropyLoss()
+    optimizer = kfacopt.SpectralDescent(model, loss_func)
+    for step in range(6):
+        x, y = torch.rand(16, 5, dtype=torch.float64), torch.randint(3, (16,))
+        x[0, 1] = bad if step == when else 1.0
+        optimizer.zero_grad()
+        loss_func(model(x), y).backward()
+        optimizer.step()
+    assert all(squares.isfinite().all() and squares.max() <= 1.0 for squares in optimizer._reached.squares.values())
+    assert not optimizer._reached.large
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_raw_features_are_learned(kind: Callable[..., Any]) -> None:
     """With steps as long as those of ordinary inputs, SpectralDescent ends at 1.00 of the variance, KFAC at 0.12."""
