@@ -58,6 +58,7 @@ class Replaying(kfacopt.Preconditioned):
 def test_what_knows_one_process_alone_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: 0)
     kfacopt.KFAC(chain(), CE(), direction=Replaying()).close()
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 4)
     with pytest.raises(RuntimeError, match=r"4 processes train together, but .* in one process so far"):
