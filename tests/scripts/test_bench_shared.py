@@ -33,6 +33,6 @@ def test_every_way_is_in_the_table() -> None:
     found = bench_shared.run(options)
     assert len(found) == 2
     for of_rank in found:
-        assert [len(turns) for turns in of_rank.values()] == [1] * 6
+        assert [len(turns) for turns in of_rank.values()] == [1] * 7
         assert all(0.0 < refresh < step for turns in of_rank.values() for refresh, step, _, _ in turns)
-    assert len(printed(found)) == 6
+    assert len(printed(found)) == 7
