@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from kfacopt.backends.kfac import KFACBackend
 from kfacopt.optim.second_order import SecondOrderOptimizer
-from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
+from kfacopt.optim.step.chosen import of_spectral_step
 
 
 class KFAC(SecondOrderOptimizer):
@@ -28,6 +26,4 @@ class KFAC(SecondOrderOptimizer):
     """
 
     backend_type = KFACBackend
-    untuned_backend = partial(
-        KFACBackend, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5
-    )
+    untuned_backend = of_spectral_step(KFACBackend)

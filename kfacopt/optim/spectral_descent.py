@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,8 +13,7 @@ from kfacopt.likelihoods.estimator import LossFunction
 from kfacopt.optim.capturing import Params
 from kfacopt.optim.second_order import SecondOrderOptimizer
 from kfacopt.optim.step import ClippedGradients, Direction, Spectral
-from kfacopt.optim.step.chosen import GRAFTED_RATE, SPECTRAL
-from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
+from kfacopt.optim.step.chosen import GRAFTED_RATE, SPECTRAL, of_spectral_step
 
 
 class SpectralDescent(SecondOrderOptimizer):
@@ -55,9 +53,7 @@ class SpectralDescent(SecondOrderOptimizer):
     >>> optimizer.step()
     """
 
-    backend_type = partial(
-        OneSidedKFACBackend, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5
-    )
+    backend_type = of_spectral_step(OneSidedKFACBackend)
 
     def __init__(
         self,

@@ -110,10 +110,6 @@ def agreed(
         raise RuntimeError(_OTHER_GRADIENTS)
     if solves and any(replays) and not all(replays):
         raise RuntimeError(_NOT_ALL_REPLAY)
-    rows: Mapping[str, float] = reached.rows
-    if processes.size > 1 and any(passes) and layers:
-        totals = processes.sum_vector([rows.get(layer.name, 0.0) for layer in layers])
-        rows = {layer.name: total for layer, total in zip(layers, totals, strict=True) if total}
     if max(others) > 0 and processes.size > 1:
         elsewhere = {name: how for seen_by_one in processes.gathered(elsewhere) for name, how in seen_by_one.items()}
     return Agreement(
@@ -125,11 +121,19 @@ def agreed(
         replayed_by_all=min(replays) > 0.0,
         in_the_loss=any(derived),
         verified=all(verified),
-        rows=dict(rows),
+        rows=_of_all(processes, layers, reached.rows) if any(passes) else dict(reached.rows),
         waiting=any(waiting),
         used_elsewhere=elsewhere,
         norms=norms_of_shards(processes, held, own) if parted and finite else own,
     )
+
+
+def _of_all(processes: Processes, layers: Sequence[Layer], rows: Mapping[str, float]) -> dict[str, float]:
+    """How many rows were delivered of each layer, by name, in all processes together."""
+    if processes.size == 1 or not layers:
+        return dict(rows)
+    totals = processes.sum_vector([rows.get(layer.name, 0.0) for layer in layers])
+    return {layer.name: total for layer, total in zip(layers, totals, strict=True) if total}
 
 
 def _settled(processes: Processes, capture: Capture, check: Callable[[], None]) -> Exception | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from kfacopt.backends.base import CurvatureBackend
 from kfacopt.damping import RELATIVE_DAMPING, RelativeDamping
 from kfacopt.optim.groups import with_own_decay, with_plain_damping
 from kfacopt.optim.step.base import Direction, StepLength
@@ -15,6 +18,7 @@ from kfacopt.optim.step.quadratic_model import QuadraticModel
 from kfacopt.optim.step.rescaled import ClippedGradients
 from kfacopt.optim.step.spectral import Spectral
 from kfacopt.optim.step.trust_region import TrustRegion
+from kfacopt.schedules import SPECTRAL_FACTOR_EVERY, SPECTRAL_REFRESH_EVERY
 
 Rate = float | Tensor | QuadraticModel | Literal["auto"] | None
 """A learning rate; or who chooses it; None: what fits the step length."""
@@ -42,6 +46,11 @@ SPECTRAL = Numbers(0.95, RelativeDamping(0.5), 1e-2)
 """Of the spectral step. Half of a factor's mean eigenvalue: directions that matter are to be divided by their own
 curvature, and the length is not the damping's to bound. From a twenty-fifth of it to twice of it a character model
 trained alike."""
+
+
+def of_spectral_step(kind: Callable[..., CurvatureBackend]) -> Callable[..., CurvatureBackend]:
+    """A kind of backend as the spectral step has it by default: the curvature's half power, on schedules of its own."""
+    return partial(kind, factor_every=SPECTRAL_FACTOR_EVERY, refresh_every=SPECTRAL_REFRESH_EVERY, exponent=0.5)
 
 
 class Chosen(NamedTuple):

@@ -23,8 +23,10 @@ def input_scales(step: Step, stack: Stack) -> Tensor | None:
     never comes back. With the inputs `D x`, D diagonal, and `W D⁻¹` in the place of W the model is the same, its
     gradient is `M D`, and a step U there is `U D` of W. Columns of ordinary inputs, and a bias', stay as they are.
     """
+    if not step.large:
+        return None
     layers = stack.layers
-    if not step.large or not any(layer.name in step.large for layer in layers):
+    if not any(layer.name in step.large for layer in layers):
         return None
     ones = stack.matrices.new_ones((*stack.matrices.shape[1:-2], stack.matrices.shape[-1]))
     scales = torch.stack([step.large[la.name].to(ones) if la.name in step.large else ones for la in layers])
