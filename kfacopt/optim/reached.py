@@ -28,7 +28,8 @@ class Reached:
         most: Rows in all processes together, of the step that had most so far.
         measures: Whether rows come with the mean squares of their inputs.
         squares: Running averages of the mean square of each input, `[*k i]`, of all processes, where rows have them.
-        large: `large_inputs` of them.
+        large: `large_inputs` of them, and
+        sizes: the mean square of all inputs of a layer.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,7 @@ class Reached:
         self.squares: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self.large: dict[str, Tensor] = {}
+        self.sizes: dict[str, float] = {}
         self.waiting, self.measures, self._changed = True, False, False
 
     def add(self, layer: Layer, rows: Rows) -> None:
@@ -65,7 +67,7 @@ class Reached:
             self.squares[name] = torch.where(moved.isfinite(), moved, known.to(batch))
             self._changed = True
         if self._changed:
-            self.large, self._changed = large_inputs(layers, self.squares), False
+            (self.large, self.sizes), self._changed = large_inputs(layers, self.squares), False
 
     def _everywhere(
         self, totals: Mapping[str, float], layers: Sequence[Layer], processes: Processes
@@ -85,6 +87,10 @@ class Reached:
             for shape, total in zip(shapes, held, strict=True)
         ]
         return dict(zip((layer.name for layer in known), processes.sum(own), strict=True))
+
+    def told(self) -> dict[str, Any]:
+        """What a `Step` is told of it, by that name."""
+        return {"rows": self.most, "large": self.large, "input_sizes": self.sizes}
 
     def clear(self) -> None:
         """Forget what was delivered since the last step."""

@@ -300,8 +300,7 @@ class SecondOrderOptimizer(CapturingOptimizer):
             plain=self._plain,
             processes=self._processes,
             norms=None if self._agreed.norms is None else [abs(scale) * norm for norm in self._agreed.norms],
-            rows=self._reached.most,
-            large=self._reached.large,
+            **self._reached.told(),
             _stepped=self._stepped,
         )
         updates = self.step_length.scaled(step, self._by_owners.updates(step, self.direction, self.step_length))

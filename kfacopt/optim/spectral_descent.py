@@ -36,7 +36,7 @@ class SpectralDescent(SecondOrderOptimizer):
         params: torch's params or param groups; default: all of the model's.
         lr: By how much each of the first 100 steps moves each output of a layer, for inputs of size one, and by
             eight times that for any of more than eight; then less and less, as one over the root of the number of steps
-            (`full_steps` of `Spectral`).
+            (`full_steps` of `Spectral`). Steps that their curvature says are far too long go less far (`margin`).
         momentum: Of the gradients, none of which is much longer than those before it (`ClippedGradients`).
         damping: Half of the factor's mean eigenvalue; the length of a step is not the damping's to bound.
         kl_clip: See there; a bound costs the curvature's product with the step.

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ class Step:
         rows: How many rows a layer's products have in a step of all processes together, by name; the most so far.
         large: What to multiply each input with so that it has an ordinary size, `[*k i]`, by the names of the layers
             that have inputs for which that is not one; where the direction asks (`reads_inputs`).
+        input_sizes: The mean square of a layer's inputs, by name; where the direction asks.
     """
 
     number: int
@@ -90,6 +91,7 @@ class Step:
     norms: Sequence[float] | None = None
     rows: Mapping[str, float] = field(default_factory=dict)
     large: Mapping[str, Tensor] = field(default_factory=dict)
+    input_sizes: Mapping[str, float] = field(default_factory=dict)
     _linearizations: dict[tuple[int, ...], BatchLinearization] = field(default_factory=dict, repr=False)
     _metrics: dict[tuple[int, Curvature], Metric] = field(default_factory=dict, repr=False)
     _averages: dict[int, dict[nn.Parameter, Tensor]] = field(default_factory=dict, repr=False)
@@ -214,6 +216,18 @@ class Step:
         return path.at(straight, updates.bend, updates.scale)
 
 
+class Prospect(NamedTuple):
+    """What a step at the groups' learning rates promises under its quadratic model; see `kfacopt.optim.step.prospect`.
+
+    Attributes:
+        slope: How much the loss falls along it to first order, a number.
+        cost: What the slope is to be at least: of a step for which it is less, that part is taken.
+    """
+
+    slope: Tensor
+    cost: float
+
+
 @dataclass(eq=False)
 class Updates:
     """What is subtracted from parameters at learning rate one; parameters that are left out take AdamW's step.
@@ -230,6 +244,7 @@ class Updates:
             smaller anyway (`rule.decay_cautiously`).
         resting: Parameters that stay as they are in this step.
         products: By parameter, the inner products of `tensors` with the image, where they are known and it is not here.
+        prospect: What it promises, where a direction of fixed length has asked.
     """
 
     tensors: dict[nn.Parameter, Tensor]
@@ -240,6 +255,7 @@ class Updates:
     decays: Mapping[nn.Parameter, float] = field(default_factory=dict)
     resting: frozenset[nn.Parameter] = frozenset()
     products: Mapping[nn.Parameter, float] | None = None
+    prospect: Prospect | None = None
 
     @property
     def finite(self) -> bool:
@@ -247,6 +263,16 @@ class Updates:
         if self.check is not None:
             return math.isfinite(float(self.check))
         return all_finite(list(self.tensors.values()))
+
+    def as_promised(self) -> Updates | None:
+        """As much of them as their slope pays for (`prospect`); None: they are not finite. Reads one number, or two."""
+        if self.prospect is None or self.check is None:
+            return self if self.finite else None
+        slope, cost = self.prospect
+        check, read = torch.stack([self.check.to(slope), slope]).tolist()
+        if not math.isfinite(check):
+            return None
+        return self if read >= self.scale * cost else replace(self, scale=max(0.0, read / cost))
 
     def scaled(self, factor: float) -> Updates:
         """The same direction, `factor` times as long."""
@@ -260,7 +286,8 @@ class Updates:
         products = self.products
         if products is not None:
             products = {p: factors.get(p, 1.0) ** 2 * number for p, number in products.items()}
-        return replace(self, tensors=_times(self.tensors, factors), image=image, products=products)
+        tensors = _times(self.tensors, factors)
+        return replace(self, tensors=tensors, image=image, products=products, prospect=None)
 
 
 class _Part:

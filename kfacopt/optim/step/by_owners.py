@@ -14,7 +14,7 @@ from kfacopt.fsdp import is_sharded
 from kfacopt.layers.layer import Layer, connected
 from kfacopt.layers.plain import PlainMatrix
 from kfacopt.linalg.tensors import checksum, inner_products
-from kfacopt.optim.step.base import ByParameter, Direction, Step, StepLength, Updates
+from kfacopt.optim.step.base import ByParameter, Direction, Prospect, Step, StepLength, Updates
 from kfacopt.replicas import owners
 from kfacopt.sharding import Whole, shard_of
 
@@ -145,6 +145,7 @@ class _Told(NamedTuple):
         products: `Updates.products`; None: there is no image.
         kept: Whether there is each of the values that a direction remembers, and which number it is.
         check: A number that is finite exactly if all updates are.
+        prospect: The sum of what each promises; None: nobody has asked.
     """
 
     codes: dict[nn.Parameter, int]
@@ -152,6 +153,7 @@ class _Told(NamedTuple):
     products: dict[nn.Parameter, float] | None
     kept: list[tuple[bool, float]]
     check: float
+    prospect: Prospect | None
 
 
 class _Divided:
@@ -191,6 +193,7 @@ class _Divided:
             self._brought_back(found, told),
             check=torch.tensor(told.check, dtype=torch.float64),
             products=told.products,
+            prospect=told.prospect,
             decays=told.decays,
             resting=frozenset(p for p, code in told.codes.items() if code == _RESTS),
         )
@@ -227,20 +230,22 @@ class _Divided:
             at = torch.tensor([places[p] for p in imaged], device=products.device)
             products[at] = inner_products([found.tensors[p] for p in imaged], list(imaged.values())).to(products)
         check = checksum([found.tensors[p] for p in own]) if found.check is None else found.check
-        own_numbers = [torch.as_tensor(n, dtype=products.dtype, device=products.device) for n in (numbers, check)]
-        [summed] = self._processes.sum([torch.cat([own_numbers[0], own_numbers[1].reshape(1), products])])
-        all_told = summed.tolist()
+        promised = (0.0, 0.0) if found.prospect is None else found.prospect
+        parts = [torch.as_tensor(n, dtype=products.dtype, device=products.device) for n in (numbers, *promised, check)]
+        [summed] = self._processes.sum([torch.cat([*(part.reshape(-1) for part in parts), products])])
+        *all_told, slope, cost, finite = summed[: len(numbers) + 3].tolist()
         if all_told[0] > 0.0:
             self._processes.raise_together(failure)
-        pairs = list(zip(all_told[1 : len(numbers) : 2], all_told[2 : len(numbers) : 2], strict=True))
+        pairs = list(zip(all_told[1::2], all_told[2::2], strict=True))
         return _Told(
             codes={p: int(code) for p, (code, _) in zip(self._owner_of, pairs, strict=False)},
             decays={p: decay for p, (_, decay) in zip(self._owner_of, pairs, strict=False) if decay > 0.0},
             products=None
             if found.image is None
-            else dict(zip(self._owner_of, all_told[1 + len(numbers) :], strict=True)),
+            else dict(zip(self._owner_of, summed[len(numbers) + 3 :].tolist(), strict=True)),
             kept=[(present > 0.0, number) for present, number in pairs[count:]],
-            check=all_told[len(numbers)],
+            check=finite,
+            prospect=Prospect(torch.tensor(slope, dtype=torch.float64), cost) if cost > 0.0 else None,
         )
 
     def _brought_back(self, found: Updates, told: _Told) -> dict[nn.Parameter, Tensor]:

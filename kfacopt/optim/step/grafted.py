@@ -82,7 +82,7 @@ class Grafted(Direction):
         found = self.direction.updates(step)
         steps = step.by_layer(found.tensors)
         lengths, resting = self._lengths(step, list(steps))
-        found = replace(found, resting=found.resting | resting)
+        found = replace(found, resting=found.resting | resting, prospect=None)  # lengths are others'
         steps = {layer: parts for layer, parts in steps.items() if layer in lengths}
         factors = {layer: lengths[layer] / norm for layer, norm in norms(steps).items()}
         tensors = times(factors, steps)

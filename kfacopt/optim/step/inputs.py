@@ -33,17 +33,22 @@ def input_scales(step: Step, stack: Stack) -> Tensor | None:
     return scales.unsqueeze(-2)
 
 
-def large_inputs(layers: Sequence[Layer], squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def large_inputs(layers: Sequence[Layer], squares: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """By layer name `LARGE` over the root mean square of each input, at most one, of the layers that have a large one.
 
     Args:
         layers: As they are; of a weight whose bias was frozen since, nothing is known.
         squares: By layer name, the mean square of each input, `[*k i]`.
+
+    Returns:
+        These, and by name the mean square of all inputs of a layer.
     """
     shapes = {layer.name: (*layer.shape[:-2], layer.shape[-1]) for layer in layers}
     known = {name: mean for name, mean in squares.items() if shapes.get(name) == mean.shape}
     if not known:
-        return {}
-    largest = torch.stack([mean.amax().double() for mean in known.values()]).tolist()
-    over = [name for name, most in zip(known, largest, strict=True) if most > LARGE**2]
-    return {name: (LARGE / known[name].sqrt()).clamp_max(1.0) for name in over}
+        return {}, {}
+    told = [torch.stack([mean.amax(), mean.mean()]).double() for mean in known.values()]
+    numbers = torch.stack(told).tolist()
+    over = [name for name, (most, _) in zip(known, numbers, strict=True) if most > LARGE**2]
+    sizes = {name: size for name, (_, size) in zip(known, numbers, strict=True)}
+    return {name: (LARGE / known[name].sqrt()).clamp_max(1.0) for name in over}, sizes

@@ -26,12 +26,15 @@ class RescaledGradients(Direction):
 
     Attributes:
         reads_norms: Whether of gradients that are sharded it reads no more than `Step.norms`.
+        keeps_units: Whether most gradients stay as they are, so that the slope along a step is still the loss'
+            (`Updates.prospect`).
 
     Raises:
         TypeError: If it is no direction.
     """
 
     reads_norms: bool = False
+    keeps_units: bool = False
 
     def __init__(self, direction: Direction) -> None:
         if not isinstance(direction, Direction):
@@ -42,7 +45,8 @@ class RescaledGradients(Direction):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "rescaled" in vars(cls):  # who rescales otherwise than the class below says anew what is read
-            cls.reads_norms = bool(vars(cls).get("reads_norms", False))
+            for said in ("reads_norms", "keeps_units"):
+                setattr(cls, said, bool(vars(cls).get(said, False)))
 
     def by_layers(self, step: Step) -> bool:
         return self.reads_norms and step.norms is not None and self.direction.by_layers(step)
@@ -76,7 +80,8 @@ class RescaledGradients(Direction):
         if changed is not gradients:
             seen = replace(step, gradients={**step.gradients, **dict(zip(stepped, changed, strict=True))}, norms=None)
         # The image of a direction, where it has one, is what it was told, not the gradient: nobody is to trust it.
-        return replace(self.direction.updates(seen), image=None)
+        found = self.direction.updates(seen)
+        return replace(found, image=None, prospect=found.prospect if self.keeps_units else None)
 
     def health(self) -> dict[str, float]:
         return self.direction.health()
@@ -142,6 +147,7 @@ class ClippedGradients(RescaledGradients):
     """
 
     reads_norms = True
+    keeps_units = True
 
     def __init__(self, direction: Direction, limit: float = 1.5, decay: float = 0.95) -> None:
         super().__init__(direction)

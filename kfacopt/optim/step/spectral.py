@@ -21,6 +21,7 @@ from kfacopt.optim.step.base import Direction, Remembered, Step, Updates
 from kfacopt.optim.step.gradient_metric import steepest_by_gradients
 from kfacopt.optim.step.inputs import input_scales
 from kfacopt.optim.step.lengths import FULL_STEPS, check_full_steps, shrunk
+from kfacopt.optim.step.prospect import MARGIN, prospect_of
 from kfacopt.optim.step.rows import Evening
 from kfacopt.optim.step.stacks import Holder, Stack, Unstacked, inputs_axis, key_of, stacks, structure_of
 from kfacopt.optim.step.turns import LONGEST, Turns
@@ -85,6 +86,10 @@ class Spectral(Direction):
     **Large inputs**, raw features in units of their own, would be thrown far off by such a length: those of more than 8
     (root of the mean square, of linear layers and convolutions) count as 8 (`kfacopt.optim.step.inputs`).
 
+    **Steps that are too long all the same** are shortened: where the slope along a step is less than three times what
+    its curvature takes off it, only so much of it is taken (`kfacopt.optim.step.prospect`). Outputs that go through a
+    steep function next, sines of thirty times their inputs, are the case; ordinary networks take whole steps.
+
     **Why rows are evened.** The rows of a polar factor, and more so those of U, differ in length, by a lot where a
     layer has more outputs than inputs or outputs of very different curvature. Divided by the root of their running mean
     squares each output moves as much as any other (NorMuon, Li et al. 2025, arXiv:2510.05491); what the curvature says
@@ -128,6 +133,8 @@ class Spectral(Direction):
             moves at least every so many steps: 1, 2, 3 or 6. 1: all layers in each step.
         embedding_factor: Embeddings, which AdamW trains, take so many times its rate, a param group's
             `embedding_factor` from then on: a row moves only where its word occurs.
+        margin: A step is shortened where its slope is less than so many times what its curvature takes off it; None:
+            it never is.
 
     Raises:
         ValueError: If a number is out of range.
@@ -151,6 +158,7 @@ class Spectral(Direction):
         decay: float = DECAY,
         turns: int = LONGEST,
         embedding_factor: float = 4.0,
+        margin: float | None = MARGIN,
     ) -> None:
         check_number("momentum", momentum)
         check_number("cautious_decay", decay)
@@ -159,11 +167,13 @@ class Spectral(Direction):
             raise ValueError(f"warmup must be a number of steps, 0 for none, got {warmup}")
         if row_decay is not None and not 0.0 <= row_decay < 1.0:
             raise ValueError(f"row_decay must be at least 0 and below 1, or None, got {row_decay}")
+        if margin is not None and not margin > 0.0:
+            raise ValueError(f"margin must be above 0, or None for whole steps, got {margin}")
         check_full_steps(full_steps)
         self._row_decay, self._warmup, self._full_steps = row_decay, warmup, full_steps
         self._evening, self._turns = Evening(row_decay), Turns(turns)
         self._momentum, self._decay, self._layers = momentum, decay, layers
-        self._embedding_factor = embedding_factor
+        self._embedding_factor, self._margin = embedding_factor, margin
         self._polar = NewtonSchulz(iterations=3) if polar is None else polar
         self._dtype = dtype
         self._measured: dict[str, torch.dtype] = {}
@@ -209,13 +219,20 @@ class Spectral(Direction):
                 found.append(self._orthogonalized(step, stack).to(stack.matrices.dtype))
         length = shrunk(step.number, self._full_steps)
         factors, norms = self._evening.factors(step.state, stacked, found, length)
-        for stack, matrices, factor, scale in zip(stacked, found, factors, scales, strict=True):
-            updates.add(stack, matrices * (factor if scale is None else factor * scale))
+        moved = [matrices * factor for matrices, factor in zip(found, factors, strict=True)]
+        for stack, matrices, scale in zip(stacked, moved, scales, strict=True):
+            updates.add(stack, matrices if scale is None else matrices * scale)
         # Whoever rests as it is due decays as it moves next.
         since = (step.number + 1) % _DECAY_EVERY
         weights = [p for s in stacked if since < s.stride and not s.differentiated for p in s.weights]
         check = torch.cat(norms).sum() if norms else None
-        return Updates(updates.by_parameter(), check=check, decays=self._decays(step, weights), resting=resting)
+        return Updates(
+            updates.by_parameter(),
+            check=check,
+            decays=self._decays(step, weights),
+            resting=resting,
+            prospect=None if self._margin is None else prospect_of(step, stacked, moved, length, self._margin),
+        )
 
     def _freshness(self, step: Step) -> float:
         """What a new gradient weighs in the momentum, in units of `1 - momentum`."""

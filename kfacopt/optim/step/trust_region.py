@@ -52,22 +52,26 @@ class TrustRegion(StepLength):
         return dict(self._defaults)
 
     def health(self) -> dict[str, float]:
-        """`kl_scale`, what the step was shortened by, and `kl`, its divergence after that, where it had to be known."""
+        """`kl_scale`, what the last step was shortened by, and `kl`, its divergence, where it had to be known."""
         return dict(self._report)
 
     def scaled(self, step: Step, updates: Updates) -> Updates | None:
         for group in step.groups:
             if math.isfinite(group["relative_clip"]):
                 updates = updates.scaled_apart(_relative_factors(step, group, updates))
-        clip = float(step.groups[0]["kl_clip"])
-        if math.isinf(clip) and updates.image is None and updates.products is None:
-            # No bound, and no divergence that costs nothing: what is left to see to is that the step is a number.
-            self._report = {"kl_scale": 1.0}
-            return updates if updates.finite else None
-        length = squared_length(step, updates) / step.loss_factor
-        scale = kl_scale(length, clip)
-        self._report = {"kl_scale": scale, "kl": 0.5 * scale * scale * length}
-        return updates.scaled(scale) if math.isfinite(scale) else None
+        clip, length = float(step.groups[0]["kl_clip"]), None
+        if math.isfinite(clip) or updates.image is not None or updates.products is not None:
+            length = squared_length(step, updates) / step.loss_factor
+            updates = updates.scaled(scale := kl_scale(length, clip))
+            if not math.isfinite(scale):
+                return None
+        # Without a bound, or a divergence that costs nothing, what is left to see to is that the step is a number.
+        found = updates.as_promised() if length is None or updates.prospect is not None else updates
+        if found is not None:
+            self._report = {"kl_scale": found.scale}
+            if length is not None:
+                self._report["kl"] = 0.5 * found.scale**2 * length
+        return found
 
 
 def squared_length(step: Step, updates: Updates) -> float:

@@ -132,6 +132,16 @@ def an_outlier_is_clipped_as_in_one_process() -> None:
     assert float((found[0] - found[1]).norm()) > 1e-4
 
 
+def a_step_that_is_too_long_is_shortened_as_in_one_process() -> None:
+    """By the slope of all layers together, of which each process has its own."""
+    make = optimizer(kfacopt.SpectralDescent, lr=4.0, curvature="ggn")
+    one, reference = train(make, make_batches(4), plain(CE()), alone())
+    two, made = train_sharded(make, [share(batch) for batch in make_batches(4)], plain(CE()))
+    assert made.health()["kl_scale"] < 0.5
+    assert made.health()["kl_scale"] == pytest.approx(reference.health()["kl_scale"], rel=1e-9)
+    equals(two, one, 1e-9)
+
+
 def layers_may_have_no_gradient() -> None:
     """Some of them, of a layer one parameter, and in the end all: what is left trains by AdamW."""
     for make in (MADE["spectral"], MADE["natural"]):
@@ -249,6 +259,7 @@ CHECKS: Mapping[str, Callable[[], None]] = {
         for check in (
             state_is_everywhere,
             an_outlier_is_clipped_as_in_one_process,
+            a_step_that_is_too_long_is_shortened_as_in_one_process,
             layers_may_have_no_gradient,
             what_says_nothing_has_everything,
             layers_that_share_a_parameter_are_of_one_owner,

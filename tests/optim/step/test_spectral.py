@@ -34,7 +34,14 @@ def svd_polar(matrix: Tensor) -> Tensor:
     return (left * (values > 1e-9 * values[..., :1]).to(values).unsqueeze(-2)) @ right
 
 
-EXACT: dict[str, Any] = {"momentum": 0.0, "polar": svd_polar, "layers": matrix_layers, "row_decay": None, "decay": 0.0}
+EXACT: dict[str, Any] = {
+    "momentum": 0.0,
+    "polar": svd_polar,
+    "layers": matrix_layers,
+    "row_decay": None,
+    "decay": 0.0,
+    "margin": None,
+}
 
 
 class Identity(kfacopt.LayerwiseBackend):
@@ -207,7 +214,8 @@ def test_every_layer_moves_its_outputs_by_one() -> None:
     for width in (4, 64):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
-        made = kfacopt.SpectralDescent(model, nn.MSELoss(), lr=1.0, factor_every=1)
+        whole = kfacopt.Spectral(margin=None)
+        made = kfacopt.SpectralDescent(model, nn.MSELoss(), lr=1.0, factor_every=1, direction=whole)
         before = parameters_of(model)
         train_step(made, model, nn.MSELoss(), torch.randn(64, 3), torch.randn(64, 2))
         moved = [(old - new.detach()).square().sum() for old, new in zip(before, model.parameters(), strict=True)]
@@ -605,6 +613,7 @@ WRONG: list[dict[str, float]] = [
     {"momentum": 1.5},
     {"warmup": -1},
     {"full_steps": 0},
+    {"margin": 0.0},
 ]
 
 
@@ -645,9 +654,8 @@ def recurrent_case() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 
 def test_matrices_without_curvature_take_the_spectral_step_of_no_curvature() -> None:
     model, loss, x, y = recurrent_case()
-    optimizer = kfacopt.SpectralDescent(
-        model, loss, lr=1.0, adamw_lr=0.0, direction=kfacopt.Spectral(momentum=0.0, polar=svd_polar, row_decay=None)
-    )
+    direction = kfacopt.Spectral(momentum=0.0, polar=svd_polar, row_decay=None, margin=None)
+    optimizer = kfacopt.SpectralDescent(model, loss, lr=1.0, adamw_lr=0.0, direction=direction)
     treatments = {(row.module, name): row.treatment for row in optimizer.coverage().rows for name in row.parameters}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_step(optimizer, model, loss, x, y)
