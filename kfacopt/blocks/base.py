@@ -59,6 +59,12 @@ class Block(ABC):
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Who whitens otherwise than the class above steps otherwise than it.
+        if not {"whiten", "unwhiten"}.isdisjoint(vars(cls)) and "steepest" not in vars(cls):
+            cls.steepest = staticmethod(Block.steepest)  # type: ignore[method-assign]
+
     def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
         self.diagonals = diagonals
         """Which Kronecker factors, of a block that has them, are their diagonals."""
