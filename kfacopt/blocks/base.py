@@ -13,6 +13,7 @@ from kfacopt.blocks.sides import Diagonals
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.blocks.storage import Storage
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.unformed import UnformedRows
 from kfacopt.linalg.gram import gram
 from kfacopt.linalg.polar import PolarFactor
 from kfacopt.linalg.tensors import ELEMENTS_IN_CACHE, rows_of
@@ -58,6 +59,12 @@ class Block(ABC):
     """Whether `update` reads the cache: every process needs it then, for its own rows."""
     of_inputs: ClassVar[frozenset[str]] = frozenset()
     """Which of the averages are of inputs alone, so that the loss has no part in them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Who whitens otherwise than the class above steps otherwise than it.
+        if not {"whiten", "unwhiten"}.isdisjoint(vars(cls)) and "steepest" not in vars(cls):
+            cls.steepest = staticmethod(Block.steepest)  # type: ignore[method-assign]
 
     def __init__(self, diagonals: Diagonals = Diagonals()) -> None:  # noqa: B008 - it is immutable
         self.diagonals = diagonals
@@ -266,7 +273,9 @@ def flat_rows(rows: Tensor) -> Tensor:
     return rows.flatten(-3, -2)
 
 
-def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool = False) -> tuple[Tensor, float]:
+def input_covariance(
+    inputs: Tensor | OneHot | UnformedRows, dtype: torch.dtype, diagonal: bool = False
+) -> tuple[Tensor, float]:
     """Sum of `a aᵀ` over the rows, `[*k i i]` or the diagonal `[i]`, and the number of rows.
 
     Kronecker factor A of Eschenhagen et al. 2023, equation 16 (expand) or 22 (reduce: there is one row per datum).
@@ -274,6 +283,10 @@ def input_covariance(inputs: Tensor | OneHot, dtype: torch.dtype, diagonal: bool
     """
     if isinstance(inputs, OneHot):
         return inputs.counts(dtype), float(inputs.indices.numel())
+    if isinstance(inputs, UnformedRows):
+        if not diagonal:
+            return inputs.covariance(), float(inputs.shape[:2].numel())
+        inputs = inputs.formed()
     flat = flat_rows(inputs)
     if diagonal:
         return squared_columns(flat), float(flat.shape[-2])

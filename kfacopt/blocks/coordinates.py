@@ -18,6 +18,7 @@ from kfacopt.blocks.squares import (
 )
 from kfacopt.blocks.tied import squared_tied_coordinates
 from kfacopt.layers.base import OneHot, Rows
+from kfacopt.layers.unformed import UnformedRows
 
 
 def squared_coordinates(
@@ -41,12 +42,16 @@ def squared_coordinates_of_chunks(
     chunks: Sequence[Rows], left: Tensor | None, right: Tensor | None, budget: int = ELEMENTS_AT_ONCE
 ) -> Tensor:
     """As `squared_coordinates`, of all chunks of a batch's cotangents: the inputs, which they share, rotated once."""
-    inputs = chunks[0].inputs
+    inputs = chunks[0].held_inputs
     if isinstance(inputs, OneHot) or chunks[0].transposed is not None:
         parts = [_squared_by_words(rows, left, right, budget) for rows in chunks]
         return sum(parts[1:], start=parts[0])
     gradients = cotangents_of(chunks)
     places = gradients[0].shape[-2]
+    if isinstance(inputs, UnformedRows):
+        if places > 3:
+            return squared_sums(gradients, inputs, budget, left, right)
+        inputs = inputs.formed()
     if places == 1 and left is None:
         return products_of_squares(gradients, times_basis(inputs, right).square(), budget)
     if places == 1:

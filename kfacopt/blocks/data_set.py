@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -128,7 +127,7 @@ class DataSetEigenBlock(EigenBlock):
         result, current = [], coordinates
         for rows in kept:
             current = next(parts) if rows.first else current
-            result.append(replace(rows, inputs=current))
+            result.append(rows.but(inputs=current))
         return result
 
     def refresh(self, damping: float) -> None:

@@ -58,7 +58,7 @@ class FactoredBlock(Block):
 
     def update(self, rows: Rows) -> None:
         if rows.first:
-            inputs = rows.for_factors().inputs
+            inputs = rows.for_factors().held_inputs
             self.input_factor.add(*input_covariance(inputs, rows.gradients.dtype, self.diagonals.input))
         self.update_gradient_factor(rows)
         if self.transposed is not None and rows.transposed is not None:

@@ -11,6 +11,7 @@ from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.sides import Diagonals
 from kfacopt.linalg import alignment, kronecker
 from kfacopt.linalg.moved import inverse_error
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor, product
 from kfacopt.linalg.symmetric import LinAlgError
 from kfacopt.linalg.tensors import held_as_rows
 
@@ -35,7 +36,7 @@ class KroneckerBlock(FactoredBlock):
         super().__init__(diagonals)
         self._exponent = exponent
         self._inverses: tuple[Tensor, Tensor] | None = None
-        self._roots: tuple[Tensor, Tensor] | None = None
+        self._roots: list[Tensor | None] = [None, None]
 
     def decomposed(self, snapshot: Mapping[str, Tensor], damping: float) -> Renewal:
         left, right = snapshot["gradient_factor"], snapshot["input_factor"]
@@ -67,14 +68,26 @@ class KroneckerBlock(FactoredBlock):
         if any(blocks[0].diagonals):  # of one shape: so are all
             return Block.solve_together(blocks, matrices, dampings)
         held = [block for block in blocks if isinstance(block, KroneckerBlock)]
-        lefts, rights = zip(*(block._cached() for block in held), strict=True)
         if len(held) == 1:
-            return _solved(lefts[0], rights[0], matrices[0]).unsqueeze(0)
-        # The blocks hold views of it from now on, so that it is made once a refresh.
-        (left, on_left), (right, on_right) = held_as_rows(lefts), held_as_rows(rights)
-        for block, inverses in zip(held, zip(on_left, on_right, strict=True), strict=True):
-            block._inverses = inverses
-        return _solved(left, right, matrices)
+            return _solved(*held[0]._cached(), matrices[0]).unsqueeze(0)
+        return _solved(*_inverses_of(held), matrices)
+
+    @staticmethod
+    def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
+        is_wide = matrices.shape[-2] < matrices.shape[-1]
+        long = matrices.mT if is_wide else matrices
+        if any(blocks[0].diagonals) or not isinstance(polar, NewtonSchulz) or not polar.is_long(long):
+            return Block.steepest(blocks, matrices, dampings, polar)
+        held = [block for block in blocks if isinstance(block, KroneckerBlock)]
+        left, right = _inverses_of(held)
+        # Of a wide M, S polar(Sᵀ M) = S_G (S_Gᵀ M S_A S_Aᵀ Mᵀ S_G)^(-1/2) S_Gᵀ M S_A S_Aᵀ: where whitening and its
+        # adjoint each multiply with a root of the long side's inverse, this meets the inverse once.
+        solved = _from_right(matrices, right) if is_wide else product(left, matrices)
+        gram = product(solved, matrices.mT) if is_wide else product(matrices.mT, solved)
+        root = _short_roots(held, 0 if is_wide else 1)
+        inverse_root = polar.inverse_root(product(product(root.mT, gram), root))
+        factor = product(product(root, inverse_root), root.mT)
+        return product(factor, solved) if is_wide else product(solved, factor)
 
     def _cached(self) -> tuple[Tensor, Tensor]:
         if self._inverses is None:
@@ -86,23 +99,21 @@ class KroneckerBlock(FactoredBlock):
         return self._inverses is not None
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
-        left, right = self._root()
-        return kronecker.transposed_sandwich(left, matrix, right)
+        return kronecker.transposed_sandwich(self._root(0), matrix, self._root(1))
 
     def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
-        left, right = self._root()
-        return kronecker.sandwich(left, matrix, right)
+        return kronecker.sandwich(self._root(0), matrix, self._root(1))
 
-    def _root(self) -> tuple[Tensor, Tensor]:
-        """S_G and S_A whose Kronecker product is the S of `whiten`; made when first asked for."""
-        if self._inverses is None:
-            raise RuntimeError("this block has no inverse yet: refresh() comes before whiten()")
-        if self._roots is None:
-            left, right = self._inverses
-            size = self.factors()[1].shape[-1]
-            unpadded = right if right.ndim == 1 else right[..., :size, :size]
-            self._roots = kronecker.root(left), kronecker.root(unpadded)
-        return self._roots
+    def _root(self, side: int) -> Tensor:
+        """S_G (side 0) or S_A (side 1), whose Kronecker product is the S of `whiten`; made when first asked for."""
+        root = self._roots[side]
+        if root is None:
+            inverse = self._cached()[side]
+            if side == 1 and inverse.ndim > 1:
+                size = self.factors()[1].shape[-1]
+                inverse = inverse[..., :size, :size]  # without the zeros of its alignment
+            self._roots[side] = root = kronecker.root(inverse)
+        return root
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.factors()
@@ -136,7 +147,35 @@ class KroneckerBlock(FactoredBlock):
 
     def load_cache(self, cache: dict[str, Tensor | None]) -> None:
         left, right = cache["inverse_gradient_factor"], cache["inverse_input_factor"]
-        self._inverses, self._roots = None if left is None or right is None else (left, right), None
+        self._inverses = None if left is None or right is None else (left, right)
+        self._roots = [None, None]
+
+
+def _inverses_of(blocks: Sequence[KroneckerBlock]) -> tuple[Tensor, Tensor]:
+    """The inverse factors of each as one `[b ..]`; the blocks hold views of it then: it is made once a refresh."""
+    lefts, rights = zip(*(block._cached() for block in blocks), strict=True)
+    if len(blocks) == 1:
+        return lefts[0].unsqueeze(0), rights[0].unsqueeze(0)
+    (left, on_left), (right, on_right) = held_as_rows(lefts), held_as_rows(rights)
+    for block, inverses in zip(blocks, zip(on_left, on_right, strict=True), strict=True):
+        block._inverses = inverses
+    return left, right
+
+
+def _short_roots(blocks: Sequence[KroneckerBlock], side: int) -> Tensor:
+    """The roots of one side as one `[b ..]`, held as in `_inverses_of`."""
+    whole, views = held_as_rows([block._root(side) for block in blocks])
+    for block, view in zip(blocks, views, strict=True):
+        block._roots[side] = view
+    return whole
+
+
+def _from_right(matrix: Tensor, right: Tensor) -> Tensor:
+    """`matrix @ right` `[*k o i]`, of a right side with zeros for further inputs, too."""
+    size = matrix.shape[-1]
+    if right.shape[-1] == size:
+        return product(matrix, right)
+    return product(alignment.wide(matrix), right)[..., :size]
 
 
 def _solved(left: Tensor, right: Tensor, matrix: Tensor) -> Tensor:

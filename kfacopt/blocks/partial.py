@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfacopt.blocks.base import Renewal
+from kfacopt.blocks.base import Block, Renewal
 from kfacopt.blocks.coordinates import squared_coordinates
 from kfacopt.blocks.factored import FactoredBlock
 from kfacopt.blocks.statistics import RunningAverage
 from kfacopt.layers.base import Rows
 from kfacopt.linalg import kronecker
 from kfacopt.linalg.moved import along_basis, largest_beside
-from kfacopt.linalg.partial_basis import Coefficients, WholeSide, apply, whole_sides
+from kfacopt.linalg.partial_basis import (
+    Coefficients,
+    WholeSide,
+    apply,
+    gram_of_long,
+    steepest_of_long,
+    whole_sides,
+)
+from kfacopt.linalg.polar import NewtonSchulz, PolarFactor
 from kfacopt.linalg.symmetric import LinAlgError
+from kfacopt.linalg.tensors import rows_of
 
 # Below this size the whole basis costs less than handling two parts of it: products this small take as long as the
 # calls that make them, and two parts take more calls. It changes speed, and that nothing of so small a side is cut.
@@ -118,19 +127,57 @@ class PartialEigenBlock(FactoredBlock):
         return self._power(matrix, damping, -self._exponent)
 
     def whiten(self, matrix: Tensor, damping: float) -> Tensor:
-        return self._power(matrix, damping, -0.5 * self._exponent)
+        left, right = self.sides()
+        if left.cut or right.cut:  # S is the symmetric root
+            return self._power(matrix, damping, -0.5 * self._exponent)
+        at, _ = self._powers_of(damping, -0.5 * self._exponent)
+        return kronecker.rotate(left.basis, matrix, right.basis).mul_(at.both)  # S ends in coordinates
 
-    unwhiten = whiten  # S is the symmetric root
+    def unwhiten(self, matrix: Tensor, damping: float) -> Tensor:
+        left, right = self.sides()
+        if left.cut or right.cut:
+            return self._power(matrix, damping, -0.5 * self._exponent)
+        at, _ = self._powers_of(damping, -0.5 * self._exponent)
+        return kronecker.rotate_back(left.basis, matrix * at.both, right.basis)
+
+    @staticmethod
+    def steepest(blocks: Sequence[Block], matrices: Tensor, dampings: Sequence[float], polar: PolarFactor) -> Tensor:
+        is_wide = matrices.shape[-2] < matrices.shape[-1]
+        long = matrices.mT if is_wide else matrices
+        held = [block for block in blocks if isinstance(block, PartialEigenBlock)]
+        cut = all(any(side.cut for side in block.sides()) for block in held)
+        if not cut or not isinstance(polar, NewtonSchulz) or not polar.is_long(long):
+            return Block.steepest(blocks, matrices, dampings, polar)
+        wide = matrices if is_wide else matrices.mT
+        parts = [block._along(damping, is_wide) for block, damping in zip(held, dampings, strict=True)]
+        found = [gram_of_long(matrix, *part) for matrix, part in zip(wide, parts, strict=True)]
+        roots = polar.inverse_root(rows_of([one.gram for one in found]))
+        ends = zip(wide, parts, found, roots, strict=True)
+        result = rows_of([steepest_of_long(matrix, *part[:3], one, root) for matrix, part, one, root in ends])
+        return result if is_wide else result.mT
+
+    def _along(self, damping: float, is_wide: bool) -> tuple[Tensor, Tensor, Coefficients, WholeSide]:
+        """Bases, coefficients and whole side of S, or of a tall matrix' transposed one."""
+        (left, right), (at, whole) = self.sides(), self._powers_of(damping, -0.5 * self._exponent)
+        if is_wide:
+            return left.basis, right.basis, at, whole
+        turned = Coefficients(at.both.mT, at.right, at.left, at.neither)
+        return right.basis, left.basis, turned, WholeSide(whole.on_right, whole.on_left)
 
     def _power(self, matrix: Tensor, damping: float, exponent: float) -> Tensor:
-        """A power of the damped operator times `matrix`; coefficients are kept while statistics and damping stay."""
+        """A power of the damped operator times `matrix`."""
+        left, right = self.sides()
+        return apply(matrix, left.basis, right.basis, *self._powers_of(damping, exponent))
+
+    def _powers_of(self, damping: float, exponent: float) -> tuple[Coefficients, WholeSide]:
+        """Coefficients of a power of the damped operator; they are kept while statistics and damping stay."""
         left, right = self.sides()
         key = damping, exponent
         if key not in self._powers:
             self._powers = {k: v for k, v in self._powers.items() if k[0] == damping}
             at = Coefficients(*(value.pow(exponent) for value in self._coefficients(damping)))
             self._powers[key] = at, whole_sides(left.basis, right.basis, at)
-        return apply(matrix, left.basis, right.basis, *self._powers[key])
+        return self._powers[key]
 
     def matvec(self, matrix: Tensor) -> Tensor:
         left, right = self.sides()

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from kfacopt.blocks.base import at_once, chunks_of_data
 from kfacopt.layers.base import OneHot
+from kfacopt.layers.unformed import UnformedRows
 
 
 def squared_sums(
-    gradients: Sequence[Tensor], inputs: Tensor, budget: int, left: Tensor | None = None, right: Tensor | None = None
+    gradients: Sequence[Tensor],
+    inputs: Tensor | UnformedRows,
+    budget: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
     """`Σ_vn (Q_Gᵀ (Σ_s g aᵀ) Q_A)²`, `[*k o i]`; data and outputs in pieces.
 
@@ -21,7 +26,7 @@ def squared_sums(
 
     Args:
         gradients: g, `[*k n s o]` a cotangent.
-        inputs: a, `[*k n s i]`.
+        inputs: a, `[*k n s i]`; where they are not rotated, they need not be formed.
         budget: Elements that a temporary may have.
         left: Q_G, `[*k o q]`, or None for the identity.
         right: Q_A, `[*k i r]`, or None for the identity.
@@ -30,18 +35,24 @@ def squared_sums(
     tensor([[12., 12., 12., 12.]])
     """
     (data, places, outputs), columns = gradients[0].shape[-3:], inputs.shape[-1]
+    on_inputs = None if places > outputs * len(gradients) else right
+    if isinstance(inputs, UnformedRows) and (places == 1 or on_inputs is not None):
+        inputs = inputs.formed()
     if places == 1 and left is None and right is None:  # a square of a product is a product of squares
+        assert isinstance(inputs, Tensor)
         return products_of_squares(gradients, inputs.square(), budget)
     leading = torch.broadcast_shapes(gradients[0].shape[:-3], inputs.shape[:-3])
     on_gradients = None if places > columns else left
-    on_inputs = None if places > outputs * len(gradients) else right
     then_left, then_right = (None if on_gradients is not None else left), (None if on_inputs is not None else right)
     sizes = [d if q is None else q.shape[-1] for q, d in ((left, outputs), (right, columns))]
-    total = inputs.new_zeros(*leading, *sizes)
+    total = gradients[0].new_zeros(*leading, *sizes)
     rotated = places * max(outputs * (on_gradients is not None), columns * (on_inputs is not None))
-    budget, each = at_once(inputs.device, budget), leading.numel() * max(outputs * columns, rotated)
+    budget, each = at_once(total.device, budget), leading.numel() * max(outputs * columns, rotated)
     for part in chunks_of_data(data, each, budget):
-        a = times_basis(inputs[..., part, :, :], on_inputs)
+        if isinstance(inputs, UnformedRows):
+            a: Tensor | UnformedRows = inputs.some(part)
+        else:
+            a = times_basis(inputs[..., part, :, :], on_inputs)
         for one in gradients:
             g = times_basis(one[..., part, :, :], on_gradients)
             if then_left is not None:  # it needs all outputs
@@ -75,12 +86,14 @@ def squared_matrices(matrices: Tensor, left: Tensor | None, right: Tensor | None
     return sum(others, start=first)
 
 
-def per_datum(gradients: Tensor, inputs: Tensor) -> Tensor:
-    """`Σ_s g aᵀ`, `[*k n o i]`, of gradients `[*k n s o]` and inputs `[*k n s i]`.
+def per_datum(gradients: Tensor, inputs: Tensor | UnformedRows) -> Tensor:
+    """`Σ_s g aᵀ`, `[*k n o i]`, of gradients `[*k n s o]` and inputs `[*k n s i]`, formed or not.
 
     >>> per_datum(torch.ones(1, 3, 2), torch.ones(()).expand(1, 3, 1)).tolist()
     [[[3.0], [3.0]]]
     """
+    if isinstance(inputs, UnformedRows):
+        return inputs.per_datum(gradients)
     if inputs.shape[-1] > 1:
         return gradients.mT @ inputs
     same = inputs.numel() > 0 and not any(inputs.stride())  # one number everywhere, as a bias has

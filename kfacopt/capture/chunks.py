@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from kfacopt.capture.records import Site
 from kfacopt.capture.rows import input_squares, rows_of_layer
 from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.unformed import UnformedRows
 from kfacopt.likelihoods import KFACType
 
 Reached = Mapping[Layer, Sequence[tuple[Site, Tensor]]]
@@ -60,23 +60,23 @@ def rows_in_chunks(
     Raises:
         ValueError: If the calls of a layer had different numbers of data.
     """
-    inputs: dict[tuple[Site, ...], Tensor | OneHot] = {}
+    inputs: dict[tuple[Site, ...], Tensor | OneHot | UnformedRows] = {}
     counted: set[Layer] = set()
     for some in cotangents:
         rows: dict[Layer, Rows] = {}
         for layer, reached in reach(some).items():
             sites = tuple(site for site, _ in reached)
             made = rows_of_layer(layer, reached, terms, kfac_approx, all_places, needs_inputs, inputs.get(sites))
-            inputs[sites] = made.inputs
+            inputs[sites] = made.held_inputs
             if layer in counted:
                 made = _not_first(made)
             elif needs_squares and layer.handler.structure == "outer":
-                made = replace(made, squares=input_squares(layer, sites))
+                made = made.but(squares=input_squares(layer, sites))
             rows[layer] = made
             counted.add(layer)
         yield some, rows
 
 
 def _not_first(rows: Rows) -> Rows:
-    other = None if rows.transposed is None else replace(rows.transposed, first=False)
-    return replace(rows, first=False, transposed=other)
+    other = None if rows.transposed is None else rows.transposed.but(first=False)
+    return rows.but(first=False, transposed=other)

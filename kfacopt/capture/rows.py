@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from kfacopt.layers.base import OneHot, Rows
 from kfacopt.layers.fit import require_gradients_fit, require_inputs_fit, require_rows_pair
 from kfacopt.layers.layer import Layer
 from kfacopt.layers.tied import TiedEmbeddingHandler
+from kfacopt.layers.unformed import UnformedRows
 from kfacopt.likelihoods import KFACType
 from kfacopt.linalg.tensors import as_statistic
 
@@ -24,7 +24,7 @@ def rows_of_layer(
     kfac_approx: KFACType,
     all_places: bool = False,
     needs_inputs: bool = True,
-    inputs: Tensor | OneHot | None = None,
+    inputs: Tensor | OneHot | UnformedRows | None = None,
     one_use: bool = False,
 ) -> Rows:
     """Rows of a layer from the cotangents that arrived at its calls.
@@ -52,7 +52,7 @@ def rows_of_layer(
         kfac_approx = KFACType.EXPAND  # there are no factors to reduce for: the diagonal is exact
     if all_places and kfac_approx == KFACType.REDUCE:
         every = rows_of_layer(layer, reached, terms, KFACType.EXPAND, False, needs_inputs, inputs, one_use)
-        return replace(every, reduce=True)
+        return every.but(reduce=True)
     gradients = [_gradients_of_call(layer, site, g, kfac_approx) for site, g in reached]
     if len(reached) > 1:
         _require_same_data(layer, gradients)
@@ -74,7 +74,7 @@ def _rows_of_both_uses(
     terms: Tensor,
     kfac_approx: KFACType,
     all_places: bool,
-    inputs: Tensor | OneHot | None,
+    inputs: Tensor | OneHot | UnformedRows | None,
 ) -> Rows:
     """Rows of an embedding's calls, and of the linear layer's with the same weight, of which either may be missing."""
     heads = [(site, g) for site, g in reached if handler.transposes(site.module)]
@@ -82,7 +82,7 @@ def _rows_of_both_uses(
     other = rows_of_layer(layer, heads, terms, kfac_approx, all_places, one_use=True) if heads else None
     if lookups:
         own = rows_of_layer(layer, lookups, terms, kfac_approx, all_places, inputs=inputs, one_use=True)
-        return replace(own, transposed=other)
+        return own.but(transposed=other)
     assert other is not None
     words, width = next(iter(layer.parameters.values())).shape
     nothing = OneHot(torch.zeros(0, 1, dtype=torch.long, device=other.gradients.device), words)
@@ -97,8 +97,14 @@ def _gradients_of_call(layer: Layer, site: Site, cotangents: Tensor, kfac_approx
     return as_statistic(gradients)
 
 
-def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot:
+def _inputs_of_layer(layer: Layer, sites: Sequence[Site], kfac_approx: KFACType) -> Tensor | OneHot | UnformedRows:
     handler, inputs = layer.handler, []
+    if len(sites) == 1 and kfac_approx == KFACType.EXPAND:
+        (site,) = sites
+        unformed = handler.unformed_rows(site.module, site.inputs, site.kwargs, layer.roles)
+        if unformed is not None:
+            require_inputs_fit(layer, unformed)
+            return unformed
     for site in sites:
         a = handler.input_rows(site.module, site.inputs, site.kwargs, layer.roles, kfac_approx)
         if not isinstance(handler, TiedEmbeddingHandler):
@@ -120,8 +126,8 @@ def input_squares(layer: Layer, sites: Sequence[Site]) -> Tensor | None:
     return torch.stack(known).mean(0) if known else None
 
 
-def _same_dtype(inputs: Tensor | OneHot, gradients: Tensor, terms: Tensor) -> Rows:
-    if isinstance(inputs, Tensor) and inputs.dtype != gradients.dtype:
+def _same_dtype(inputs: Tensor | OneHot | UnformedRows, gradients: Tensor, terms: Tensor) -> Rows:
+    if not isinstance(inputs, OneHot) and inputs.dtype != gradients.dtype:
         dtype = torch.promote_types(inputs.dtype, gradients.dtype)
         inputs, gradients = inputs.to(dtype), gradients.to(dtype)
     return Rows(inputs, gradients, terms.to(gradients.dtype))

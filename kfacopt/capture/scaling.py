@@ -177,7 +177,7 @@ class LossScale:
         def adapted(rows: Rows) -> Rows:
             factor, count = first.over(theirs._replace(weight=1.0))
             gradients = rows.gradients * (factor * theirs.weight) ** 0.5
-            return replace(rows, gradients=gradients, terms=torch.full_like(rows.terms, count))
+            return rows.but(gradients=gradients, terms=torch.full_like(rows.terms, count))
 
         return adapted if first != theirs else lambda rows: rows
 

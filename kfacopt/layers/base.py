@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from kfacopt.layers.unformed import InputsField, UnformedRows
 from kfacopt.likelihoods import KFACType
 
 
@@ -64,7 +65,8 @@ class Rows:
     """One micro-batch's rows at one layer.
 
     Args:
-        inputs: a, `[*k n s i]` or `OneHot`; `[n s c i]` for an elementwise layer.
+        inputs: a, `[*k n s i]` or `OneHot`; `[n s c i]` for an elementwise layer. Of patches they are formed when they
+            are first read.
         gradients: g, `[v *k n s o]`, cotangents of the *sum* over the loss terms; `[v n s c]` for an elementwise layer.
             Zeroed here where a `OneHot` row is masked, so that no user of the rows needs to know of the mask.
         terms: The number of loss terms M, what to divide by for the mean loss (a tensor without axes).
@@ -79,9 +81,9 @@ class Rows:
     `*k` are leading axes of independent groups (grouped convolutions); most layers have none.
     """
 
-    inputs: Tensor | OneHot
-    gradients: Tensor
-    terms: Tensor
+    inputs: InputsField = InputsField()  # noqa: RUF009 - a descriptor, of all instances
+    gradients: Tensor  # type: ignore[misc]  # the descriptor is no default
+    terms: Tensor  # type: ignore[misc]
     first: bool = True
     reduce: bool = False
     transposed: Rows | None = None
@@ -89,10 +91,21 @@ class Rows:
 
     def for_factors(self) -> Rows:
         """The rows whose second moments are the Kronecker factors: these, or under KFAC-reduce their ā and ĝ."""
-        if not self.reduce or isinstance(self.inputs, OneHot):
+        held = self.held_inputs
+        if not self.reduce or isinstance(held, OneHot):
             return self
-        inputs, gradients = self.inputs.mean(-2, keepdim=True), self.gradients.sum(-2, keepdim=True)
-        return Rows(inputs, gradients, self.terms, self.first)
+        inputs = held.averaged() if isinstance(held, UnformedRows) else held.mean(-2, keepdim=True)
+        return Rows(inputs, self.gradients.sum(-2, keepdim=True), self.terms, self.first)
+
+    @property
+    def held_inputs(self) -> Tensor | OneHot | UnformedRows:
+        """The inputs as they are, formed or not."""
+        held: Tensor | OneHot | UnformedRows = self.__dict__["inputs"]
+        return held
+
+    def but(self, **changes: Any) -> Rows:
+        """These rows with other values of some attributes; what is not formed stays so."""
+        return replace(self, **({"inputs": self.held_inputs} | changes))
 
     @property
     def new_terms(self) -> Tensor | float:
@@ -106,8 +119,9 @@ class Rows:
         return max(1, data * places) if self.first else 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.inputs, OneHot) and self.inputs.mask is not None:
-            masked = self.gradients * self.inputs.mask.unsqueeze(-1).to(self.gradients.dtype)
+        held = self.held_inputs
+        if isinstance(held, OneHot) and held.mask is not None:
+            masked = self.gradients * held.mask.unsqueeze(-1).to(self.gradients.dtype)
             object.__setattr__(self, "gradients", masked)
 
 
@@ -187,6 +201,15 @@ class LayerHandler(ABC):
         Returns the input's dtype (normalisation layers: at least float32). It is called inside the user's backward pass
         and records no graph.
         """
+
+    def unformed_rows(
+        self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], roles: tuple[str, ...]
+    ) -> UnformedRows | None:
+        """The rows of `expand`, in float32 at least, where what is asked of them takes less unformed; None: not so.
+
+        They are read before the step ends, while the module and its inputs are as they were.
+        """
+        return None
 
     def input_squares(
         self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], roles: tuple[str, ...]

@@ -92,6 +92,7 @@ def _check_layer(
             check.data(rows, cotangents, data_axis)
         if handler.structure == "outer":
             check.reduce(rows, cotangents)
+            check.unformed(rows)
         if vars(type(handler)).get("batched", False):
             check.batched()
 
@@ -198,6 +199,28 @@ class _Check:
             if ours.shape != wanted.shape:
                 raise ValueError(self._words(f"{words}: got {list(ours.shape)}, wanted {list(wanted.shape)}"))
             self._require(ours, wanted, words)
+
+    def unformed(self, rows: Rows) -> None:
+        """Rows that are not formed are those of `input_rows`, and so is what they say of them."""
+        layer, inputs = self._layer, rows.inputs
+        found = layer.handler.unformed_rows(layer.modules[0], self._inputs, self._kwargs, layer.roles)
+        if found is None:
+            return
+        require_inputs_fit(layer, found)
+        assert isinstance(inputs, Tensor)
+        gradients, flat = rows.gradients[0], inputs.flatten(-3, -2)
+        for name, ours, wanted in (
+            ("formed", found.formed(), inputs),
+            ("averaged", found.averaged(), inputs.mean(-2, keepdim=True)),
+            ("covariance", found.covariance(), flat.mT @ flat),
+            ("per_datum", found.per_datum(gradients), gradients.mT @ inputs),
+            ("some", found.some(slice(1, None)).formed(), inputs[1:]),
+        ):
+            if ours.shape != wanted.shape:
+                raise ValueError(
+                    self._words(f"unformed_rows: {name} gives {list(ours.shape)}, not {list(wanted.shape)}")
+                )
+            self._require(ours, wanted, f"unformed_rows: {name} is not that of input_rows")
 
     def batched(self) -> None:
         """Stacked parts are packed as each alone."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kfacopt.layers.base import OneHot
 from kfacopt.layers.layer import Layer
+from kfacopt.layers.unformed import UnformedRows
 
 
 def require_gradients_fit(layer: Layer, gradients: object, cotangents: int) -> None:
@@ -51,7 +52,7 @@ def require_inputs_fit(layer: Layer, inputs: object) -> None:
         _require(layer, "input_rows", inputs, f"{'k ' * len(groups)}n s i", [*groups, None, None, columns])
 
 
-def require_rows_pair(layer: Layer, inputs: Tensor | OneHot, gradients: Tensor) -> None:
+def require_rows_pair(layer: Layer, inputs: Tensor | OneHot | UnformedRows, gradients: Tensor) -> None:
     """Each row of the inputs has its own of the gradients: as many data n, as many places s.
 
     Raises:
@@ -83,7 +84,7 @@ def _elementwise(layer: Layer) -> bool:
 
 def _require(layer: Layer, method: str, rows: object, axes: str, wanted: Sequence[int | None]) -> None:
     """A None in `wanted` is any size. The words are made where they are needed: this runs with each capture."""
-    shape = rows.shape if isinstance(rows, Tensor) else None
+    shape = rows.shape if isinstance(rows, Tensor | UnformedRows) else None
     if (
         shape is not None
         and len(shape) == len(wanted)

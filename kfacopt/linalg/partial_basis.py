@@ -75,6 +75,57 @@ def apply(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficie
     return _of_parts(matrix, left_basis, right_basis, at, whole)
 
 
+class Long(NamedTuple):
+    """What of `S M`, with a wide matrix M, is met again in `S polar(S M)` by the Gram matrix."""
+
+    along: Tensor
+    """`M V`, `[o l]`."""
+    whitened: Tensor
+    """`S M V`, `[o l]`."""
+    beside: Tensor | None
+    """N `[o o]` with `S M = N M` beside V; None: V is whole."""
+    gram: Tensor
+    """`S M (S M)ᵀ`, `[o o]`."""
+
+
+def gram_of_long(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficients, whole: WholeSide) -> Long:
+    """The Gram matrix of the operator S times a wide `matrix` `[o i]`; see `apply`."""
+    along = matrix @ right_basis
+    whitened = _times_columns(along, left_basis, at)
+    gram = whitened @ whitened.mT
+    if _whole(right_basis):
+        return Long(along, whitened, None, gram)
+    beside = whole.on_left
+    if beside is None:
+        beside = (left_basis * (at.left - at.neither)) @ left_basis.mT
+        beside.diagonal().add_(at.neither)
+    rest = matrix @ matrix.mT - along @ along.mT
+    return Long(along, whitened, beside, gram + beside @ rest @ beside)
+
+
+def steepest_of_long(
+    matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficients, found: Long, inverse_root: Tensor
+) -> Tensor:
+    """`S gram^(-1/2) S M` of what `gram_of_long` found, and the inverse root of its Gram matrix, `[o i]`.
+
+    S is met in V's coordinates and beside them, so that of products as long as the matrix there is one with V and one
+    back, where S is applied twice by twice as many.
+    """
+    columns = _times_columns(inverse_root @ found.whitened, left_basis, at)
+    if found.beside is None:
+        return columns @ right_basis.mT
+    beside = found.beside @ inverse_root @ found.beside
+    return (beside @ matrix).addmm_(columns.addmm_(beside, found.along, alpha=-1.0), right_basis.mT)
+
+
+def _times_columns(columns: Tensor, left_basis: Tensor, at: Coefficients) -> Tensor:
+    """The operator on coordinates `[o l]` along V."""
+    coordinates = left_basis.mT @ columns
+    if _whole(left_basis):
+        return left_basis @ coordinates.mul_(at.both)
+    return (columns * at.right).addmm_(left_basis, coordinates.mul_(at.both - at.right))
+
+
 def _of_parts(matrix: Tensor, left_basis: Tensor, right_basis: Tensor, at: Coefficients, whole: WholeSide) -> Tensor:
     """`apply` where a side at least is not kept whole; of a matrix and V with zeros for further inputs, too."""
     if whole.on_left is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kfacopt.linalg.gram import gram
 from kfacopt.linalg.side_by_side import side_by_side
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -141,13 +142,14 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Inverse:
 def damped_inverse_power(matrix: Tensor, damping: Tensor | float, exponent: float) -> Inverse:
     """`(matrix + damping I)^-exponent` by eigendecomposition; arguments and errors as of `damped_inverse`.
 
-    >>> damped_inverse_power(torch.tensor([[3.0]]), 1.0, 0.5).value.item()
-    0.5
+    >>> damped_inverse_power(torch.tensor([[3.0]]), 1.0, 0.5).value
+    tensor([[0.5000]])
     """
     values, vectors, retries = eigh(matrix)
     shifted = values + _column(damping, values)
     smallest = torch.finfo(values.dtype).eps * shifted.amax(-1, keepdim=True).clamp_min(1e-30)  # as in damped_inverse
-    return Inverse((vectors * shifted.clamp_min(smallest).pow(-exponent).unsqueeze(-2)) @ vectors.mT, retries)
+    halves = vectors * shifted.clamp_min(smallest).pow(-0.5 * exponent).unsqueeze(-2)
+    return Inverse(gram(halves.mT), retries)
 
 
 def root(matrix: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kfacopt.layers import convolution, handler_for
-from kfacopt.layers.convolution import averaged_pattern
+from kfacopt.layers import handler_for, patches
+from kfacopt.layers.patches import averaged_pattern
 from kfacopt.likelihoods import KFACType
 
 # torch says once that it pads an even kernel unevenly, which is what is tested.
@@ -78,7 +78,7 @@ def test_rows_with_unequal_axes(axes: int, options: dict[str, Any], check_rows: 
 
 @pytest.mark.parametrize("entrywise", [0, 10**6], ids=["one copy", "by kernel entry"])
 def test_both_ways_to_fill_patches(entrywise: int, monkeypatch: pytest.MonkeyPatch, check_rows: Check) -> None:
-    monkeypatch.setattr(convolution, "_ENTRYWISE_KERNEL", entrywise)
+    monkeypatch.setattr(patches, "_ENTRYWISE_KERNEL", entrywise)
     options = {"kernel_size": (3, 2), "stride": 2, "dilation": (1, 2), "padding": 1, "groups": 2}
     check_rows(convolution_of(2, **options), image(2))
 
@@ -154,8 +154,8 @@ def test_averaged_pattern_is_the_mean_of_einconvs(
     size = max(size, dilation * (kernel - 1) + 1 - 2 * padding, 1)
     expected = index_pattern(size, kernel, stride, padding, dilation).double().mean(1)
     with pytest.MonkeyPatch.context() as patch:
-        for longest in (convolution._LONGEST_PATTERN, 0):
-            patch.setattr(convolution, "_LONGEST_PATTERN", longest)
+        for longest in (patches._LONGEST_PATTERN, 0):
+            patch.setattr(patches, "_LONGEST_PATTERN", longest)
             torch.testing.assert_close(averaged_pattern(size, kernel, stride, padding, dilation), expected)
 
 

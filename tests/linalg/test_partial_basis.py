@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfacopt.linalg.partial_basis import Coefficients, apply, whole_sides
+from kfacopt.linalg.partial_basis import Coefficients, apply, gram_of_long, steepest_of_long, whole_sides
 
 SMALL = [(6, 5, left, right) for left in (1, 3, 6) for right in (1, 2, 5)]
 PADDED = [(136, 131, left, right) for left in (130, 136) for right in (3, 131)]
@@ -39,3 +39,18 @@ def test_the_operator_is_what_it_says(outputs: int, inputs: int, left_kept: int,
     found = apply(matrix, left, right, at, whole_sides(left, right, at))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     assert torch.equal(matrix, kept)
+
+
+@pytest.mark.parametrize(("left_kept", "right_kept"), [(2, 3), (4, 3), (2, 9), (4, 9), (1, 1)])
+def test_its_steepest_step_is_met_through_the_gram_matrix(left_kept: int, right_kept: int) -> None:
+    (left, _), (right, _) = orthonormal(4, left_kept), orthonormal(9, right_kept)
+    at = Coefficients(
+        *(torch.rand(s, dtype=torch.float64) for s in ((left_kept, right_kept), (left_kept,), (right_kept,), ()))
+    )
+    matrix, whole = torch.randn(4, 9, dtype=torch.float64), whole_sides(left, right, at)
+    whitened = apply(matrix, left, right, at, whole)
+    found = gram_of_long(matrix, left, right, at, whole)
+    torch.testing.assert_close(found.gram, whitened @ whitened.mT)
+    anything = torch.randn(4, 4, dtype=torch.float64)
+    expected = apply(anything @ whitened, left, right, at, whole)
+    torch.testing.assert_close(steepest_of_long(matrix, left, right, at, found, anything), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfacopt.layers.convolution import averaged_patches, patches
+from kfacopt.layers.patches import averaged_patches, patches
 from kfacopt.likelihoods import Categorical, likelihood_from
 
 Pair = tuple[int, int] | int

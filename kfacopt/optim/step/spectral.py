@@ -97,7 +97,7 @@ class Spectral(Direction):
 
     **Who moves when.** A layer whose step takes long beside its gradients, as its sides are long for a batch's rows,
     moves every second, third or sixth step only, and as much further (`kfacopt.optim.step.turns`); its momentum misses
-    no gradient.
+    no gradient. Products with a metric of the inputs, as KFAC's and EKFAC's is, are part of that time.
 
     It asks for a length without a KL clip and rates near 0.05 (`kfacopt.SpectralDescent` has them for defaults). Layers
     of equal shape, up to transposition, take one batched iteration; roots are the backend's, renewed when it refreshes.
@@ -206,7 +206,8 @@ class Spectral(Direction):
 
     def updates(self, step: Step) -> Updates:
         self._measure(step)
-        strides = self._turns.strides(step.number, step.layers, step.rows)
+        of_inputs = step.backend is not None and step.backend.needs_inputs
+        strides = self._turns.strides(step.number, step.layers, step.rows, of_inputs)
         resting = frozenset(p for layer, stride in strides.items() if not stride for p in layer.parameters.values())
         averaged = step.averaged(self._freshness(step), resting)
         updates, found, stacked = Unstacked(averaged), [], stacks(step, averaged, strides)

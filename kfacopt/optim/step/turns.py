@@ -23,27 +23,28 @@ _USUAL = 3
 _PART = 0.2
 
 
-def products(shape: torch.Size) -> float:
+def products(shape: torch.Size, of_inputs: bool = False) -> float:
     """How many multiplications the spectral step of a matrix `[*k o i]` takes.
 
     Three iterations for the polar factor, of which each takes `2 m² n + m³` with m the shorter side, and the root of a
-    factor of the outputs twice.
+    factor of the outputs twice; where the metric is that of the inputs, too (`of_inputs`), the longer side's factor
+    once more.
 
-    >>> products(torch.Size([64, 64])) / 64**3
-    11.0
+    >>> products(torch.Size([64, 64])) / 64**3, products(torch.Size([64, 64]), of_inputs=True) / 64**3
+    (11.0, 12.0)
     """
     outputs, inputs = shape[-2:]
     short, long = min(outputs, inputs), max(outputs, inputs)
-    return shape.numel() * (6 * short + 3 * short**2 / long + 2 * outputs)
+    return shape.numel() * (6 * short + 3 * short**2 / long + 2 * outputs + of_inputs * long)
 
 
-def cost(shape: torch.Size, rows: float) -> float:
+def cost(shape: torch.Size, rows: float, of_inputs: bool = False) -> float:
     """How much longer the spectral step of a matrix `[*k o i]` takes than its three products with so many rows.
 
     >>> round(cost(torch.Size([64, 64]), 768.0), 2), round(cost(torch.Size([400, 784]), 250.0), 2)
     (0.31, 5.08)
     """
-    return products(shape) / (3.0 * rows * shape.numel())
+    return products(shape, of_inputs) / (3.0 * rows * shape.numel())
 
 
 class Turns:
@@ -56,6 +57,9 @@ class Turns:
       second or third time, if it costs twice or three times as much as its gradients.
     - From step 150 on, as steps are shorter, all layers move every third time, those that cost three times as much as
       their gradients every sixth, where a step takes at least a fifth of the time of its gradients.
+
+    What takes long is counted in multiplications (`products`): with a metric of the inputs, too, layers take turns
+    sooner than with one of the outputs alone.
 
     Turns are spread over the steps, those of one shape together: so all take about as long, and few layers move far at
     once (a transformer with turns of six, spread, 1.53 as without, together 1.60).
@@ -72,10 +76,12 @@ class Turns:
         if longest not in (1, 2, 3, 6):
             raise ValueError(f"turns must be 1, 2, 3 or 6, got {longest}")
         self._longest = longest
-        self._known: tuple[list[Layer], Mapping[str, float], int] | None = None
+        self._known: tuple[list[Layer], Mapping[str, float], int, bool] | None = None
         self._turns: dict[Layer, tuple[int, int]] = {}
 
-    def strides(self, step: int, layers: Sequence[Layer], rows: Mapping[str, float]) -> dict[Layer, int]:
+    def strides(
+        self, step: int, layers: Sequence[Layer], rows: Mapping[str, float], of_inputs: bool = False
+    ) -> dict[Layer, int]:
         """How many times as far as otherwise each layer moves in a step; 0: not at all.
 
         Args:
@@ -83,18 +89,22 @@ class Turns:
             layers: All that are stepped.
             rows: How many each layer has in a step, by name; of whom it is not known moves in each. Of all processes
                 together: several with a part of the data each go the way of one with all of them.
+            of_inputs: Whether the metric is that of the inputs, too.
         """
         if self._longest == 1 or step < FIRST:
             return dict.fromkeys(layers, 1)
         reached = max(first for first in (FIRST, LATE, SHORT) if first <= step)
-        if self._known != (list(layers), rows, reached):
-            self._known, self._turns = (list(layers), dict(rows), reached), self._taken(layers, rows, reached)
+        if self._known != (list(layers), rows, reached, of_inputs):
+            self._known = (list(layers), dict(rows), reached, of_inputs)
+            self._turns = self._taken(layers, rows, reached, of_inputs)
         return {layer: every if step % every == turn else 0 for layer, (every, turn) in self._turns.items()}
 
-    def _taken(self, layers: Sequence[Layer], rows: Mapping[str, float], step: int) -> dict[Layer, tuple[int, int]]:
+    def _taken(
+        self, layers: Sequence[Layer], rows: Mapping[str, float], step: int, of_inputs: bool
+    ) -> dict[Layer, tuple[int, int]]:
         """Each layer's interval, and its turn in it: the dearest shape first, where the least is to be done."""
-        work = {layer: products(layer.shape) for layer in layers}
-        every = self._intervals(layers, rows, work, step >= LATE)
+        work = {layer: products(layer.shape, of_inputs) for layer in layers}
+        every = self._intervals(layers, rows, work, step >= LATE, of_inputs)
         spread = sum(work.values()) > CALLS
         if not spread:
             most = _USUAL if step >= SHORT else 1
@@ -113,13 +123,19 @@ class Turns:
         return {layer: (every[layer], turns[every[layer], layer.shape]) for layer in layers}
 
     def _intervals(
-        self, layers: Sequence[Layer], rows: Mapping[str, float], work: Mapping[Layer, float], late: bool
+        self,
+        layers: Sequence[Layer],
+        rows: Mapping[str, float],
+        work: Mapping[Layer, float],
+        late: bool,
+        of_inputs: bool,
     ) -> dict[Layer, int]:
         """Every how many steps each layer moves."""
         holders = Counter(id(p) for layer in layers for p in layer.parameters.values())
         # What several layers hold is moved by all of them together; of whom no rows are known moves in each step.
         alone = [layer for layer in layers if all(holders[id(p)] == 1 for p in layer.parameters.values())]
-        ratios = {layer: cost(layer.shape, rows[layer.name]) for layer in alone if rows.get(layer.name, 0.0) > 0.0}
+        known = [layer for layer in alone if rows.get(layer.name, 0.0) > 0.0]
+        ratios = {layer: cost(layer.shape, rows[layer.name], of_inputs) for layer in known}
         steps = sum(work[layer] for layer in ratios)
         gradients = sum(work[layer] / ratio for layer, ratio in ratios.items())
         every = dict.fromkeys(layers, 1)

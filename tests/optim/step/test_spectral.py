@@ -307,7 +307,8 @@ def test_roots_are_renewed_when_the_backend_refreshes(monkeypatch: pytest.Monkey
     made = kfacopt.KFAC(model, loss, factor_every=1, refresh_every=100, direction=kfacopt.Spectral())
     for _ in range(5):
         train_step(made, model, loss, x, y)
-    assert len(counted) == 4  # two layers, two factors
+    # Two factors of the first layer; the other's matrix is long, 3 x 6: there the longer side's root is not met.
+    assert len(counted) == 3
 
 
 def wide(dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:

@@ -95,6 +95,38 @@ def test_a_dear_layer_moves_in_each_step_where_gradients_take_longer_anyway() ->
         assert set(found) == strides
 
 
+def test_a_metric_of_the_inputs_counts_as_work() -> None:
+    """As the hidden layer of a small convolutional network, whose sides are 64 and 785."""
+    layers = [layer("a", nn.Conv2d(8, 16, 5)), layer("b", nn.Linear(784, 64))]
+    rows = {"a": 25_088.0, "b": 128.0}
+    for of_inputs, strides in ((False, {1}), (True, {0, 3, 6})):
+        taken = Turns(6)
+        found = [taken.strides(LATE + step, layers, rows, of_inputs) for step in range(6)]
+        assert {stride for each in found for stride in each.values()} == strides
+    own = products(torch.Size([64, 785]), of_inputs=True) - products(torch.Size([64, 785]))
+    assert own == 64 * 785 * 785
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(kfacopt.SpectralDescent, False), (kfacopt.KFAC, True), (kfacopt.EKFAC, True)]
+)
+def test_whose_metric_is_of_the_inputs(
+    kind: type[torch.optim.Optimizer], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+    original = Turns.strides
+
+    def strides(self: Turns, step: int, layers: list[Layer], rows: dict[str, float], of_inputs: bool) -> object:
+        seen.append(of_inputs)
+        return original(self, step, layers, rows, of_inputs)
+
+    monkeypatch.setattr(Turns, "strides", strides)
+    model = nn.Linear(3, 2)
+    optimizer = kind(model, nn.MSELoss())  # type: ignore[arg-type]
+    train_step(optimizer, model, nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
+    assert seen == [told]
+
+
 @pytest.mark.parametrize("longest", [0, 4])
 def test_what_cannot_be_is_refused(longest: int) -> None:
     with pytest.raises(ValueError, match="turns must be 1, 2, 3 or 6"):
