@@ -139,7 +139,7 @@ def test_a_part_that_is_not_ready_takes_the_spectral_step_of_no_curvature() -> N
     steps = {}
     for name, backend in {"all": kfacopt.OneSidedKFACBackend, "two": Unready}.items():
         twin = copy.deepcopy(model)
-        direction = Spectral(0.0, exact_polar, row_decay=None)
+        direction = Spectral(0.0, exact_polar, row_decay=None, margin=None)
         made = kfacopt.SpectralDescent(twin, MSE, lr=1.0, backend=backend(1, 1), direction=direction)
         MSE(twin(x), y).backward()
         made.step()

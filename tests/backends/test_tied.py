@@ -230,7 +230,8 @@ def test_a_spectral_step_is_as_long_as_the_heads(row_decay: float | None) -> Non
     model = TiedLanguage(1)
     x, y = torch.randint(5, (6, 3)), torch.randint(5, (6, 3))
     before = model.embedding.weight.detach().clone()
-    backend, direction = kfacopt.KFACBackend(1, 1, exponent=0.5), Spectral(0.0, exact_polar, row_decay=row_decay)
+    backend = kfacopt.KFACBackend(1, 1, exponent=0.5)
+    direction = Spectral(0.0, exact_polar, row_decay=row_decay, margin=None)
     made = kfacopt.SpectralDescent(model, CE, lr=1.0, backend=backend, direction=direction)
     train_step(made, model, CE, x, y)
     step = model.embedding.weight.detach() - before
