@@ -28,7 +28,7 @@ from kfacopt.layers.layer import Layer
 from kfacopt.linalg import alignment
 from kfacopt.linalg.polar import NewtonSchulz
 from kfacopt.optim.step.by_owners import takers
-from kfacopt.optim.step.turns import LONGEST, SHORT, Turns
+from kfacopt.optim.step.turns import LONG, LONGEST, Turns
 from kfacopt.replicas import Sharding, Teams
 from kfacopt.sharding import Processes
 
@@ -303,7 +303,7 @@ def _sent_by_owners(holders: Holders, blocks: Mapping[str, Block]) -> list[int]:
 
 def _moves(layers: Sequence[Layer], rows: int) -> dict[Layer, float]:
     """In which part of a long run's steps each layer moves, where so many rows of each are in a step (`Turns`)."""
-    turns, steps = Turns(), range(SHORT, SHORT + LONGEST)
+    turns, steps = Turns(), range(LONG, LONG + LONGEST)
     strides = [turns.strides(step, layers, {layer.name: float(rows) for layer in layers}) for step in steps]
     return {layer: sum(of_step[layer] > 0 for of_step in strides) / len(steps) for layer in layers}
 

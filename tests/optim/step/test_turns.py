@@ -16,7 +16,7 @@ from kfacopt.layers import handler_for
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step import turns
 from kfacopt.optim.step.lengths import FULL_STEPS, shrunk
-from kfacopt.optim.step.turns import CALLS, FIRST, LATE, SHORT, Turns, cost, products
+from kfacopt.optim.step.turns import CALLS, FIRST, LATE, LONG, SHORT, Turns, cost, products
 from tests.cases import train_step
 
 ROWS = 4
@@ -29,7 +29,7 @@ def layer(name: str, module: nn.Module) -> Layer:
 SIZES = st.tuples(st.integers(1, 128), st.integers(1, 128), st.integers(0, 200))
 
 
-@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE, SHORT]))
+@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE, SHORT, LONG]))
 def test_everybody_moves_as_far_in_six_steps_as_without_turns(
     sizes: list[tuple[int, int, int]], longest: int, first: int
 ) -> None:
@@ -68,9 +68,11 @@ def test_small_layers_move_together_and_late() -> None:
     assert sum(products(one.shape) for one in layers) < CALLS
     for first in (FIRST, LATE, SHORT - 6):
         assert Turns(6).strides(first, layers, dict.fromkeys("0123456", 1.0)) == dict.fromkeys(layers, 1)
-    found = [Turns(6).strides(SHORT + step, layers, dict.fromkeys("0123456", 100.0)) for step in range(6)]
-    assert sorted({stride for strides in found for stride in strides.values()}) == [0, 3]
-    assert sorted(len(set(strides.values())) for strides in found) == [1] * 6
+    for first, longest, stride in ((SHORT, 6, 3), (LONG, 6, 6), (LONG, 3, 3), (LONG, 2, 2)):
+        taken = Turns(longest)
+        found = [taken.strides(first + step, layers, dict.fromkeys("0123456", 100.0)) for step in range(6)]
+        assert sorted({stride for strides in found for stride in strides.values()}) == [0, stride]
+        assert sorted(len(set(strides.values())) for strides in found) == [1] * 6
 
 
 def test_all_move_in_each_step_where_gradients_are_the_time() -> None:
