@@ -39,7 +39,7 @@ from train import build_data, build_task, compose
 
 from kfacopt.experiments.in_memory import InMemoryData
 
-QUICK = ("scale=0.06", "seeds=1", "points=2", "only=[table,heat equation,digits,deep chain]")
+QUICK = ("scale=0.06", "seeds=1", "points=2", "only=${quick}")
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 CPU = torch.device("cpu")
 
