@@ -6,6 +6,7 @@
     scripts/compare suite=untuned only=[table,digits] seeds=1
     scripts/compare suite=untuned ours=[spectral,kfac] again=[spectral]
     scripts/compare suite=batch_size jobs=16          the transformer over batch sizes
+    scripts/compare suite=unseen jobs=2               eighteen tasks unlike those ten
 
 Every finished run is a line in runs.jsonl of the suite's folder; an interrupted suite goes on from there. All learning
 rates go to zero on a straight line over a run's time, ours and the rivals'. Time is the processor's, which neither the
