@@ -6,6 +6,7 @@
     scripts/compare suite=untuned only=[table,digits] seeds=1
     scripts/compare suite=untuned ours=[spectral,kfac] again=[spectral]
     scripts/compare suite=batch_size jobs=16          the transformer over batch sizes
+    scripts/compare suite=unseen jobs=2               eighteen tasks unlike those ten
 
 Every finished run is a line in runs.jsonl of the suite's folder; an interrupted suite goes on from there. All learning
 rates go to zero on a straight line over a run's time, ours and the rivals'. Time is the processor's, which neither the
@@ -39,7 +40,7 @@ from train import build_data, build_task, compose
 
 from kfacopt.experiments.in_memory import InMemoryData
 
-QUICK = ("scale=0.06", "seeds=1", "points=2", "only=[table,heat equation,digits,deep chain]")
+QUICK = ("scale=0.06", "seeds=1", "points=2", "only=${quick}")
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 CPU = torch.device("cpu")
 

@@ -323,3 +323,43 @@ class Diabetes(InMemoryData):
             for part in (train, validation)
         ]
         return rows[0], rows[1]
+
+
+class Photograph(InMemoryData):
+    """The pixels of a photograph that ships with scikit-learn, at a quarter of its size: where they are, their colour.
+
+    A batch is (places, colours): float32 `[n 2]` in [-1, 1] (the shorter side in less) and `[n 3]`, standardised by the
+    training pixels.
+
+    Args:
+        batch_size: Pixels in a training batch.
+        name: Of the photograph, `china.jpg` or `flower.jpg`.
+        validation_fraction: The part of the pixels set aside for validation.
+        seed: Decides the split and the order of every epoch.
+    """
+
+    def __init__(
+        self, batch_size: int = 512, name: str = "china.jpg", validation_fraction: float = 0.1, seed: int = 0
+    ) -> None:
+        super().__init__(batch_size, seed, validation_batch_size=2000)
+        self.name = name
+        self.validation_fraction = validation_fraction
+
+    def load(self) -> tuple[Rows, Rows]:
+        """Read the photograph, shrink it, and split its pixels."""
+        from sklearn.datasets import load_sample_image
+
+        large = torch.from_numpy(load_sample_image(self.name).copy()).to(torch.float32)
+        colours = torch.nn.functional.avg_pool2d(large.permute(2, 0, 1), 4).permute(1, 2, 0)
+        height, width, _ = colours.shape
+        down, right = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([2 * down - height + 1, 2 * right - width + 1], dim=2) / max(height, width)
+        train, validation = split_rows(
+            places.flatten(0, 1),
+            colours.flatten(0, 1),
+            validation_fraction=self.validation_fraction,
+            seed=self.seed,
+        )
+        mean, deviation = train[1].mean(0), train[1].std(0)
+        rows = [TensorDataset(places, (colours - mean) / deviation) for places, colours in (train, validation)]
+        return rows[0], rows[1]

@@ -1,4 +1,4 @@
-"""Data made by a seeded generator: tables, with outliers or without, shifted digits, points of a square."""
+"""Data made by a seeded generator: tables, with outliers or without, changed digits, points of a square."""
 
 from __future__ import annotations
 
@@ -110,6 +110,52 @@ class ShiftedDigits(MlxtendDigits):
             chosen = (places == torch.tensor([down, right])).all(1)
             shifted[chosen] = torch.roll(shifted[chosen], (down, right), dims=(1, 2))
         return TensorDataset(shifted.reshape(images.shape), labels)
+
+
+class WrongDigits(ShiftedDigits):
+    """`ShiftedDigits`, of which some training images have a wrong label; arguments are the same, and:
+
+    Args:
+        wrong: The part of them that has.
+    """
+
+    def __init__(self, batch_size: int, flatten: bool, seed: int = 0, copies: int = 5, wrong: float = 0.3) -> None:
+        super().__init__(batch_size, flatten, seed, copies)
+        self.wrong = wrong
+
+    def load(self) -> tuple[Rows, Rows]:
+        """Give the chosen images one of the other nine labels."""
+        # A generator of its own: the images stay those of `ShiftedDigits`.
+        generator = Generator().manual_seed(self.seed + 1)
+        train, validation = super().load()
+        images, labels = train[torch.arange(len(train))]
+        chosen = torch.rand(len(labels), generator=generator) < self.wrong
+        others = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
+        return TensorDataset(images, torch.where(chosen, others, labels)), validation
+
+
+class NoisyDigits(ShiftedDigits):
+    """`ShiftedDigits` under noise, to be made clean: a batch is (noisy images, images), both as `flatten` has it.
+
+    The other arguments are the same, and:
+
+    Args:
+        noise: Deviation of what is added to each pixel; pixels are in [0, 1].
+    """
+
+    def __init__(self, batch_size: int, flatten: bool, seed: int = 0, copies: int = 5, noise: float = 0.5) -> None:
+        super().__init__(batch_size, flatten, seed, copies)
+        self.noise = noise
+
+    def load(self) -> tuple[Rows, Rows]:
+        """Add the noise to both parts."""
+        generator = Generator().manual_seed(self.seed + 1)
+        train, validation = super().load()
+        return self._noisy(train, generator), self._noisy(validation, generator)
+
+    def _noisy(self, rows: Rows, generator: Generator) -> Rows:
+        images, _ = rows[torch.arange(len(rows))]
+        return TensorDataset(images + self.noise * torch.randn(images.shape, generator=generator), images)
 
 
 class UnitSquare(InMemoryData):

