@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from kfacopt.experiments.batches import Rows
 from kfacopt.experiments.idx import find_images, find_labels, read_idx
-from kfacopt.experiments.in_memory import InMemoryData, Windows, split_rows
+from kfacopt.experiments.in_memory import InMemoryData, Windows, split_rows, standardised
 
 
 def _images(pixels: Tensor, flatten: bool) -> Tensor:
@@ -312,16 +312,8 @@ class Diabetes(InMemoryData):
             validation_fraction=self.validation_fraction,
             seed=self.seed,
         )
-        scales = [(column.mean(0), column.std(0)) for column in train]
-        rows = [
-            TensorDataset(
-                *(
-                    ((column - mean) / deviation).to(torch.float32)
-                    for column, (mean, deviation) in zip(part, scales, strict=True)
-                )
-            )
-            for part in (train, validation)
-        ]
+        columns = [standardised(*both) for both in zip(train, validation, strict=True)]
+        rows = [TensorDataset(*(column.to(torch.float32) for column in part)) for part in zip(*columns, strict=True)]
         return rows[0], rows[1]
 
 
@@ -360,6 +352,5 @@ class Photograph(InMemoryData):
             validation_fraction=self.validation_fraction,
             seed=self.seed,
         )
-        mean, deviation = train[1].mean(0), train[1].std(0)
-        rows = [TensorDataset(places, (colours - mean) / deviation) for places, colours in (train, validation)]
-        return rows[0], rows[1]
+        painted = standardised(train[1], validation[1])
+        return TensorDataset(train[0], painted[0]), TensorDataset(validation[0], painted[1])

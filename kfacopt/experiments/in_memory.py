@@ -133,6 +133,16 @@ def split_rows(
     return tuple(tensor[rest] for tensor in tensors), tuple(tensor[first] for tensor in tensors)
 
 
+def standardised(train: Tensor, validation: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of both parts `[n ...]` in units of the training rows: their mean is zero there, their deviation one.
+
+    >>> standardised(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0]]))[1]
+    tensor([[0.]])
+    """
+    mean, deviation = train.mean(0), train.std(0)
+    return (train - mean) / deviation, (validation - mean) / deviation
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of a text, a row each, and the same window one character later.

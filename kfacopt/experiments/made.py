@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from kfacopt.experiments.batches import Rows
 from kfacopt.experiments.data import MlxtendDigits
-from kfacopt.experiments.in_memory import InMemoryData, split_rows
+from kfacopt.experiments.in_memory import InMemoryData, split_rows, standardised
 
 
 class MadeTable(InMemoryData):
@@ -65,14 +65,10 @@ class MadeTable(InMemoryData):
             error = 5.0 * torch.randn(clean.shape, generator=generator)
             noisy = torch.where(torch.rand(clean.shape, generator=generator) < 0.005, clean + error, clean)
         part = self.validation_fraction
-        (train_inputs, train_targets), _ = split_rows(inputs, noisy, validation_fraction=part, seed=self.seed)
-        _, (inputs, targets) = split_rows(inputs, clean, validation_fraction=part, seed=self.seed)
-        shift, scale = train_inputs.mean(0), train_inputs.std(0)
-        mean, deviation = train_targets.mean(0), train_targets.std(0)
-        return (
-            TensorDataset((train_inputs - shift) / scale, (train_targets - mean) / deviation),
-            TensorDataset((inputs - shift) / scale, (targets - mean) / deviation),
-        )
+        train, _ = split_rows(inputs, noisy, validation_fraction=part, seed=self.seed)
+        _, validation = split_rows(inputs, clean, validation_fraction=part, seed=self.seed)
+        columns = [standardised(*both) for both in zip(train, validation, strict=True)]
+        return TensorDataset(*(first for first, _ in columns)), TensorDataset(*(second for _, second in columns))
 
 
 def _target(hidden: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -283,18 +282,14 @@ class GraphNetwork(nn.Module):
         features: Of a node.
         width: Of the hidden layers.
         layers: How many.
-        activation: Between the layers.
 
     >>> GraphNetwork(features=8)(torch.zeros(2, 16, 16 + 8)).shape
     torch.Size([2, 16, 1])
     """
 
-    def __init__(
-        self, features: int, width: int = 48, layers: int = 3, activation: Callable[[Tensor], Tensor] = F.relu
-    ) -> None:
+    def __init__(self, features: int, width: int = 48, layers: int = 3) -> None:
         super().__init__()
         self.features = features
-        self.activation = activation
         self.own = nn.ModuleList(nn.Linear(width if layer else features, width) for layer in range(layers))
         self.neighbours = nn.ModuleList(
             nn.Linear(width if layer else features, width, bias=False) for layer in range(layers)
@@ -305,6 +300,6 @@ class GraphNetwork(nn.Module):
         """Graphs `[n nodes nodes+features]` to numbers `[n nodes 1]`."""
         adjacency, hidden = graphs[..., : -self.features], graphs[..., -self.features :]
         for own, neighbours in zip(self.own, self.neighbours, strict=True):
-            hidden = self.activation(own(hidden) + neighbours(adjacency @ hidden))
+            hidden = F.relu(own(hidden) + neighbours(adjacency @ hidden))
         numbers: Tensor = self.head(hidden)
         return numbers

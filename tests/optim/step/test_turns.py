@@ -16,7 +16,7 @@ from kfacopt.layers import handler_for
 from kfacopt.layers.layer import Layer
 from kfacopt.optim.step import turns
 from kfacopt.optim.step.lengths import FULL_STEPS, shrunk
-from kfacopt.optim.step.turns import CALLS, FIRST, LATE, LONG, SHORT, Turns, cost, products
+from kfacopt.optim.step.turns import CALLS, EARLY, FIRST, LATE, LONG, SHORT, Turns, cost, products
 from tests.cases import train_step
 
 ROWS = 4
@@ -29,20 +29,23 @@ def layer(name: str, module: nn.Module) -> Layer:
 SIZES = st.tuples(st.integers(1, 128), st.integers(1, 128), st.integers(0, 200))
 
 
-@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, LATE, SHORT, LONG]))
+@given(st.lists(SIZES, max_size=8), st.sampled_from([1, 2, 3, 6]), st.sampled_from([FIRST, EARLY, LATE, SHORT, LONG]))
 def test_everybody_moves_as_far_in_six_steps_as_without_turns(
     sizes: list[tuple[int, int, int]], longest: int, first: int
 ) -> None:
     layers = [layer(str(n), nn.Linear(i, o, bias=False)) for n, (i, o, _) in enumerate(sizes)]
     rows = {str(n): float(count) for n, (_, _, count) in enumerate(sizes) if count}
     taken = Turns(longest)
-    found = [taken.strides(first + step, layers, rows) for step in range(6)]
+    with pytest.MonkeyPatch.context() as patch:
+        if first == FIRST:  # less than six steps before others have their turns
+            patch.setattr(turns, "EARLY", LATE)
+        found = [taken.strides(first + step, layers, rows) for step in range(6)]
     for one in layers:
         strides = {strides[one] for strides in found} - {0}
         assert sum(strides[one] for strides in found) == 6
         assert len(strides) == 1
-        assert max(strides) <= (longest if first >= LATE else min(3, longest))
-        if one.name not in rows or (first == FIRST and cost(one.shape, rows[one.name]) < 1.0):
+        assert max(strides) <= (longest if first >= EARLY else min(3, longest))
+        if one.name not in rows or (first <= EARLY and cost(one.shape, rows[one.name]) < 1.0):
             assert strides == {1}
 
 
@@ -79,6 +82,17 @@ def test_all_move_in_each_step_where_gradients_are_the_time() -> None:
     layers = [layer("a", nn.Conv2d(16, 32, 3)), layer("b", nn.Linear(32, 10))]
     for step in (FIRST, LATE, LATE + 1, LATE + 2):
         assert Turns(6).strides(step, layers, {"a": 5e5, "b": 64.0}) == dict.fromkeys(layers, 1)
+
+
+def test_dear_layers_move_every_sixth_time_before_others_do() -> None:
+    layers = [layer("dear", nn.Linear(400, 400)), layer("cheap", nn.Linear(100, 400))]
+    rows = {"dear": 64.0, "cheap": 64.0}
+    dear, cheap = (cost(one.shape, rows[one.name]) for one in layers)
+    assert dear > 15.0 > cheap > 3.0
+    for first, longest, strides in ((FIRST, 6, [{0, 3}] * 2), (EARLY, 6, [{0, 6}, {0, 3}]), (EARLY, 3, [{0, 3}] * 2)):
+        taken = Turns(longest)
+        found = [taken.strides(first + step, layers, rows) for step in range(5 if first == FIRST else 6)]
+        assert [{each[one] for each in found} for one in layers] == strides
 
 
 def test_a_weight_of_two_layers_moves_in_each_step() -> None:
